@@ -1,0 +1,291 @@
+"""What server and worker say to each other: frozen dataclasses with an explicit encoding, never pickle.
+
+A frame is `length of header (4 bytes, big endian) | header (JSON) | payload (raw bytes)`. The header is the
+message's fields and its class name under "is"; a field called `payload` travels behind it as it is (pixels).
+Frames are sent whole through `multiprocessing.Connection.send_bytes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# ---------------------------------------------------------------- server -> worker
+
+
+@dataclass(frozen=True, slots=True)
+class LoadModel:
+    """The first message to a worker: what to host and how. Answered by Loading*, then Ready or LoadFailed."""
+
+    endpoint_id: str
+    source: str
+    """Built-in name (`emoji`), a folder, a Hub repository id, or a single safetensors file."""
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    num_threads: int = 0
+    """torch intra-op threads; 0 means one per core."""
+    batching: Literal["exact", "fast", "off"] = "exact"
+    performance: Literal["auto", "reference", "compiled"] = "auto"
+    rows: int | None = None
+    """Rows of a merged forward in `exact` mode as calibrated earlier; None asks the worker to calibrate."""
+    max_rows: int = 16
+    max_jobs: int = 64
+    """Most jobs in flight in the worker at once; more wait in the server."""
+    min_batch_gain: float = 1.4
+    max_batch_stretch: float = 2.5
+    max_wait_s: float = 20.0
+    """A job that has waited longer than this for its next step goes first (ageing)."""
+    offload: bool = False
+    adapter_bytes: int = 512 * 1024 * 1024
+    """Byte budget for resident adapters."""
+    allow_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AddAdapter:
+    """Makes an adapter known to the worker. Answered by AdapterAdded or AdapterFailed; nothing is loaded on to the device."""
+
+    route: str
+    path: str
+    scale: float = 1.0
+    checksum: str = ""
+    """SHA-256 (hex) of the file at registration."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveAdapter:
+    route: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchAdapter:
+    """A request for this route is waiting: load it while others run."""
+
+    route: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """One job: one image. Ends in exactly one of Done, Failed, Cancelled."""
+
+    job_id: str
+    prompt: str
+    num_inference_steps: int
+    seed: int
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    negative_prompt: str | None = None
+    adapter: str | None = None
+    adapter_scale: float | None = None
+    """Overrides the adapter's own scale for this request."""
+    num_previews: int = 0
+    """How many evenly spaced previews (estimates of the finished image) to send."""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Finish nothing more, exit with status 0. (The server drains by waiting for jobs first.)"""
+
+
+# ---------------------------------------------------------------- worker -> server
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    stage: str
+    """A plain phrase: `downloading`, `loading weights`, `calibrating`."""
+    fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a loaded model is and can do; the server validates requests against it."""
+
+    pipeline_class: str
+    model_class: str
+    """Class of the denoiser, e.g. FluxTransformer2DModel."""
+    dtype: str
+    device: str
+    num_threads: int
+    batching: str
+    performance: str
+    rows: int
+    """Rows of every merged forward in `exact` mode (1: never merged)."""
+    mergeable: bool
+    """Whether the denoiser has a tested Rule."""
+    width: int
+    height: int
+    size_multiple: int
+    default_steps: int
+    default_guidance: float | None
+    guidance_effective: bool
+    supports_negative_prompt: bool
+    max_prompt_tokens: int | None
+    num_parameters: int
+    calibration: list[Mapping[str, float]] = field(default_factory=list)
+    """One entry per row count tried: {"rows", "forward_s", "rows_per_s"}."""
+    step_s: float = 0.0
+    """Measured seconds of one step of one lone job at the default size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    info: ModelInfo
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    code: str
+    message: str
+    permanent: bool
+    """True: would fail again at start (exit code EXIT_PERMANENT follows); do not restart in a loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterAdded:
+    route: str
+    rank: int
+    num_bytes: int
+    target_modules: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFailed:
+    route: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Sent after each denoising step of a job (step 0: admitted, nothing run yet)."""
+
+    job_id: str
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """The model's current estimate of the finished image; payload is uint8 RGB, height x width x 3."""
+
+    job_id: str
+    index: int
+    step: int
+    width: int
+    height: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """payload is uint8 RGB, row-major, height x width x 3."""
+
+    job_id: str
+    width: int
+    height: int
+    generate_s: float
+    """From admission in the worker to the decoded picture."""
+    payload: bytes
+    adapter_load_s: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    job_id: str
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Sent about once a second while jobs run, and whenever the worker turns idle."""
+
+    num_jobs: int
+    forwards: int
+    """Denoiser forwards since the last Stats."""
+    rows: int
+    """Real rows in those forwards (padding not counted)."""
+    padded_rows: int
+    busy_s: float
+    step_s: Mapping[str, float]
+    """Measured seconds per forward by shape key, e.g. {"128x128": 0.0093}."""
+    adapters_resident: int = 0
+    adapter_bytes: int = 0
+    adapter_hits: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    resident_routes: list[str] = field(default_factory=list)
+
+
+ToWorker = LoadModel | AddAdapter | RemoveAdapter | PrefetchAdapter | Generate | Cancel | Ping | Shutdown
+FromWorker = (
+    Loading | Ready | LoadFailed | AdapterAdded | AdapterFailed | Progress | Preview | Done | Failed | Cancelled | Pong | Stats
+)
+Message = ToWorker | FromWorker
+
+EXIT_PERMANENT = 78
+"""Exit status of a worker that would fail again at start (sysexits' EX_CONFIG)."""
+
+_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (*ToWorker.__args__, *FromWorker.__args__)}
+_LENGTH = struct.Struct(">I")
+
+
+def encode(message: Message) -> bytes:
+    """One frame for `message`."""
+    header: dict[str, Any] = {"is": type(message).__name__}
+    payload = b""
+    for item in dataclasses.fields(message):
+        value = getattr(message, item.name)
+        if item.name == "payload":
+            payload = value
+        else:
+            header[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return b"".join((_LENGTH.pack(len(head)), head, payload))
+
+
+def decode(frame: bytes) -> Message:
+    """The message in `frame`; ValueError for anything that `encode` did not make."""
+    try:
+        (length,) = _LENGTH.unpack_from(frame)
+        fields = json.loads(frame[_LENGTH.size : _LENGTH.size + length])
+        cls = _CLASSES[fields.pop("is")]
+        if cls is Ready:
+            fields["info"] = ModelInfo(**fields["info"])
+        if any(item.name == "payload" for item in dataclasses.fields(cls)):
+            fields["payload"] = frame[_LENGTH.size + length :]
+        message: Message = cls(**fields)
+    except (struct.error, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a message of this version: {error}") from error
+    return message
