@@ -1,0 +1,211 @@
+"""The settings table: every setting's name, type, default and help, in one place.
+
+File (`mezzotint.toml`), environment (`MEZZOTINT_<NAME>`), flags and the documentation page all come from these
+two classes. Precedence: flag, environment, file, default. An unknown name or an unparsable value stops the start
+with a sentence that names where it stands.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mezzotint.errors import ConfigError, echo
+
+BUILT_IN_MODEL = "emoji"
+ENVIRONMENT_PREFIX = "MEZZOTINT_"
+ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+Seconds = Annotated[float, Field(ge=0)]
+Bytes = Annotated[int, Field(ge=0)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AdapterSettings(_Table):
+    """One LoRA adapter of an endpoint, as written in the configuration file."""
+
+    route: str = Field(pattern=f"^{ID_PATTERN}$", description="The name after the colon: `ENDPOINT_ID:ROUTE`.")
+    source: str = Field(
+        min_length=1, description="A safetensors file, a folder, or a Hub repository (`owner/name[:file][@revision]`)."
+    )
+    scale: float = Field(1.0, ge=-10, le=10, description="Strength of the adapter; 1 is as trained.")
+
+
+class EndpointSettings(_Table):
+    """One dedicated endpoint: a model and how to run it."""
+
+    id: str = Field(pattern=f"^{ID_PATTERN}$", description="What requests name in `model`.")
+    model: str = Field(
+        BUILT_IN_MODEL,
+        min_length=1,
+        description="Built-in name (`emoji`), a diffusers folder, a Hub repository id, or a single safetensors file.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub repository.")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="`auto` is bf16 on a GPU and on a CPU with AMX or AVX512-BF16, else fp32."
+    )
+    device: str = Field("auto", description="`auto` (cuda, then mps, then cpu), or a torch device such as `cuda:1`.")
+    num_threads: int = Field(0, ge=0, le=1024, description="torch threads of the worker; 0 is one per core.")
+    batching: Literal["exact", "fast", "off"] = Field(
+        "exact",
+        description="`exact`: a seed gives the same bytes under any load. `fast`: merge what is there. `off`: never merge.",
+    )
+    performance: Literal["auto", "reference", "compiled"] = Field(
+        "auto",
+        description="`reference` keeps plain diffusers' bytes; `auto` uses faster memory layouts; "
+        "`compiled` adds torch.compile.",
+    )
+    max_rows: int = Field(16, ge=1, le=256, description="Most rows of one merged forward.")
+    max_jobs: int = Field(64, ge=1, le=4096, description="Most jobs in flight in a worker; more wait in the server.")
+    min_batch_gain: float = Field(
+        1.4, ge=1, description="`exact` merges only if that raises throughput at least this many times."
+    )
+    max_batch_stretch: float = Field(
+        2.5, ge=1, description="A merged forward may take at most this many times a single row's."
+    )
+    max_wait_s: Seconds = Field(20.0, description="A job that waited longer than this for a step goes first.")
+    offload: bool = Field(False, description="Keep idle modules in host memory (slower; for small GPUs).")
+    allow_remote_code: bool = Field(False, description="Run Python code that comes with the model's repository.")
+    default_steps: int | None = Field(None, ge=1, le=50, description="Steps when a dialect lets them be unset.")
+    default_guidance: float | None = Field(None, ge=0, le=100, description="Guidance scale when unset.")
+    width: int | None = Field(None, ge=8, le=16384, description="Default width in pixels; the model's own when unset.")
+    height: int | None = Field(None, ge=8, le=16384, description="Default height in pixels; the model's own when unset.")
+    max_pixels: int | None = Field(
+        None, ge=64, description="Largest width x height of a request; four times the default size when unset."
+    )
+    embed_parameters: bool = Field(True, description="Write the generation parameters into PNG and JPEG files.")
+    deadline_s: Seconds = Field(600.0, description="A request not done after this long is ended with 504.")
+    max_queue_s: Seconds = Field(300.0, description="Estimated seconds of queued work above which requests get 429.")
+    replicas: int = Field(1, ge=1, le=64, description="Workers that host this endpoint.")
+    idle_sleep_s: Seconds = Field(0.0, description="Sleep (free the memory) after this long idle; 0 is never.")
+    adapter_bytes: Bytes = Field(512 * 2**20, description="Byte budget for resident adapters in one worker.")
+    adapters: tuple[AdapterSettings, ...] = Field((), description="Adapters registered at the start.")
+
+
+class Settings(_Table):
+    """The server's settings."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    data_dir: Path = Field(Path("mezzotint-data"), description="Keys, database and pictures live here.")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; SQLite in the data folder when unset.")
+    public_url: str | None = Field(
+        None, description="Base of the picture URLs behind a proxy; the request's own host when unset."
+    )
+    auth: bool = Field(True, description="Ask for API keys. May be false only on a loopback address.")
+    url_ttl_s: Seconds = Field(3600.0, description="Life of a picture URL.")
+    max_body_bytes: Bytes = Field(2**20, description="Largest request body.")
+    body_timeout_s: Seconds = Field(30.0, description="A body that has not arrived after this long is refused (408).")
+    attach_window_s: Seconds = Field(
+        10.0, description="How long the job of a vanished client waits for the same request to come back."
+    )
+    idempotency_ttl_s: Seconds = Field(600.0, description="How long an Idempotency-Key finds its finished answer.")
+    worker_start: Literal["forkserver", "spawn"] = Field(
+        "forkserver", description="How worker processes start; forkserver restarts in hundredths of a second."
+    )
+    heartbeat_s: Seconds = Field(
+        30.0, description="A worker that has not answered for this long while it should is killed and restarted."
+    )
+    load_timeout_s: Seconds = Field(1800.0, description="A model that has not loaded after this long has failed.")
+    max_restarts: int = Field(5, ge=0, description="Restarts within ten minutes before an endpoint is failed.")
+    drain_s: Seconds = Field(30.0, description="How long SIGTERM waits for running requests.")
+    encode_threads: int = Field(2, ge=1, le=64, description="Threads that turn pixels into PNG and JPEG.")
+    cors_origins: tuple[str, ...] = Field((), description="Origins that browsers may call from; none by default.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line shown.")
+    log_format: Literal["console", "json"] = Field("console", description="Form of the log lines.")
+    endpoints: tuple[EndpointSettings, ...] = Field(
+        (EndpointSettings(id=BUILT_IN_MODEL, model=BUILT_IN_MODEL),),
+        description="The endpoints; the built-in model as `emoji` when none is named.",
+    )
+
+    @field_validator("endpoints")
+    @classmethod
+    def _ids_are_unique(cls, endpoints: tuple[EndpointSettings, ...]) -> tuple[EndpointSettings, ...]:
+        ids = [endpoint.id for endpoint in endpoints]
+        twice = sorted({name for name in ids if ids.count(name) > 1})
+        if twice:
+            raise ValueError(f"endpoint id {twice[0]!r} stands twice; ids must be unique")
+        return endpoints
+
+
+def load_settings(
+    file: Path | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Settings:
+    """The settings in force; ConfigError names the file or variable and the key that stop the start.
+
+    The file has `[server]` (the fields of Settings) and any number of `[[endpoints]]` (EndpointSettings), each with
+    `[[endpoints.adapters]]`. `file` None reads `mezzotint.toml` in the working folder when there is one.
+    """
+    values: dict[str, Any] = {}
+    where: dict[str, str] = {}
+    if file is None and Path("mezzotint.toml").is_file():
+        file = Path("mezzotint.toml")
+    if file is not None:
+        for name, value in _read_file(file).items():
+            values[name], where[name] = value, f"{file}"
+    for name, text in _read_environment(os.environ if environment is None else environment).items():
+        values[name], where[name] = text, f"environment variable {ENVIRONMENT_PREFIX}{name.upper()}"
+    for name, value in (flags or {}).items():
+        if value is not None:
+            values[name], where[name] = value, f"flag --{name.replace('_', '-')}"
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, where)) from None
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a readable file with --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    unknown = sorted(set(table) - {"server", "endpoints"})
+    if unknown:
+        raise ConfigError(f"{file}: unknown table [{unknown[0]}]; known are [server] and [[endpoints]]")
+    server = table.get("server", {})
+    if not isinstance(server, dict):
+        raise ConfigError(f"{file}: server must be a table, written [server]")
+    if "endpoints" in server:
+        raise ConfigError(f"{file}: endpoints do not belong in [server]; write each as [[endpoints]]")
+    values = dict(server)
+    if "endpoints" in table:
+        values["endpoints"] = table["endpoints"]
+    return values
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if name in ("config", "api_key", "base_url"):  # read by the command line itself, not settings
+            continue
+        if name not in Settings.model_fields or name == "endpoints":
+            known = ", ".join(sorted(set(Settings.model_fields) - {"endpoints"}))
+            raise ConfigError(f"environment variable {variable} is not a setting; known are {known}")
+        values[name] = [part for part in text.split(",") if part] if name == "cors_origins" else text
+    return values
+
+
+def _sentence(error: ValidationError, where: Mapping[str, str]) -> str:
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    place = where.get(path[0], "settings") if path else "settings"
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"{place}: unknown key {key}; see `mezzotint serve --print-config` for all of them"
+    return f"{place}: {key}: {first['msg']} (got {echo(first.get('input'))})"
