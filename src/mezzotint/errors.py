@@ -204,7 +204,7 @@ _BY_CODE: Mapping[str, type[MezzotintError]] = {
 
 def error_class(status: int, code: str | None) -> type[MezzotintError]:
     """The class that an answer with this HTTP status and error code stands for."""
-    if code in _BY_CODE:
+    if code is not None and code in _BY_CODE:
         return _BY_CODE[code]
     if status in _BY_STATUS:
         return _BY_STATUS[status]
@@ -213,7 +213,12 @@ def error_class(status: int, code: str | None) -> type[MezzotintError]:
 
 def error_type(status: int) -> str:
     """The `type` of the error body, in the words of OpenAI's API."""
-    table = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    table = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+    }
     return table.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 

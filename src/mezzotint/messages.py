@@ -48,7 +48,7 @@ class LoadModel:
 
 @dataclass(frozen=True, slots=True)
 class AddAdapter:
-    """Makes an adapter known to the worker. Answered by AdapterAdded or AdapterFailed; nothing is loaded on to the device."""
+    """Makes an adapter known (nothing is put on the device); answered by AdapterAdded or AdapterFailed."""
 
     route: str
     path: str
@@ -250,7 +250,18 @@ class Stats:
 
 ToWorker = LoadModel | AddAdapter | RemoveAdapter | PrefetchAdapter | Generate | Cancel | Ping | Shutdown
 FromWorker = (
-    Loading | Ready | LoadFailed | AdapterAdded | AdapterFailed | Progress | Preview | Done | Failed | Cancelled | Pong | Stats
+    Loading
+    | Ready
+    | LoadFailed
+    | AdapterAdded
+    | AdapterFailed
+    | Progress
+    | Preview
+    | Done
+    | Failed
+    | Cancelled
+    | Pong
+    | Stats
 )
 Message = ToWorker | FromWorker
 
@@ -270,7 +281,7 @@ def encode(message: Message) -> bytes:
         if item.name == "payload":
             payload = value
         else:
-            header[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            header[item.name] = dataclasses.asdict(value) if isinstance(value, ModelInfo) else value
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return b"".join((_LENGTH.pack(len(head)), head, payload))
 
