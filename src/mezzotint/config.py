@@ -1,24 +1,38 @@
 """The settings table: every setting's name, type, default and help, in one place.
 
-File (`mezzotint.toml`), environment (`MEZZOTINT_<NAME>`), flags and the documentation page all come from these
-two classes. Precedence: flag, environment, file, default. An unknown name or an unparsable value stops the start
-with a sentence that names where it stands.
+File (`mezzotint.toml`), environment (`MEZZOTINT_<NAME>`), flags and the documentation page all come from
+these classes. Precedence: flag, environment, file, default. An unknown name or an unparsable value stops the
+start with a sentence that names where it stands and what would be right.
 """
 
 from __future__ import annotations
 
+import difflib
+import ipaddress
+import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
 
 from mezzotint.errors import ConfigError, echo
 
 BUILT_IN_MODEL = "emoji"
 ENVIRONMENT_PREFIX = "MEZZOTINT_"
+CONFIG_FILE = "mezzotint.toml"
+NOT_SETTINGS = frozenset({"config", "api_key", "base_url"})
+"""Names under ENVIRONMENT_PREFIX that the command line and the SDK read themselves."""
 ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 Seconds = Annotated[float, Field(ge=0)]
@@ -26,15 +40,18 @@ Bytes = Annotated[int, Field(ge=0)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AdapterSettings(_Table):
     """One LoRA adapter of an endpoint, as written in the configuration file."""
 
-    route: str = Field(pattern=f"^{ID_PATTERN}$", description="The name after the colon: `ENDPOINT_ID:ROUTE`.")
+    route: str = Field(
+        pattern=f"^{ID_PATTERN}$", description="The name after the colon: `ENDPOINT_ID:ROUTE`."
+    )
     source: str = Field(
-        min_length=1, description="A safetensors file, a folder, or a Hub repository (`owner/name[:file][@revision]`)."
+        min_length=1,
+        description="A safetensors file, a folder, or a Hub repository (`owner/name[:file][@revision]`).",
     )
     scale: float = Field(1.0, ge=-10, le=10, description="Strength of the adapter; 1 is as trained.")
 
@@ -46,17 +63,22 @@ class EndpointSettings(_Table):
     model: str = Field(
         BUILT_IN_MODEL,
         min_length=1,
-        description="Built-in name (`emoji`), a diffusers folder, a Hub repository id, or a single safetensors file.",
+        description="Built-in name (`emoji`), diffusers folder, Hub repository id, or safetensors file.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub repository.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="`auto` is bf16 on a GPU and on a CPU with AMX or AVX512-BF16, else fp32."
     )
-    device: str = Field("auto", description="`auto` (cuda, then mps, then cpu), or a torch device such as `cuda:1`.")
+    device: str = Field(
+        "auto",
+        pattern=r"^[a-z]+(:[0-9]+)?$",
+        description="`auto` (cuda, then mps, then cpu), or a torch device such as `cuda:1`.",
+    )
     num_threads: int = Field(0, ge=0, le=1024, description="torch threads of the worker; 0 is one per core.")
     batching: Literal["exact", "fast", "off"] = Field(
         "exact",
-        description="`exact`: a seed gives the same bytes under any load. `fast`: merge what is there. `off`: never merge.",
+        description="`exact`: a seed gives the same bytes under any load. `fast`: merge what is there. "
+        "`off`: never merge.",
     )
     performance: Literal["auto", "reference", "compiled"] = Field(
         "auto",
@@ -64,7 +86,9 @@ class EndpointSettings(_Table):
         "`compiled` adds torch.compile.",
     )
     max_rows: int = Field(16, ge=1, le=256, description="Most rows of one merged forward.")
-    max_jobs: int = Field(64, ge=1, le=4096, description="Most jobs in flight in a worker; more wait in the server.")
+    max_jobs: int = Field(
+        64, ge=1, le=4096, description="Most jobs in flight in a worker; more wait in the server."
+    )
     min_batch_gain: float = Field(
         1.4, ge=1, description="`exact` merges only if that raises throughput at least this many times."
     )
@@ -73,21 +97,43 @@ class EndpointSettings(_Table):
     )
     max_wait_s: Seconds = Field(20.0, description="A job that waited longer than this for a step goes first.")
     offload: bool = Field(False, description="Keep idle modules in host memory (slower; for small GPUs).")
-    allow_remote_code: bool = Field(False, description="Run Python code that comes with the model's repository.")
-    default_steps: int | None = Field(None, ge=1, le=50, description="Steps when a dialect lets them be unset.")
-    default_guidance: float | None = Field(None, ge=0, le=100, description="Guidance scale when unset.")
-    width: int | None = Field(None, ge=8, le=16384, description="Default width in pixels; the model's own when unset.")
-    height: int | None = Field(None, ge=8, le=16384, description="Default height in pixels; the model's own when unset.")
-    max_pixels: int | None = Field(
-        None, ge=64, description="Largest width x height of a request; four times the default size when unset."
+    allow_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model's repository."
     )
-    embed_parameters: bool = Field(True, description="Write the generation parameters into PNG and JPEG files.")
+    default_steps: int | None = Field(
+        None, ge=1, le=50, description="Steps when a dialect lets them be unset."
+    )
+    default_guidance: float | None = Field(None, ge=0, le=100, description="Guidance scale when unset.")
+    width: int | None = Field(
+        None, ge=8, le=16384, description="Default width in pixels; the model's own when unset."
+    )
+    height: int | None = Field(
+        None, ge=8, le=16384, description="Default height in pixels; the model's own when unset."
+    )
+    max_pixels: int | None = Field(
+        None,
+        ge=64,
+        description="Largest width x height of a request; four times the default size when unset.",
+    )
+    embed_parameters: bool = Field(
+        True, description="Write the generation parameters into PNG and JPEG files."
+    )
     deadline_s: Seconds = Field(600.0, description="A request not done after this long is ended with 504.")
-    max_queue_s: Seconds = Field(300.0, description="Estimated seconds of queued work above which requests get 429.")
+    max_queue_s: Seconds = Field(
+        300.0, description="Estimated seconds of queued work above which requests get 429."
+    )
     replicas: int = Field(1, ge=1, le=64, description="Workers that host this endpoint.")
-    idle_sleep_s: Seconds = Field(0.0, description="Sleep (free the memory) after this long idle; 0 is never.")
+    idle_sleep_s: Seconds = Field(
+        0.0, description="Sleep (free the memory) after this long idle; 0 is never."
+    )
     adapter_bytes: Bytes = Field(512 * 2**20, description="Byte budget for resident adapters in one worker.")
     adapters: tuple[AdapterSettings, ...] = Field((), description="Adapters registered at the start.")
+
+    @field_validator("adapters")
+    @classmethod
+    def _routes_are_unique(cls, adapters: tuple[AdapterSettings, ...]) -> tuple[AdapterSettings, ...]:
+        _refuse_twice("adapter route", [adapter.route for adapter in adapters])
+        return adapters
 
 
 class Settings(_Table):
@@ -96,44 +142,89 @@ class Settings(_Table):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     data_dir: Path = Field(Path("mezzotint-data"), description="Keys, database and pictures live here.")
-    database_url: str | None = Field(None, description="SQLAlchemy URL; SQLite in the data folder when unset.")
+    database_url: str | None = Field(
+        None, description="SQLAlchemy URL; SQLite in the data folder when unset."
+    )
     public_url: str | None = Field(
-        None, description="Base of the picture URLs behind a proxy; the request's own host when unset."
+        None,
+        pattern=r"^https?://[^/\s]+(/[^\s]*)?$",
+        description="Base of the picture URLs behind a proxy; the request's own host when unset.",
     )
     auth: bool = Field(True, description="Ask for API keys. May be false only on a loopback address.")
     url_ttl_s: Seconds = Field(3600.0, description="Life of a picture URL.")
     max_body_bytes: Bytes = Field(2**20, description="Largest request body.")
-    body_timeout_s: Seconds = Field(30.0, description="A body that has not arrived after this long is refused (408).")
+    body_timeout_s: Seconds = Field(
+        30.0, description="A body that has not arrived after this long is refused (408)."
+    )
     attach_window_s: Seconds = Field(
         10.0, description="How long the job of a vanished client waits for the same request to come back."
     )
-    idempotency_ttl_s: Seconds = Field(600.0, description="How long an Idempotency-Key finds its finished answer.")
+    idempotency_ttl_s: Seconds = Field(
+        600.0, description="How long an Idempotency-Key finds its finished answer."
+    )
     worker_start: Literal["forkserver", "spawn"] = Field(
         "forkserver", description="How worker processes start; forkserver restarts in hundredths of a second."
     )
     heartbeat_s: Seconds = Field(
-        30.0, description="A worker that has not answered for this long while it should is killed and restarted."
+        30.0,
+        description="A worker that has not answered for this long while it should is killed and restarted.",
     )
-    load_timeout_s: Seconds = Field(1800.0, description="A model that has not loaded after this long has failed.")
-    max_restarts: int = Field(5, ge=0, description="Restarts within ten minutes before an endpoint is failed.")
+    load_timeout_s: Seconds = Field(
+        1800.0, description="A model that has not loaded after this long has failed."
+    )
+    max_restarts: int = Field(
+        5, ge=0, description="Restarts within ten minutes before an endpoint is failed."
+    )
     drain_s: Seconds = Field(30.0, description="How long SIGTERM waits for running requests.")
     encode_threads: int = Field(2, ge=1, le=64, description="Threads that turn pixels into PNG and JPEG.")
-    cors_origins: tuple[str, ...] = Field((), description="Origins that browsers may call from; none by default.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line shown.")
+    cors_origins: tuple[str, ...] = Field(
+        (), description="Origins that browsers may call from; none by default."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log line shown."
+    )
     log_format: Literal["console", "json"] = Field("console", description="Form of the log lines.")
     endpoints: tuple[EndpointSettings, ...] = Field(
         (EndpointSettings(id=BUILT_IN_MODEL, model=BUILT_IN_MODEL),),
         description="The endpoints; the built-in model as `emoji` when none is named.",
     )
 
+    @field_validator("data_dir")
+    @classmethod
+    def _home_is_expanded(cls, folder: Path) -> Path:
+        return folder.expanduser()
+
     @field_validator("endpoints")
     @classmethod
     def _ids_are_unique(cls, endpoints: tuple[EndpointSettings, ...]) -> tuple[EndpointSettings, ...]:
-        ids = [endpoint.id for endpoint in endpoints]
-        twice = sorted({name for name in ids if ids.count(name) > 1})
-        if twice:
-            raise ValueError(f"endpoint id {twice[0]!r} stands twice; ids must be unique")
+        _refuse_twice("endpoint id", [endpoint.id for endpoint in endpoints])
         return endpoints
+
+    @field_validator("auth")
+    @classmethod
+    def _open_only_on_loopback(cls, auth: bool, info: ValidationInfo) -> bool:
+        host = info.data.get("host", "127.0.0.1")
+        if not auth and not is_loopback(host):
+            raise ValueError(
+                f"may be off only on a loopback address, and host is {host}; use 127.0.0.1 or leave auth on"
+            )
+        return auth
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _refuse_twice(what: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{what} {twice[0]!r} stands twice; it must be unique")
 
 
 def load_settings(
@@ -142,34 +233,80 @@ def load_settings(
     environment: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """The settings in force; ConfigError names the file or variable and the key that stop the start.
+    """The settings in force; ConfigError names the file, variable or flag and the key that stop the start.
 
-    The file has `[server]` (the fields of Settings) and any number of `[[endpoints]]` (EndpointSettings), each with
-    `[[endpoints.adapters]]`. `file` None reads `mezzotint.toml` in the working folder when there is one.
+    The file has `[server]` (the fields of Settings) and any number of `[[endpoints]]` (EndpointSettings),
+    each with `[[endpoints.adapters]]`. `file` None reads `mezzotint.toml` in the working folder if there is
+    one. A flag whose value is None was not given.
     """
     values: dict[str, Any] = {}
     where: dict[str, str] = {}
-    if file is None and Path("mezzotint.toml").is_file():
-        file = Path("mezzotint.toml")
+    if file is None and Path(CONFIG_FILE).is_file():
+        file = Path(CONFIG_FILE)
     if file is not None:
         for name, value in _read_file(file).items():
-            values[name], where[name] = value, f"{file}"
-    for name, text in _read_environment(os.environ if environment is None else environment).items():
-        values[name], where[name] = text, f"environment variable {ENVIRONMENT_PREFIX}{name.upper()}"
+            values[name], where[name] = value, str(file)
+    for name, value in _read_environment(os.environ if environment is None else environment):
+        values[name], where[name] = value, f"environment variable {ENVIRONMENT_PREFIX}{name.upper()}"
     for name, value in (flags or {}).items():
         if value is not None:
-            values[name], where[name] = value, f"flag --{name.replace('_', '-')}"
+            values[name], where[name] = value, _flag(name, value)
     try:
-        return Settings(**values)
+        return Settings.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, where)) from None
+        raise ConfigError(_sentence(error, where, values)) from None
+
+
+def _flag(name: str, value: object) -> str:
+    if name == "endpoints":
+        return "flags --model and --id"
+    return f"flag --{'no-' if value is False else ''}{name.replace('_', '-')}"
+
+
+def as_toml(settings: Settings, *, comments: bool = True) -> str:
+    """`settings` as a configuration file that loads to the same settings; unset ones stand as comments."""
+    lines = ["[server]", *_toml_lines(settings, comments)]
+    for endpoint in settings.endpoints:
+        lines += ["", "[[endpoints]]", *_toml_lines(endpoint, comments)]
+        for adapter in endpoint.adapters:
+            lines += ["", "[[endpoints.adapters]]", *_toml_lines(adapter, comments)]
+        comments = False  # once is enough
+    return "\n".join(lines) + "\n"
+
+
+def default_text(field: FieldInfo) -> str:
+    """A field's default as the file would have it; `unset` for None, `required` where there is none."""
+    if field.is_required():
+        return "required"
+    return "unset" if field.default is None else _toml_value(field.default)
+
+
+def _toml_lines(table: _Table, comments: bool) -> Iterator[str]:
+    for name, field in type(table).model_fields.items():
+        if name in ("endpoints", "adapters"):  # tables of their own
+            continue
+        if comments:
+            yield f"# {field.description}"
+        value = getattr(table, name)
+        yield f"# {name} =" if value is None else f"{name} = {_toml_value(value)}"
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, tuple):
+        return json.dumps(list(value), ensure_ascii=False)
+    # JSON's strings, numbers and booleans are TOML's, but for U+007F.
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False).replace(
+        "\x7f", "\\u007f"
+    )
 
 
 def _read_file(file: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a readable file with --config") from None
+        raise ConfigError(
+            f"{file}: cannot be read ({error.strerror}); give a readable file with --config"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
     unknown = sorted(set(table) - {"server", "endpoints"})
@@ -183,29 +320,64 @@ def _read_file(file: Path) -> dict[str, Any]:
     values = dict(server)
     if "endpoints" in table:
         values["endpoints"] = table["endpoints"]
+    try:  # strictly: "8000" in quotes is no port, and a bad value is told even where a flag overrides it
+        Settings.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, dict.fromkeys(values, str(file)), values)) from None
     return values
 
 
-def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _read_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     for variable, text in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
-            continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-        if name in ("config", "api_key", "base_url"):  # read by the command line itself, not settings
+        if not variable.startswith(ENVIRONMENT_PREFIX) or name in NOT_SETTINGS:
             continue
-        if name not in Settings.model_fields or name == "endpoints":
-            known = ", ".join(sorted(set(Settings.model_fields) - {"endpoints"}))
-            raise ConfigError(f"environment variable {variable} is not a setting; known are {known}")
-        values[name] = [part for part in text.split(",") if part] if name == "cors_origins" else text
-    return values
+        known = [name for name in Settings.model_fields if name != "endpoints"]
+        if name not in known:
+            names = [f"{ENVIRONMENT_PREFIX}{field.upper()}" for field in known]
+            raise ConfigError(
+                f"environment variable {variable} is not a setting; {_nearest(variable, names)}"
+            )
+        if text:  # an empty variable is an unset one
+            yield name, [part.strip() for part in text.split(",")] if name == "cors_origins" else text
 
 
-def _sentence(error: ValidationError, where: Mapping[str, str]) -> str:
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+
+
+def _sentence(error: ValidationError, where: Mapping[str, str], values: Mapping[str, Any]) -> str:
+    """The first fault of `error` in one sentence: where it stands, the key, what is wrong, what is right."""
     first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    place = where.get(path[0], "settings") if path else "settings"
-    key = ".".join(path)
+    path = list(first["loc"])
+    place = where.get(str(path[0]), "settings")
+    table, key = _locate(path, values)
     if first["type"] == "extra_forbidden":
-        return f"{place}: unknown key {key}; see `mezzotint serve --print-config` for all of them"
-    return f"{place}: {key}: {first['msg']} (got {echo(first.get('input'))})"
+        return f"{place}: unknown key {key}; {_nearest(str(path[-1]), list(table.model_fields))}"
+    if first["type"] == "missing":
+        return f"{place}: {key} is missing; {table.model_fields[str(path[-1])].description}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {key}: {message[0].lower()}{message[1:]} (got {echo(first['input'])})"
+
+
+def _locate(path: list[str | int], values: Mapping[str, Any]) -> tuple[type[_Table], str]:
+    """The table that a faulty key belongs to, and the key as people say it: `endpoints.emoji.dtype`."""
+    table: type[_Table] = Settings
+    here: Any = values
+    words: list[str] = []
+    for part in path:
+        try:
+            here = here[part]
+        except (LookupError, TypeError):
+            here = None
+        if isinstance(part, str):
+            words.append(part)
+        else:
+            table = _TABLES.get(words[-1], table)
+            name = here.get("id") or here.get("route") if isinstance(here, dict) else None
+            words.append(name if isinstance(name, str) else f"number {part + 1}")
+    return table, ".".join(words)
+
+
+_TABLES: Mapping[str, type[_Table]] = {"endpoints": EndpointSettings, "adapters": AdapterSettings}
