@@ -1,0 +1,470 @@
+"""The wire contract as types: what a request may say, what an answer and an error look like.
+
+`parse_body` is the one way from bytes to a request. It checks in a fixed order, so the first fault found is
+always the same one: the JSON itself, unknown fields, fields in the contract's order, then rules over several.
+Optional and nullable fields have three states: unset (`MISSING`, not sent), None and a value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    MISSING,
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from mezzotint.errors import MAX_ECHO, InvalidRequestError, MezzotintError, echo, error_type
+
+ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+MAX_SEED = 2**63 - 1
+MAX_PROMPT = 10_000
+"""Most characters of a prompt after trimming."""
+LIMITS: Mapping[str, tuple[int, int]] = {
+    "num_inference_steps": (1, 50),
+    "guidance_scale": (0, 100),
+    "seed": (0, MAX_SEED),
+    "n": (1, 8),
+    "width": (8, 16384),
+    "height": (8, 16384),
+}
+"""Smallest and largest value of each number in a request; both are allowed."""
+
+DedicatedImageGenerationBodyResponseFormat = Literal["url", "raw", "png", "jpeg", "jpg"]
+_NOT_BLANK = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
+_NO_NUL = r"^[^\u0000]*$"
+
+RequestStatus = Literal["queued", "running", "done", "failed", "cancelled"]
+
+
+def _between(name: str) -> Any:
+    low, high = LIMITS[name]
+    return Field(ge=low, le=high)
+
+
+_Steps = Annotated[int, _between("num_inference_steps")]
+_Guidance = Annotated[float, _between("guidance_scale")]
+_Seed = Annotated[int, _between("seed")]
+_Count = Annotated[int, _between("n")]
+_Side = Annotated[int, _between("width")]
+
+
+def _plain_text(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("invalid_value", "must not contain a NUL character; remove it")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PydanticCustomError("invalid_value", "must be valid Unicode; it has half of a surrogate pair")
+    text = text.strip()
+    if len(text) > MAX_PROMPT:
+        limit = {"most": MAX_PROMPT, "got": len(text)}
+        raise PydanticCustomError(
+            "out_of_range", "must have at most {most} characters after trimming (got {got})", limit
+        )
+    return text
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise PydanticCustomError("out_of_range", "must have at least 1 character after trimming (got 0)")
+    return text
+
+
+_NegativePrompt = Annotated[str, AfterValidator(_plain_text)]
+_Prompt = Annotated[_NegativePrompt, AfterValidator(_not_empty)]
+
+_REQUEST_EXAMPLES: list[JsonValue] = [
+    {"model": "emoji", "num_inference_steps": 8, "prompt": "a smiling cat", "response_format": "png"},
+    {
+        "model": "emoji",
+        "num_inference_steps": 20,
+        "prompt": "a red apple",
+        "guidance_scale": 4.0,
+        "response_format": "url",
+        "seed": 123,
+    },
+]
+_ANSWER_EXAMPLE: JsonValue = {
+    "created": 1795300000,
+    "id": "req_01jd8k3v9w2m5x7q",
+    "data": [
+        {
+            "seed": 123,
+            "response_format": "png",
+            "b64_json": "iVBORw0KGgo=",
+            "width": 128,
+            "height": 128,
+            "mime_type": "image/png",
+            "timings": {"queue_ms": 3.1, "generate_ms": 81.2, "encode_ms": 1.4},
+        }
+    ],
+    "usage": {"images": 1, "steps": 8},
+    "warnings": [],
+}
+_ERROR_EXAMPLE: JsonValue = {
+    "error": {
+        "message": "num_inference_steps must be between 1 and 50 (got 99)",
+        "type": "invalid_request_error",
+        "param": "num_inference_steps",
+        "code": "out_of_range",
+    },
+    "detail": "num_inference_steps must be between 1 and 50 (got 99)",
+    "request_id": "req_01jd8k3v9w2m5x7q",
+}
+
+
+class DedicatedImageGenerationBody(BaseModel):
+    """Body of `POST /dedicated/v1/images/generations`."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, json_schema_extra={"examples": _REQUEST_EXAMPLES}
+    )
+
+    model: str = Field(
+        pattern=f"^{ID_PATTERN}(:{ID_PATTERN})?$",
+        description="ID of the target endpoint: `ENDPOINT_ID`, or `ENDPOINT_ID:ADAPTER_ROUTE`.",
+        examples=["emoji"],
+    )
+    num_inference_steps: _Steps = Field(
+        description="Number of inference steps; supported range [1, 50].", examples=[8]
+    )
+    prompt: _Prompt = Field(
+        description="Text description of the desired image(s); 1 to 10,000 characters after trimming.",
+        examples=["a smiling cat"],
+        json_schema_extra={"minLength": 1, "maxLength": MAX_PROMPT, "pattern": _NOT_BLANK},
+    )
+    guidance_scale: _Guidance | MISSING | None = Field(
+        default=MISSING,
+        description="How closely the image follows the prompt: higher (8-10) more faithful, lower (1-5) "
+        "freer. May be irrelevant for some models, such as FLUX.Schnell; the answer then has a warning.",
+        examples=[4.0],
+    )
+    response_format: DedicatedImageGenerationBodyResponseFormat | MISSING | None = Field(
+        default=MISSING, description="Form of the picture in the answer; `url` when unset.", examples=["png"]
+    )
+    seed: _Seed | MISSING | None = Field(
+        default=MISSING, description="The seed to use; a random one when unset.", examples=[123]
+    )
+    n: _Count | MISSING | None = Field(
+        default=MISSING, description="Number of images; image i uses seed + i. 1 when unset.", examples=[1]
+    )
+    width: _Side | MISSING | None = Field(
+        default=MISSING, description="Width in pixels; the endpoint's own when unset.", examples=[128]
+    )
+    height: _Side | MISSING | None = Field(
+        default=MISSING, description="Height in pixels; the endpoint's own when unset.", examples=[128]
+    )
+    negative_prompt: _NegativePrompt | MISSING | None = Field(
+        default=MISSING,
+        description="What the image should not show, where the model can take that; up to 10,000 characters.",
+        examples=["text"],
+        json_schema_extra={"maxLength": MAX_PROMPT, "pattern": _NO_NUL},
+    )
+    control_images: MISSING | None = Field(
+        default=MISSING,
+        description="Not supported until an endpoint has a ControlNet: only null is accepted.",
+    )
+    controlnet_weights: MISSING | None = Field(
+        default=MISSING,
+        description="Not supported until an endpoint has a ControlNet: only null is accepted.",
+    )
+
+    @model_validator(mode="after")
+    def _every_seed_is_in_range(self) -> Self:
+        if isinstance(self.seed, int) and isinstance(self.n, int) and self.seed + self.n - 1 > MAX_SEED:
+            text = f"with n = {self.n} must be at most {MAX_SEED - self.n + 1} (got {self.seed})"
+            raise PydanticCustomError("out_of_range", "{text}", {"text": text, "param": "seed"})
+        return self
+
+    @property
+    def num_images(self) -> int:
+        return self.n if isinstance(self.n, int) else 1
+
+
+KNOWN_FIELDS = tuple(DedicatedImageGenerationBody.model_fields)
+FIXED_FIELDS = KNOWN_FIELDS[:6]
+"""The six fields every server of this contract knows; the rest are Mezzotint's own."""
+
+
+# ---------------------------------------------------------------- answers
+
+
+class _Answer(BaseModel):
+    """Unknown fields are ignored and null counts as absent, so that answers of other servers can be read."""
+
+    model_config = ConfigDict(frozen=True, serialize_by_alias=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class ImageTimings(_Answer):
+    """Milliseconds: waiting for a worker, denoising and decoding, turning pixels into a file."""
+
+    queue_ms: float
+    generate_ms: float
+    encode_ms: float
+
+
+class ImageItem(_Answer):
+    """One picture: either `url` or `b64_json`, never both."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["url"]}, {"required": ["b64_json"]}]},
+    )
+
+    seed: int = Field(description="The seed that gives this picture again.")
+    response_format: DedicatedImageGenerationBodyResponseFormat = Field(
+        description="As asked; `url` when none was asked for."
+    )
+    url: str | MISSING = Field(default=MISSING, description="Where the PNG can be fetched until it expires.")
+    b64_json: str | MISSING = Field(
+        default=MISSING, description="Base64 of the file, or of the bare pixels for `raw`."
+    )
+    width: int | MISSING = Field(default=MISSING, description="Pixels.")
+    height: int | MISSING = Field(default=MISSING, description="Pixels.")
+    mime_type: str | MISSING = MISSING
+    timings: ImageTimings | MISSING = MISSING
+    channels: int | MISSING = Field(default=MISSING, description="Only for `raw`: 3.")
+    dtype: str | MISSING = Field(default=MISSING, description="Only for `raw`: uint8.")
+    layout: str | MISSING = Field(
+        default=MISSING, description="Only for `raw`: HWC, row-major red, green, blue."
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.url is MISSING) == (self.b64_json is MISSING):
+            raise ValueError("an item has either url or b64_json")
+        return self
+
+
+class Usage(_Answer):
+    """What the request cost: pictures made and denoising steps run, over all pictures."""
+
+    images: int
+    steps: int
+
+
+class ImageGenerationAnswer(_Answer):
+    """Answer of `POST /dedicated/v1/images/generations`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_ANSWER_EXAMPLE]})
+
+    created: int | MISSING = Field(default=MISSING, description="Unix time in seconds.")
+    id: str | MISSING = MISSING
+    data: list[ImageItem] = Field(min_length=1)
+    usage: Usage | MISSING = MISSING
+    warnings: list[str] = []
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: `message` for people, `code` for programs, `param` names the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """The one error body."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_ERROR_EXAMPLE]})
+
+    error: ErrorDetail
+    detail: str
+    request_id: str | None
+
+    @classmethod
+    def of(cls, error: MezzotintError, request_id: str | None = None) -> Self:
+        """The body for `error`."""
+        detail = ErrorDetail(
+            message=error.message, type=error_type(error.status), param=error.param, code=error.code
+        )
+        return cls(error=detail, detail=error.message, request_id=request_id or error.request_id)
+
+
+class RequestState(_Answer):
+    """Where a request stands: the answer of `GET /dedicated/v1/requests/{id}`.
+
+    With the header `Prefer: respond-async` (RFC 7240) the generations route answers 202 with this at once;
+    `Prefer: respond-async, previews=3` also asks for that many previews of each picture. `.../events` sends
+    the same as server-sent events: `progress` (this, whenever it changes), `preview` (PreviewEvent), and as
+    the last one exactly one of `done` (ImageGenerationAnswer), `failed` (ErrorBody), `cancelled` (this).
+    """
+
+    id: str
+    status: RequestStatus
+    position: int | MISSING = Field(default=MISSING, description="While queued: how many requests go first.")
+    step: int | MISSING = Field(default=MISSING, description="Denoising steps done, over all pictures.")
+    num_steps: int | MISSING = Field(default=MISSING, description="Denoising steps to do, over all pictures.")
+    seconds_left: float | MISSING = Field(default=MISSING, description="Estimate until the answer is there.")
+    result: ImageGenerationAnswer | MISSING = Field(default=MISSING, description="Once done.")
+    error: ErrorDetail | MISSING = Field(default=MISSING, description="Once failed.")
+
+
+class PreviewEvent(_Answer):
+    """Event `preview`: the current estimate of the finished picture, as PNG."""
+
+    index: int = Field(description="Which picture of the request, from 0.")
+    step: int
+    num_steps: int | MISSING = MISSING
+    b64_json: str
+
+
+# ---------------------------------------------------------------- from bytes to a request
+
+
+def parse_body(raw: bytes) -> DedicatedImageGenerationBody:
+    """The request in `raw`; InvalidRequestError says which rule it breaks, with `code` and `param`."""
+    return make_body(parse_json(raw))
+
+
+def make_body(values: Mapping[str, Any]) -> DedicatedImageGenerationBody:
+    """The request with these fields; InvalidRequestError as for `parse_body`."""
+    for name in values:
+        if name not in KNOWN_FIELDS:
+            raise unknown_field(name, KNOWN_FIELDS)
+    try:
+        return DedicatedImageGenerationBody.model_validate(dict(values))
+    except ValidationError as error:
+        raise _invalid(error.errors(include_url=False)[0]) from None
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`: UTF-8, no key twice, no NaN or Infinity; else InvalidRequestError."""
+    try:
+        value = json.loads(
+            raw.decode("utf-8-sig"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+        )
+    except UnicodeDecodeError as error:
+        raise _bad_json(f"the body is not UTF-8 (byte {error.start}); send UTF-8 encoded JSON") from None
+    except json.JSONDecodeError as error:
+        if not raw.strip():
+            raise _bad_json("the body is empty; send a JSON object") from None
+        raise _bad_json(
+            f"the body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except RecursionError:
+        raise _bad_json("the body is nested too deeply; send a flat JSON object") from None
+    except ValueError:  # Python refuses to read integers of more than 4300 digits
+        raise _bad_json("the body has a number with too many digits; send a smaller number") from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"the body must be a JSON object (got {shown(value)})", code="invalid_type")
+    return value
+
+
+def split_model(model: str) -> tuple[str, str | None]:
+    """Endpoint ID and adapter route (None: no adapter) of a `model` that follows the pattern."""
+    endpoint_id, _, route = model.partition(":")
+    return endpoint_id, route or None
+
+
+def unknown_field(name: str, known: Iterable[str]) -> InvalidRequestError:
+    """The error for a field that nobody knows; it names the nearest of `known`."""
+    hint = nearest(name, known)
+    text = f"did you mean {hint}?" if hint else f"known fields are {', '.join(known)}"
+    return InvalidRequestError(
+        f"unknown field {echo(name)}; {text}", code="unknown_field", param=_printable(name)
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was probably meant to be: the closest, else one that contains it."""
+    name, names = name.lower()[:MAX_ECHO], list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    holding = [other for other in names if len(name) >= 4 and (name in other or other in name)]
+    return next(iter(close + holding), None)
+
+
+def shown(value: object) -> str:
+    """A caller's JSON value for a message: short, and never descending into arrays or objects."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() < 1000):
+        return echo(value)
+    return {int: "a huge integer", list: "an array", dict: "an object"}.get(type(value), type(value).__name__)
+
+
+def _printable(name: str) -> str:
+    return name[:MAX_ECHO].encode("utf-8", "backslashreplace").decode()[:MAX_ECHO]
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            text = f"the key {echo(name)} stands twice in the body; send it once"
+            raise InvalidRequestError(text, code="duplicate_key", param=_printable(name))
+        values[name] = value
+    return values
+
+
+def _refuse_constant(name: str) -> float:
+    raise _bad_json(f"the body has {name}, which is not JSON; send a finite number or null")
+
+
+def _bad_json(message: str) -> InvalidRequestError:
+    return InvalidRequestError(message, code="invalid_json")
+
+
+_TYPES: Mapping[str, str] = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+}
+_OUT_OF_RANGE = ("greater_than_equal", "less_than_equal", "finite_number")
+
+
+def _invalid(fault: ErrorDetails) -> InvalidRequestError:
+    """pydantic's first complaint in the contract's words."""
+    kind, got, context = fault["type"], fault["input"], fault.get("ctx", {})
+    param = str(fault["loc"][0]) if fault["loc"] else str(context.get("param"))
+    if kind in ("out_of_range", "invalid_value"):
+        code, text = kind, fault["msg"]
+    elif kind == "missing":
+        code, text = "missing_field", "is required"
+    elif kind in _TYPES:
+        code, text = "invalid_type", f"must be {_TYPES[kind]} (got {shown(got)})"
+    elif kind in _OUT_OF_RANGE:
+        low, high = LIMITS[param]
+        code, text = "out_of_range", f"must be between {low} and {high} (got {shown(got)})"
+    elif kind == "literal_error":
+        code, text = _no_such_format(got)
+    elif kind == "none_required":
+        code, text = "not_supported", "is not supported by any endpoint yet; leave it out or send null"
+    elif kind == "string_unicode":
+        code, text = "invalid_value", "must be valid Unicode; it has half of a surrogate pair"
+    else:
+        code, text = "invalid_value", _bad_model(got)
+    return InvalidRequestError(f"{param} {text}", code=code, param=param)
+
+
+def _no_such_format(got: object) -> tuple[str, str]:
+    names = get_args(DedicatedImageGenerationBodyResponseFormat)
+    text = f"must be one of {', '.join(names)} (got {shown(got)})"
+    if not isinstance(got, str):
+        return "invalid_type", text
+    hint = nearest(got, names)
+    return "invalid_value", f"{text}; did you mean {hint}?" if hint else text
+
+
+def _bad_model(got: object) -> str:
+    text = "must be ENDPOINT_ID or ENDPOINT_ID:ADAPTER_ROUTE"
+    if isinstance(got, str) and got.count(":") > 1:
+        return f"{text}, with one colon at most (got {shown(got)})"
+    form = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+    return f"{text}, each {form} (got {shown(got)})"
