@@ -1,0 +1,93 @@
+"""Tokenizers made on the spot: one token a character (or byte), so that any prompt can be written."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertTokenizer,
+    CLIPTokenizer,
+    GemmaTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    T5Tokenizer,
+)
+
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TEMPLATE_WORDS = re.findall(
+    r"\w+",
+    "system user Describe the image by detailing color shape size texture quantity text "
+    "spatial relationships of objects and background",
+)
+"""One token each, as in the real tokenizer: Qwen-Image and Ovis-Image count the tokens of their template."""
+
+
+def clip(max_length: int = 77) -> Any:
+    """514 tokens; the end token is 513, the highest, as in the real one."""
+    words = [*BYTES, *(byte + "</w>" for byte in BYTES), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab=_numbered(words), merges=[], model_max_length=max_length)
+
+
+def t5(max_length: int = 512) -> Any:
+    """Fewer than 128 tokens."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["<pad>", "</s>", "<unk>", "▁", *letters]
+    return T5Tokenizer(vocab=[(word, -1.0) for word in words], extra_ids=0, model_max_length=max_length)
+
+
+def qwen2(max_length: int = 2048) -> Any:
+    """Fewer than 320 tokens, with a chat template."""
+    words = [*BYTES, "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=_numbered(words),
+        merges=[],
+        model_max_length=max_length,
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    words = [space + word for word in TEMPLATE_WORDS for space in ("", " ")]
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def gemma(max_length: int = 2048) -> Any:
+    """Fewer than 384 tokens."""
+    letters = [chr(code) for code in range(33, 127)]
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *letters, *fallback]
+    return GemmaTokenizer(vocab=_numbered(words), merges=[], model_max_length=max_length)
+
+
+def bert(max_length: int = 77) -> Any:
+    """Fewer than 256 tokens."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
+    return BertTokenizer(vocab=_numbered(words), model_max_length=max_length)
+
+
+def plain(max_length: int = 2048) -> Any:
+    """Bytes after a start token; stands for the tokenizers that a pipeline loads through AutoTokenizer."""
+    words = [*BYTES, "<|endoftext|>", "<sop>"]
+    tokenizer = Tokenizer(models.BPE(vocab=_numbered(words), merges=[]))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<sop> $A", special_tokens=[("<sop>", words.index("<sop>"))]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        padding_side="left",
+        model_max_length=max_length,
+    )
+
+
+def _numbered(words: list[str]) -> dict[str, int]:
+    return {word: number for number, word in enumerate(words)}
