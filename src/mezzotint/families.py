@@ -1,11 +1,13 @@
 """Facts on model families, as data: what server and engine must know about a pipeline class before it is loaded.
 
-A new family is one entry here and one parity test (tests/engine). A pipeline class without an entry still runs,
-with the values of DEFAULT, and is never merged.
+A new family is one entry here, one Rule in engine/rules.py and one parity test (tests/engine/test_parity.py). A
+pipeline class without an entry still runs, with the values of DEFAULT and what its call's signature says, and is never
+merged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -13,9 +15,82 @@ from dataclasses import dataclass
 class Family:
     """What is known of one pipeline class."""
 
+    denoiser: str = "transformer"
+    """Name of the component that runs once (or twice) a step."""
     default_steps: int = 28
+    distilled_steps: int | None = None
+    """Steps by default where guidance was distilled away (see `guided_when`)."""
     default_guidance: float | None = None
     """None: the pipeline's own default."""
     guidance_argument: str | None = "guidance_scale"
     """Name of the pipeline argument that `guidance_scale` feeds; None: the model ignores guidance."""
+    guided_when: tuple[str, bool] | None = None
+    """Key and value in the configuration of the denoiser or the pipeline; guidance has an effect only where they match."""
     negative_prompt: bool = True
+    """Whether a negative prompt changes the picture without any further argument."""
+    implied_negative_prompt: str | None = None
+    """Handed over when a request has none, for pipelines that guide only against a negative prompt."""
+    text_length_argument: str | None = "max_sequence_length"
+    """Name of the pipeline argument that says how many tokens of the prompt count."""
+    patch: int = 2
+    """Width and height are multiples of the VAE's factor times this."""
+    merges: bool = False
+    """Whether requests share forwards: the denoiser has a Rule and the class a parity test."""
+    tolerance_fp32: float = 0.0
+    """Largest difference of any channel value (0 to 1) between a merged picture and plain diffusers' in fp32."""
+    tolerance_bf16: float = 0.0
+
+
+DEFAULT = Family()
+"""For a pipeline class that is not listed."""
+
+FAMILIES: Mapping[str, Family] = {
+    "FluxPipeline": Family(
+        distilled_steps=4,
+        default_guidance=3.5,
+        guided_when=("guidance_embeds", True),
+        negative_prompt=False,
+        merges=True,
+    ),
+    "Flux2KleinPipeline": Family(
+        default_steps=50,
+        distilled_steps=4,
+        default_guidance=4.0,
+        guided_when=("is_distilled", False),
+        negative_prompt=False,
+        merges=True,
+    ),
+    "StableDiffusionPipeline": Family(
+        denoiser="unet",
+        default_steps=30,
+        default_guidance=7.5,
+        text_length_argument=None,
+        patch=1,
+        merges=True,
+    ),
+    "StableDiffusionXLPipeline": Family(
+        denoiser="unet",
+        default_steps=30,
+        default_guidance=5.0,
+        text_length_argument=None,
+        patch=1,
+        merges=True,
+    ),
+    "StableDiffusion3Pipeline": Family(default_guidance=7.0, merges=True),
+    "PixArtSigmaPipeline": Family(default_steps=20, default_guidance=4.5, merges=True),
+    "SanaPipeline": Family(default_steps=20, default_guidance=4.5, patch=1, merges=True),
+    "QwenImagePipeline": Family(
+        default_steps=50,
+        default_guidance=4.0,
+        guidance_argument="true_cfg_scale",
+        implied_negative_prompt=" ",
+        merges=True,
+    ),
+    "ZImagePipeline": Family(default_steps=50, default_guidance=5.0, merges=True),
+}
+"""The tested pipeline classes, by name."""
+
+
+def family(pipeline_class: str) -> Family:
+    """The entry of `pipeline_class`, or DEFAULT."""
+    return FAMILIES.get(pipeline_class, DEFAULT)
