@@ -1,0 +1,146 @@
+"""Writes the pages and tables that the program itself knows: settings, command line, errors by code.
+
+    python docs/generate.py            writes docs/settings.md, docs/cli.md and the table in docs/http.md
+    python docs/generate.py --check    changes nothing; exit status 1 when one of them is out of date
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from mezzotint import errors
+from mezzotint.cli import app
+from mezzotint.config import AdapterSettings, EndpointSettings, Settings, default_text
+
+DOCS = Path(__file__).parent
+_NOTE = "<!-- Written by docs/generate.py from the program; change that, not this. -->"
+_ERROR_LINE = re.compile(r"[├└]── (\w+) +(\d{3}) +(\S.*)$", re.MULTILINE)
+
+
+def settings_page() -> str:
+    """docs/settings.md"""
+    parts = [
+        "# Settings",
+        _NOTE,
+        "A setting comes from a flag of `mezzotint serve`, else from the environment, else from the file "
+        "`mezzotint.toml` in the working folder (or `--config FILE`, or `MEZZOTINT_CONFIG`), else it has its "
+        "default. A bad value or an unknown name stops the start with a sentence naming file and key. "
+        "`mezzotint serve --print-config` prints the settings in force as a file to start from.",
+        '```toml\n[server]\nport = 8000\n\n[[endpoints]]\nid = "emoji"\nmodel = "emoji"\n\n'
+        '[[endpoints]]\nid = "flux"\nmodel = "black-forest-labs/FLUX.1-schnell"\n\n'
+        '[[endpoints.adapters]]\nroute = "ink"\nsource = "loras/ink.safetensors"\n```',
+        "## `[server]`",
+        "Each may also stand in the environment as `MEZZOTINT_` and its name in capitals (`MEZZOTINT_PORT`); "
+        "lists are separated by commas there.",
+        _settings_table(Settings),
+        "## `[[endpoints]]`",
+        _settings_table(EndpointSettings),
+        "## `[[endpoints.adapters]]`",
+        _settings_table(AdapterSettings),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings_table(table: type[Settings] | type[EndpointSettings] | type[AdapterSettings]) -> str:
+    lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in table.model_fields.items():
+        if name in ("endpoints", "adapters"):  # tables of their own
+            continue
+        kind = _type_name(field.annotation)
+        lines.append(f"| `{name}` | {kind} | `{default_text(field)}` | {field.description} |")
+    return "\n".join(lines)
+
+
+def _type_name(annotation: Any) -> str:
+    choices = getattr(annotation, "__args__", ())
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return " \\| ".join(f"`{choice}`" for choice in choices)
+    names = {"str": "text", "int": "integer", "float": "number", "bool": "`true` \\| `false`", "Path": "folder"}
+    if choices and annotation.__class__.__name__ in ("UnionType", "Union"):
+        return names[choices[0].__name__]
+    return names.get(annotation.__name__, "list of texts")
+
+
+def cli_page() -> str:
+    """docs/cli.md"""
+    root: Any = typer.main.get_command(app)
+    parts = ["# Command line", _NOTE, str(root.help), str(root.epilog), *_command_parts(root, "mezzotint")]
+    return "\n\n".join(parts) + "\n"
+
+
+def _command_parts(group: Any, path: str) -> Iterator[str]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _command_parts(command, f"{path} {name}")
+            continue
+        arguments = [p.make_metavar(None) for p in command.params if p.param_type_name == "argument"]
+        yield f"## `{' '.join([path, name, '[OPTIONS]', *arguments])}`"
+        yield re.sub(r"[ \t]+", " ", command.help)
+        yield "\n".join(_parameter_lines(command))
+
+
+def _parameter_lines(command: Any) -> Iterator[str]:
+    yield "| flag | meaning |"
+    yield "|---|---|"
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            yield f"| `{parameter.make_metavar(None)}` | {parameter.help} |"
+            continue
+        flag = " / ".join([*parameter.opts, *parameter.secondary_opts])
+        value = "" if parameter.is_flag else f" {parameter.make_metavar(None)}"
+        default = "" if parameter.is_flag or parameter.default is None else f" [{parameter.default}]"
+        variable = f" (`{parameter.envvar}`)" if parameter.envvar else ""
+        yield f"| `{flag}{value}` | {parameter.help}{default}{variable} |".replace("[", "\\[")
+
+
+def error_table() -> str:
+    """The rows of errors.py that are HTTP answers, by status."""
+    lines = ["| status | `code` | class in the SDK | worth sending again |", "|---|---|---|---|"]
+    for name, status, rest in _ERROR_LINE.findall(str(errors.__doc__)):
+        codes = ", ".join(f"`{code}`" for code in re.findall(r"[a-z_]+_[a-z_]+|conflict|forbidden", rest))
+        again = "yes" if getattr(errors, name).retryable else "no"
+        lines.append(f"| {status} | {codes} | `{name}` | {again} |")
+    return "\n".join(lines)
+
+
+def with_table(page: str, name: str, table: str) -> str:
+    """`page` with what stands between `<!-- name -->` and `<!-- /name -->` replaced."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = page.partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"docs/http.md: no {start} ... {end} to write the table into")
+    return f"{before}{start}\n{table}\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """Every file this program writes, with what belongs in it."""
+    http = DOCS / "http.md"
+    return {
+        DOCS / "settings.md": settings_page(),
+        DOCS / "cli.md": cli_page(),
+        http: with_table(http.read_text(encoding="utf-8"), "errors", error_table()),
+    }
+
+
+def main() -> int:
+    stale = [
+        file for file, text in pages().items() if not file.exists() or file.read_text(encoding="utf-8") != text
+    ]
+    if "--check" in sys.argv[1:]:
+        for file in stale:
+            print(f"docs/{file.name} is out of date; run python docs/generate.py")
+        return 1 if stale else 0
+    for file, text in pages().items():
+        file.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
