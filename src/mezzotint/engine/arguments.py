@@ -1,0 +1,192 @@
+"""From a request to the arguments of a pipeline's `__call__`, and what the request's author should be warned of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mezzotint.errors import InvalidRequestError, echo
+from mezzotint.families import Family, family
+
+MAX_STEPS = 50
+_OURS = frozenset(
+    "prompt negative_prompt num_inference_steps width height generator output_type return_dict "
+    "num_images_per_prompt callback_on_step_end callback callback_steps".split()
+)
+"""Pipeline arguments that `extra` must not set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One image to make. What is None is the model's own default; a `seed` of None is drawn."""
+
+    prompt: str
+    num_inference_steps: int
+    guidance_scale: float | None = None
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    negative_prompt: str | None = None
+    adapter: str | None = None
+    """Route of a LoRA adapter that the engine knows."""
+    adapter_scale: float | None = None
+    num_previews: int = 0
+    """How many evenly spaced estimates of the finished image to make on the way."""
+    priority: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the pipeline's call, handed over as they are."""
+
+
+class PipelineFacts:
+    """What is fixed for one loaded pipeline: its defaults and limits, and how it wants to be called."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.family: Family = family(type(pipe).__name__)
+        self.denoiser: Any = pipe.components.get(self.family.denoiser) or _first_denoiser(pipe)
+        parameters = inspect.signature(pipe.__call__).parameters
+        self.parameters = parameters
+        self.open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        self.size_multiple = int(getattr(pipe, "vae_scale_factor", 8)) * self.family.patch
+        self.width, self.height = _default_size(pipe, self.denoiser, parameters)
+        self.guidance_effective = self._guidance_effective(pipe)
+        self.tokenizer, self.max_prompt_tokens = self._text_limit(pipe)
+        self.default_steps = self.family.default_steps
+        if not self.guidance_effective and self.family.distilled_steps is not None:
+            self.default_steps = self.family.distilled_steps
+
+    @property
+    def supports_negative_prompt(self) -> bool:
+        return self.family.negative_prompt and "negative_prompt" in self.parameters
+
+    def _guidance_effective(self, pipe: Any) -> bool:
+        if self.family.guidance_argument not in self.parameters:
+            return False
+        if self.family.guided_when is None:
+            return True
+        key, wanted = self.family.guided_when
+        for config in (getattr(self.denoiser, "config", {}), pipe.config):
+            if key in config:
+                return bool(config[key]) == wanted
+        return True
+
+    def _text_limit(self, pipe: Any) -> tuple[Any, int | None]:
+        """The tokenizer of the longest text encoder (by custom the last one) and how many tokens of a prompt count."""
+        names = sorted(name for name in pipe.components if name.startswith("tokenizer"))
+        tokenizers = [pipe.components[name] for name in names if pipe.components[name] is not None]
+        if not tokenizers:
+            return None, None
+        limits = [int(getattr(tokenizers[-1], "model_max_length", 0) or 10**30)]
+        parameter = self.parameters.get(self.family.text_length_argument or "")
+        if parameter is not None and isinstance(parameter.default, int):
+            limits.append(parameter.default)
+        limit = min(limits)
+        return tokenizers[-1], limit if limit < 10**6 else None
+
+    def call_arguments(self, request: Request) -> tuple[dict[str, Any], list[str]]:
+        """The arguments of `__call__` for `request` and its warnings; InvalidRequestError says what is wrong."""
+        self._check(request)
+        warnings: list[str] = []
+        arguments: dict[str, Any] = {
+            "prompt": request.prompt,
+            "num_inference_steps": request.num_inference_steps,
+            "width": request.width or self.width,
+            "height": request.height or self.height,
+            "output_type": "np",
+        }
+        self._add_guidance(request, arguments, warnings)
+        self._add_negative_prompt(request, arguments, warnings)
+        self._add_text_length(request, arguments, warnings)
+        arguments.update(request.extra)
+        return {name: value for name, value in arguments.items() if self._takes(name)}, warnings
+
+    def _takes(self, name: str) -> bool:
+        return name in self.parameters or self.open_ended
+
+    def _check(self, request: Request) -> None:
+        steps = request.num_inference_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+            raise InvalidRequestError(
+                f"num_inference_steps must be an integer between 1 and {MAX_STEPS} (got {echo(steps)})",
+                code="out_of_range",
+                param="num_inference_steps",
+            )
+        for name in ("width", "height"):
+            size = getattr(request, name)
+            if size is not None and (size <= 0 or size % self.size_multiple):
+                raise InvalidRequestError(
+                    f"{name} must be a positive multiple of {self.size_multiple} for this model (got {echo(size)})",
+                    code="out_of_range",
+                    param=name,
+                )
+        if request.seed is not None and not 0 <= request.seed < 2**63:
+            raise InvalidRequestError(
+                f"seed must be between 0 and 2**63-1 (got {echo(request.seed)})",
+                code="out_of_range",
+                param="seed",
+            )
+        for name in request.extra:
+            if name in _OURS or not self._takes(name):
+                reason = (
+                    "is set by the request itself" if name in _OURS else "is not an argument of this pipeline"
+                )
+                raise InvalidRequestError(
+                    f"extra: {echo(name)} {reason}", code="unknown_field", param="extra"
+                )
+
+    def _add_guidance(self, request: Request, arguments: dict[str, Any], warnings: list[str]) -> None:
+        if not self.guidance_effective:
+            if request.guidance_scale is not None:
+                warnings.append("guidance_scale had no effect: this model does not use it")
+            return
+        guidance = self.family.default_guidance if request.guidance_scale is None else request.guidance_scale
+        if guidance is not None:
+            assert self.family.guidance_argument is not None, "effective guidance has an argument"
+            arguments[self.family.guidance_argument] = float(guidance)
+
+    def _add_negative_prompt(self, request: Request, arguments: dict[str, Any], warnings: list[str]) -> None:
+        negative = request.negative_prompt
+        if negative is None:
+            negative = self.family.implied_negative_prompt
+        if negative is None:
+            return
+        arguments["negative_prompt"] = negative
+        if request.negative_prompt and not self.supports_negative_prompt and not request.extra:
+            warnings.append("negative_prompt had no effect: this model does not use it")
+            del arguments["negative_prompt"]
+
+    def _add_text_length(self, request: Request, arguments: dict[str, Any], warnings: list[str]) -> None:
+        """Text encoders shorter than the pipeline's default get their own length; a longer prompt is cut, with a word."""
+        name = self.family.text_length_argument
+        limit = self.max_prompt_tokens
+        if name is not None and name in self.parameters and limit != self.parameters[name].default and limit:
+            arguments[name] = limit
+        limit = request.extra.get(name, limit) if name else limit
+        if self.tokenizer is None or limit is None:
+            return
+        num_tokens = len(self.tokenizer(request.prompt, truncation=False, verbose=False).input_ids)
+        if num_tokens > limit:
+            warnings.append(f"prompt was cut: it has {num_tokens} tokens, this model reads the first {limit}")
+
+
+def _first_denoiser(pipe: Any) -> Any:
+    for name in ("transformer", "unet", "decoder", "prior"):
+        if pipe.components.get(name) is not None:
+            return pipe.components[name]
+    return None
+
+
+def _default_size(pipe: Any, denoiser: Any, parameters: Mapping[str, inspect.Parameter]) -> tuple[int, int]:
+    """(width, height) that the pipeline makes when told nothing; for Flux-like models, what the VAE was trained on."""
+    if "height" in parameters and isinstance(parameters["height"].default, int):
+        return parameters["width"].default, parameters["height"].default
+    factor = int(getattr(pipe, "vae_scale_factor", 8))
+    sample = getattr(getattr(denoiser, "config", None), "sample_size", None)
+    if isinstance(sample, (tuple, list)):
+        return int(sample[1]) * factor, int(sample[0]) * factor
+    if isinstance(sample, int):
+        return sample * factor, sample * factor
+    vae = getattr(getattr(pipe, "vae", None), "config", {})
+    side = vae.get("sample_size") or int(getattr(pipe, "default_sample_size", 128)) * factor
+    return int(side), int(side)
