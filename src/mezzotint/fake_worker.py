@@ -1,0 +1,262 @@
+"""A worker without torch: speaks messages.py and paints a deterministic picture from seed and prompt.
+
+Server tests and examples run it in place of the engine's worker. What it does is written in the model source:
+
+    fake                              ready at once, a step takes a millisecond
+    fake:step_s=0.05,size=32          slower steps, smaller pictures
+    fake:load_s=0.5                   takes that long to load
+    fake:fail_load=permanent          LoadFailed, exit EXIT_PERMANENT (`temporary`: LoadFailed, exit status 1)
+    fake:die_at_start=1               exits before Ready, as a crash would
+    fake:once=/tmp/flag,...           the two faults above, and `hang_at_start`, happen only while that file is missing
+
+Prompts that hold one of these words make a fault: `!die@K` kills the process at step K, `!die-once@K:FILE` does so
+only while FILE is missing, `!hang@K` stops answering for good, `!fail@K` fails that one job, `!oom` fails it for memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from mezzotint.messages import (
+    EXIT_PERMANENT,
+    AdapterAdded,
+    AdapterFailed,
+    AddAdapter,
+    Cancel,
+    Cancelled,
+    Done,
+    Failed,
+    Generate,
+    LoadFailed,
+    Loading,
+    LoadModel,
+    Message,
+    ModelInfo,
+    Ping,
+    Pong,
+    Preview,
+    Progress,
+    Ready,
+    RemoveAdapter,
+    Shutdown,
+    Stats,
+    decode,
+    encode,
+)
+
+DEFAULTS = {
+    "step_s": "0.001",
+    "size": "16",
+    "load_s": "0",
+    "fail_load": "",
+    "die_at_start": "",
+    "hang_at_start": "",
+    "once": "",
+}
+_FAULT = re.compile(r"!(?P<kind>die-once|die|hang|fail|oom)(?:@(?P<step>\d+))?(?::(?P<file>\S+))?")
+
+
+@dataclass(slots=True)
+class FakeJob:
+    request: Generate
+    width: int
+    height: int
+    step: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+
+def run(connection: Connection) -> None:
+    """The worker process: one LoadModel, then jobs until Shutdown or until the server is gone."""
+    try:
+        load = decode(connection.recv_bytes())
+        assert isinstance(load, LoadModel)
+        options = parse_source(load.source)
+        connection.send_bytes(encode(Loading("loading weights", 0.0)))
+        _start_faults(connection, options)
+        began = time.monotonic()
+        time.sleep(float(options["load_s"]))
+        size = int(options["size"])
+        info = model_info(load, size, float(options["step_s"]))
+        connection.send_bytes(encode(Ready(info, time.monotonic() - began)))
+        _Worker(connection, size, float(options["step_s"])).loop()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def parse_source(source: str) -> dict[str, str]:
+    """The options in a source such as `fake:step_s=0.05,size=32`; ValueError for an unknown one."""
+    options = dict(DEFAULTS)
+    _, _, text = source.partition(":")
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in options:
+            raise ValueError(f"fake worker: unknown option {name!r}; known are {', '.join(DEFAULTS)}")
+        options[name] = value
+    return options
+
+
+def model_info(load: LoadModel, size: int, step_s: float) -> ModelInfo:
+    rows = load.rows or (4 if load.batching == "exact" else 1)
+    return ModelInfo(
+        pipeline_class="FakePipeline",
+        model_class="FakeModel",
+        dtype="fp32",
+        device="cpu",
+        num_threads=1,
+        batching=load.batching,
+        performance=load.performance,
+        rows=rows,
+        mergeable=True,
+        width=size,
+        height=size,
+        size_multiple=8,
+        default_steps=8,
+        default_guidance=4.0,
+        guidance_effective=True,
+        supports_negative_prompt=True,
+        max_prompt_tokens=64,
+        num_parameters=1,
+        calibration=[{"rows": 1, "forward_s": step_s, "rows_per_s": 1 / step_s if step_s else 0.0}],
+        step_s=step_s,
+    )
+
+
+def paint(request: Generate, width: int, height: int) -> bytes:
+    """The picture of a request: uint8 RGB, the same bytes for the same fields, in whatever company it ran."""
+    fields = (
+        request.prompt,
+        request.seed,
+        request.num_inference_steps,
+        request.guidance_scale,
+        request.negative_prompt,
+        request.adapter,
+        request.adapter_scale,
+    )
+    return hashlib.shake_256(repr(fields).encode()).digest(width * height * 3)
+
+
+def _start_faults(connection: Connection, options: dict[str, str]) -> None:
+    flag = options["once"]
+    if flag:
+        if Path(flag).exists():
+            return
+        Path(flag).touch()
+    if options["hang_at_start"]:
+        signal.pause()
+    if options["die_at_start"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if options["fail_load"]:
+        permanent = options["fail_load"] == "permanent"
+        connection.send_bytes(
+            encode(LoadFailed("model_load_failed", "the fake model cannot be loaded", permanent))
+        )
+        os._exit(EXIT_PERMANENT if permanent else 1)
+
+
+class _Worker:
+    """The loop: read what has arrived, run one step of every job, report."""
+
+    def __init__(self, connection: Connection, size: int, step_s: float) -> None:
+        self.connection = connection
+        self.size = size
+        self.step_s = step_s
+        self.jobs: dict[str, FakeJob] = {}
+        self.adapters: dict[str, AddAdapter] = {}
+        self.open = True
+
+    def loop(self) -> None:
+        while self.open:
+            if self.connection.poll(0 if self.jobs else None):
+                self._receive(decode(self.connection.recv_bytes()))
+            elif self.jobs:
+                self._step()
+
+    def _send(self, message: Message) -> None:
+        self.connection.send_bytes(encode(message))
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case Generate():
+                self._admit(message)
+            case Cancel(job_id):
+                if self.jobs.pop(job_id, None):
+                    self._send(Cancelled(job_id))
+            case Ping(number):
+                self._send(Pong(number))
+            case AddAdapter(route, path):
+                if Path(path).exists():
+                    self.adapters[route] = message
+                    self._send(AdapterAdded(route, 4, Path(path).stat().st_size, ["to_q"]))
+                else:
+                    self._send(
+                        AdapterFailed(route, "adapter_load_failed", f"adapter {route!r}: no such file")
+                    )
+            case RemoveAdapter(route):
+                self.adapters.pop(route, None)
+            case Shutdown():
+                self.open = False
+            case _:
+                pass
+
+    def _admit(self, request: Generate) -> None:
+        job = FakeJob(request, request.width or self.size, request.height or self.size)
+        self.jobs[request.job_id] = job
+        self._send(Progress(request.job_id, 0, request.num_inference_steps))
+
+    def _step(self) -> None:
+        time.sleep(self.step_s)
+        rows = len(self.jobs)
+        for job_id, job in list(self.jobs.items()):
+            job.step += 1
+            if self._fault(job):
+                continue
+            self._send(Progress(job_id, job.step, job.request.num_inference_steps))
+            self._preview(job)
+            if job.step >= job.request.num_inference_steps:
+                del self.jobs[job_id]
+                picture = paint(job.request, job.width, job.height)
+                self._send(Done(job_id, job.width, job.height, time.monotonic() - job.started, picture))
+        if not self.jobs:
+            key = f"{self.size}x{self.size}"
+            self._send(
+                Stats(0, 1, rows, 0, self.step_s, {key: self.step_s}, resident_routes=list(self.adapters))
+            )
+
+    def _preview(self, job: FakeJob) -> None:
+        wanted, steps = job.request.num_previews, job.request.num_inference_steps
+        before, now = (job.step - 1) * (wanted + 1) // steps, job.step * (wanted + 1) // steps
+        if wanted and before < now <= wanted:
+            picture = paint(job.request, job.width, job.height)
+            self._send(Preview(job.request.job_id, now - 1, job.step, job.width, job.height, picture))
+
+    def _fault(self, job: FakeJob) -> bool:
+        """Makes the fault that the prompt asks for; True when the job is over."""
+        found = _FAULT.search(job.request.prompt)
+        if found is None or job.step < int(found["step"] or 1):
+            return False
+        kind, flag = found["kind"], found["file"]
+        if kind == "die-once" and not Path(flag).exists():
+            Path(flag).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "hang":
+            while True:
+                signal.pause()
+        if kind in ("fail", "oom"):
+            code = "generation_failed" if kind == "fail" else "out_of_memory"
+            del self.jobs[job.request.job_id]
+            self._send(
+                Failed(
+                    job.request.job_id, code, f"the fake job failed at step {job.step}, as its prompt asked"
+                )
+            )
+            return True
+        return False

@@ -1,0 +1,528 @@
+"""Requests: admitted or refused, joined when they come back, ended exactly once.
+
+A Ticket is one request of one key: one job per image, then one answer. The dialects make tickets and wait for them;
+`finish` turns the pictures into the answer's bytes, in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+import structlog
+from starlette.types import Receive
+
+from mezzotint.config import Settings
+from mezzotint.errors import (
+    ConflictError,
+    DeadlineError,
+    InternalError,
+    InvalidRequestError,
+    MezzotintError,
+    NotFoundError,
+    QueueFullError,
+    RequestCancelledError,
+    UnavailableError,
+    echo,
+)
+from mezzotint.messages import Done, Generate, Preview
+from mezzotint.schemas import RequestStatus
+from mezzotint.server.endpoints import Endpoint
+from mezzotint.server.keys import Key
+from mezzotint.server.metrics import Metrics
+from mezzotint.server.queueing import Job
+from mezzotint.server.sse import or_gone
+
+MAX_TIMEOUT_S = 3600.0
+MAX_KEPT_BYTES = 256 * 2**20
+"""Most bytes of finished answers kept for retries; the oldest go first."""
+DRAWN_SEEDS = 2**32
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """What a dialect asks for. `seed` None draws one; image i of n uses seed + i."""
+
+    prompt: str
+    num_inference_steps: int
+    route: str | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    n: int = 1
+    width: int | None = None
+    height: int | None = None
+    negative_prompt: str | None = None
+    adapter_scale: float | None = None
+    num_previews: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One finished image: uint8 RGB pixels and what made them."""
+
+    request: Generate
+    width: int
+    height: int
+    pixels: bytes
+    queue_s: float
+    generate_s: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The bytes of a finished request's JSON answer, and what the Server-Timing header says."""
+
+    body: bytes
+    queue_s: float = 0.0
+    generate_s: float = 0.0
+    encode_s: float = 0.0
+
+
+Finish = Callable[["Ticket", list[Picture]], Answer]
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request on its way to exactly one of done, failed, cancelled."""
+
+    id: str
+    key: Key
+    endpoint: Endpoint
+    finish: Finish
+    fingerprint: str
+    idempotency_key: str | None
+    deadline: float
+    warnings: list[str]
+    created: float = field(default_factory=time.time)
+    status: RequestStatus = "queued"
+    jobs: list[Job] = field(default_factory=list)
+    pictures: dict[int, Picture] = field(default_factory=dict)
+    previews: list[tuple[int, Preview]] = field(default_factory=list)
+    """Image number and preview, in the order in which they came."""
+    answer: Answer | None = None
+    error: MezzotintError | None = None
+    clients: int = 0
+    """Connections that wait for the answer."""
+    held: bool = False
+    """Runs to its end, and keeps its answer, without any connection."""
+    vanished_at: float = 0.0
+    changes: int = 0
+    """Counts up with every change; see `changed`."""
+    _waiters: set[asyncio.Future[None]] = field(default_factory=set)
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("done", "failed", "cancelled")
+
+    @property
+    def step(self) -> int:
+        return sum(min(job.step, job.request.num_inference_steps) for job in self.jobs)
+
+    @property
+    def num_steps(self) -> int:
+        return sum(job.request.num_inference_steps for job in self.jobs)
+
+    async def changed(self, seen: int) -> int:
+        """Waits until `changes` differs from `seen` and answers it; several changes may come as one."""
+        while self.changes == seen:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiters.discard(waiter)
+        return self.changes
+
+    async def outcome(self) -> Answer:
+        """The answer, or the error raised."""
+        seen = -1
+        while not self.ended:
+            seen = await self.changed(seen)
+        if self.error is not None:
+            raise self.error
+        if self.answer is None:
+            raise NotFoundError("the answer of this request is no longer kept", code="request_not_found")
+        return self.answer
+
+    def touch(self) -> None:
+        self.changes += 1
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class Admission:
+    """Every request of the server. All methods run in the event loop."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, pool: Executor) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._pool = pool
+        self._tickets: dict[str, Ticket] = {}
+        self._by_idempotency: dict[tuple[str, str], Ticket] = {}
+        self._vanished: dict[tuple[str, str], list[Ticket]] = {}
+        self._kept_bytes = 0
+        self._finishing: set[asyncio.Task[None]] = set()
+        self.on_used: Callable[[Key, float, int], None] = lambda key, step_s, images: None
+        """Told the step-seconds and pictures that a key has used."""
+
+    # ------------------------------------------------------------ in
+
+    def submit(
+        self,
+        endpoint: Endpoint,
+        request: ImageRequest,
+        *,
+        key: Key,
+        finish: Finish,
+        request_id: str,
+        fingerprint: str,
+        idempotency_key: str | None = None,
+        timeout_s: float | None = None,
+        hold: bool = False,
+    ) -> Ticket:
+        """A ticket with this client attached: an earlier one of the same request where it may be joined, else a new one.
+
+        `hold`: nobody waits on this connection, and the request runs to its end all the same.
+        """
+        ticket = self._to_join(key, fingerprint, idempotency_key)
+        if ticket is None:
+            ticket = self._admit(
+                endpoint, request, key, finish, request_id, fingerprint, idempotency_key, timeout_s
+            )
+        else:
+            self._metrics.joined.labels(endpoint.id).inc()
+            log.info("request joins an earlier one", earlier=ticket.id, endpoint=endpoint.id)
+        if hold:
+            ticket.held = True
+        else:
+            ticket.clients += 1
+        return ticket
+
+    def _to_join(self, key: Key, fingerprint: str, idempotency_key: str | None) -> Ticket | None:
+        if idempotency_key is not None:
+            ticket = self._by_idempotency.get((key.id, idempotency_key))
+            if ticket is not None and ticket.fingerprint != fingerprint:
+                raise ConflictError(
+                    f"Idempotency-Key {echo(idempotency_key)} was used for another body; take a new key for a new request"
+                )
+            if ticket is not None and (not ticket.ended or ticket.answer is not None):
+                self._reappeared(ticket)
+                return ticket
+            return None
+        waiting = self._vanished.get((key.id, fingerprint), [])
+        for ticket in waiting:
+            if not ticket.ended or ticket.answer is not None:
+                self._reappeared(ticket)
+                return ticket
+        return None
+
+    def _admit(
+        self,
+        endpoint: Endpoint,
+        request: ImageRequest,
+        key: Key,
+        finish: Finish,
+        request_id: str,
+        fingerprint: str,
+        idempotency_key: str | None,
+        timeout_s: float | None,
+    ) -> Ticket:
+        endpoint.require_available()
+        now = asyncio.get_running_loop().time()
+        timeout_s = endpoint.spec.deadline_s if timeout_s is None else timeout_s
+        ticket = Ticket(
+            request_id, key, endpoint, finish, fingerprint, idempotency_key, now + timeout_s, warnings=[]
+        )
+        jobs = [self._job(ticket, part) for part in _parts(request, request_id, endpoint)]
+        for job in jobs:
+            endpoint.check(job.request)
+        ticket.warnings = endpoint.warnings(guidance=request.guidance_scale)
+        self._require_room(endpoint, key, sum(job.work_s for job in jobs), timeout_s, now)
+        ticket.jobs = jobs
+        self._tickets[ticket.id] = ticket
+        if idempotency_key is not None:
+            self._by_idempotency[key.id, idempotency_key] = ticket
+        loop = asyncio.get_running_loop()
+        loop.call_at(ticket.deadline, self._out_of_time, ticket)
+        for job in jobs:
+            endpoint.enqueue(job, now)
+        return ticket
+
+    def _job(self, ticket: Ticket, request: Generate) -> Job:
+        return Job(
+            request,
+            ticket.key.id,
+            ticket.key.limits.weight,
+            ticket.endpoint.work_s(request),
+            ticket.deadline,
+            on_end=lambda job, outcome: self._job_ended(ticket, job, outcome),
+            on_progress=lambda job: self._job_moved(ticket, job),
+            on_preview=lambda job, preview: self._job_previewed(ticket, job, preview),
+        )
+
+    def _require_room(
+        self, endpoint: Endpoint, key: Key, work_s: float, timeout_s: float, now: float
+    ) -> None:
+        """Refuses now what would only be late: by the deadline and by the queue's bound in seconds of work."""
+        start_s = endpoint.start_left_s(now)
+        alone_s = work_s / max(endpoint.pace.speed, 1.0)
+        if start_s > timeout_s:
+            raise UnavailableError(
+                f"endpoint {endpoint.id} is starting and should be ready in {start_s:.0f} s, "
+                f"after this request's deadline ({timeout_s:g} s); send it again then",
+                param="model",
+                retry_after=start_s,
+            )
+        if start_s + alone_s > timeout_s:
+            raise DeadlineError(
+                f"the request needs about {start_s + alone_s:.1f} s, more than its deadline of {timeout_s:g} s; "
+                "ask for fewer steps or smaller images, or raise X-Request-Timeout-S"
+            )
+        wait_s = endpoint.wait_s(key.id, key.limits.weight, now)
+        limit_s = min(endpoint.spec.max_queue_s + start_s, timeout_s)
+        if wait_s > start_s and wait_s + alone_s > limit_s:
+            raise QueueFullError(
+                f"endpoint {endpoint.id} has about {wait_s:.0f} s of work before this request, "
+                f"more than it may wait ({limit_s:g} s); send it again in {math.ceil(wait_s + alone_s - limit_s)} s",
+                retry_after=max(1.0, wait_s + alone_s - limit_s),
+            )
+
+    # ------------------------------------------------------------ waiting
+
+    async def wait(self, ticket: Ticket, receive: Receive) -> Answer:
+        """The answer for one attached client; ClientGone, with the ticket let go, when it hangs up first."""
+        try:
+            answer = await or_gone(receive, ticket.outcome(), lambda: self._vanish(ticket))
+        except MezzotintError:
+            self._release(ticket)
+            raise
+        self._release(ticket)
+        return answer
+
+    def find(self, request_id: str, key: Key) -> Ticket:
+        """The ticket of this id, for the key that made it and for nobody else."""
+        ticket = self._tickets.get(request_id)
+        if ticket is None or ticket.key.id != key.id:
+            raise NotFoundError(
+                f"no request {echo(request_id)} of this key is known; finished ones are forgotten after "
+                f"{self._settings.idempotency_ttl_s:g} s",
+                code="request_not_found",
+            )
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request at its owner's wish."""
+        self._end(ticket, RequestCancelledError("the request was cancelled"))
+
+    def cancel_all(self) -> list[str]:
+        """Ends whatever is left when the server stops; answers the ids of what was dropped."""
+        left = [ticket for ticket in self._tickets.values() if not ticket.ended]
+        for ticket in left:
+            self._end(ticket, RequestCancelledError("the server is stopping; send the request again"))
+        return [ticket.id for ticket in left]
+
+    async def settle(self) -> None:
+        """Waits for answers that are being encoded."""
+        while self._finishing:
+            await asyncio.gather(*self._finishing)
+
+    # ------------------------------------------------------------ clients that come and go
+
+    def _vanish(self, ticket: Ticket) -> None:
+        """A client has hung up; the last one's leaving opens the window in which the same request may join."""
+        ticket.clients -= 1
+        if ticket.clients == 0 and not ticket.held:
+            self._vanished.setdefault((ticket.key.id, ticket.fingerprint), []).append(ticket)
+            loop = asyncio.get_running_loop()
+            ticket.vanished_at = loop.time()
+            loop.call_later(self._settings.attach_window_s, self._close_window, ticket, ticket.vanished_at)
+            log.info("client vanished; its request may be joined", ticket=ticket.id)
+
+    def _reappeared(self, ticket: Ticket) -> None:
+        tickets = self._vanished.get((ticket.key.id, ticket.fingerprint), [])
+        if ticket in tickets:
+            tickets.remove(ticket)
+            if not tickets:
+                del self._vanished[ticket.key.id, ticket.fingerprint]
+
+    def _close_window(self, ticket: Ticket, opened: float) -> None:
+        vanished = ticket in self._vanished.get((ticket.key.id, ticket.fingerprint), [])
+        if not vanished or ticket.vanished_at != opened:  # joined, and perhaps let go once more
+            return
+        self._reappeared(ticket)
+        if ticket.ended:
+            self._forget_answer(ticket)
+        else:
+            self._end(
+                ticket, RequestCancelledError("the client hung up and nobody asked for the request again")
+            )
+
+    def _release(self, ticket: Ticket) -> None:
+        """A client has its answer."""
+        ticket.clients -= 1
+        if ticket.clients == 0:
+            self._forget_answer(ticket)
+
+    def _forget_answer(self, ticket: Ticket) -> None:
+        if ticket.idempotency_key is None and not ticket.held and ticket.ended and ticket.clients == 0:
+            self._drop_answer(ticket)
+
+    def _drop_answer(self, ticket: Ticket) -> None:
+        if ticket.answer is not None:
+            self._kept_bytes -= len(ticket.answer.body)
+            ticket.answer = None
+
+    # ------------------------------------------------------------ jobs move
+
+    def _job_moved(self, ticket: Ticket, job: Job) -> None:
+        if ticket.status == "queued" and not job.queued:
+            ticket.status = "running"
+        ticket.touch()
+
+    def _job_previewed(self, ticket: Ticket, job: Job, preview: Preview) -> None:
+        ticket.previews.append((ticket.jobs.index(job), preview))
+        ticket.touch()
+
+    def _job_ended(self, ticket: Ticket, job: Job, outcome: Done | MezzotintError) -> None:
+        steps = job.step / job.request.num_inference_steps
+        self.on_used(ticket.key, job.work_s * steps, int(isinstance(outcome, Done)))
+        if ticket.ended:
+            return
+        if isinstance(outcome, MezzotintError):
+            self._end(ticket, outcome)
+            return
+        number = ticket.jobs.index(job)
+        queue_s = (job.started_at or job.queued_at) - job.queued_at
+        ticket.pictures[number] = Picture(
+            job.request, outcome.width, outcome.height, outcome.payload, queue_s, outcome.generate_s,
+            tuple(outcome.warnings),
+        )  # fmt: skip
+        self._metrics.queue_seconds.labels(ticket.endpoint.id).observe(queue_s)
+        self._metrics.generate_seconds.labels(ticket.endpoint.id).observe(outcome.generate_s)
+        if len(ticket.pictures) == len(ticket.jobs):
+            task = asyncio.get_running_loop().create_task(self._finish(ticket))
+            self._finishing.add(task)
+            task.add_done_callback(self._finishing.discard)
+
+    async def _finish(self, ticket: Ticket) -> None:
+        pictures = [ticket.pictures[number] for number in range(len(ticket.jobs))]
+        for text in (text for picture in pictures for text in picture.warnings):
+            if text not in ticket.warnings:
+                ticket.warnings.append(text)
+        loop = asyncio.get_running_loop()
+        outcome: Answer | MezzotintError
+        try:
+            outcome = await loop.run_in_executor(self._pool, ticket.finish, ticket, pictures)
+        except MezzotintError as error:
+            outcome = error
+        except Exception:
+            log.exception("answer could not be made", ticket=ticket.id)
+            outcome = InternalError("the server failed to make the answer; its log says why")
+        self._end(ticket, outcome)
+
+    def _out_of_time(self, ticket: Ticket) -> None:
+        if not ticket.ended and len(ticket.pictures) < len(ticket.jobs):
+            step = (
+                f"at step {ticket.step} of {ticket.num_steps}"
+                if ticket.status == "running"
+                else "while it waited"
+            )
+            self._end(
+                ticket,
+                DeadlineError(f"the request reached its deadline {step}; allow it more time or fewer steps"),
+            )
+
+    def _end(self, ticket: Ticket, outcome: Answer | MezzotintError) -> None:
+        """The one place where a request ends."""
+        if ticket.ended:
+            return
+        if isinstance(outcome, Answer):
+            ticket.status, ticket.answer = "done", outcome
+        else:
+            cancelled = isinstance(outcome, RequestCancelledError)
+            ticket.status, ticket.error = "cancelled" if cancelled else "failed", outcome
+            self._metrics.failures.labels(ticket.endpoint.id, outcome.code).inc()
+            for job in ticket.jobs:
+                ticket.endpoint.cancel(job, outcome)
+        self._metrics.requests.labels(ticket.endpoint.id, ticket.status).inc()
+        log.info(
+            "request ended", ticket=ticket.id, endpoint=ticket.endpoint.id, status=ticket.status,
+            code=ticket.error.code if ticket.error else None,
+        )  # fmt: skip
+        ticket.pictures, ticket.previews = {}, []
+        self._keep(ticket)
+        ticket.touch()
+
+    def _keep(self, ticket: Ticket) -> None:
+        """Holds on to an ended ticket for those who ask again, within a bound of bytes."""
+        if ticket.answer is not None:
+            self._kept_bytes += len(ticket.answer.body)
+        asyncio.get_running_loop().call_later(self._settings.idempotency_ttl_s, self._forget, ticket)
+        for other in list(self._tickets.values()):
+            if self._kept_bytes <= MAX_KEPT_BYTES:
+                break
+            if other is not ticket:
+                self._drop_answer(other)
+
+    def _forget(self, ticket: Ticket) -> None:
+        self._drop_answer(ticket)
+        self._tickets.pop(ticket.id, None)
+        if ticket.idempotency_key is not None:
+            place = (ticket.key.id, ticket.idempotency_key)
+            if self._by_idempotency.get(place) is ticket:
+                del self._by_idempotency[place]
+
+
+def _parts(request: ImageRequest, request_id: str, endpoint: Endpoint) -> list[Generate]:
+    """One job's message per image."""
+    seed = secrets.randbelow(DRAWN_SEEDS - request.n) if request.seed is None else request.seed
+    spec = endpoint.spec
+    return [
+        Generate(
+            job_id=f"{request_id}-{number}",
+            prompt=request.prompt,
+            num_inference_steps=request.num_inference_steps,
+            seed=seed + number,
+            guidance_scale=spec.default_guidance
+            if request.guidance_scale is None
+            else request.guidance_scale,
+            width=request.width or spec.width,
+            height=request.height or spec.height,
+            negative_prompt=request.negative_prompt or None,
+            adapter=request.route,
+            adapter_scale=request.adapter_scale,
+            num_previews=request.num_previews,
+        )
+        for number in range(request.n)
+    ]
+
+
+def new_request_id() -> str:
+    """`req_`, the time in milliseconds and chance: sortable, unguessable."""
+    return f"req_{int(time.time() * 1000):011x}{secrets.token_hex(8)}"
+
+
+def parse_timeout(text: str | None) -> float | None:
+    """The X-Request-Timeout-S header; InvalidRequestError for what is not a number of seconds in range."""
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise InvalidRequestError(
+            f"X-Request-Timeout-S must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:g} (got {echo(text)})",
+            code="out_of_range",
+            param="X-Request-Timeout-S",
+        )
+    return seconds

@@ -1,0 +1,251 @@
+"""Wiring: settings in, an ASGI app out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import Scope
+
+import mezzotint
+from mezzotint.config import Settings
+from mezzotint.errors import (
+    ConfigError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    MezzotintError,
+    NotFoundError,
+)
+from mezzotint.server import database, keys, logs, routes
+from mezzotint.server.admission import Admission
+from mezzotint.server.metrics import Metrics
+from mezzotint.server.middleware import Bodies, Envelope, error_response
+from mezzotint.server.registry import Registry
+from mezzotint.server.routes import Service
+from mezzotint.server.storage import Storage, load_secret
+from mezzotint.server.supervisor import ENGINE_WORKER, Launcher
+
+CLEAN_EVERY_S = 60.0
+UNMATCHED = "unmatched"
+"""Route label of requests for no known path, which anyone could make up."""
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(settings: Settings, *, worker: str = ENGINE_WORKER) -> FastAPI:
+    """The server. `worker` is the dotted name of a module-level function that takes a Connection.
+
+    Opens the data folder and the database; worker processes start with the app's lifespan. `app.state.service` is
+    the Service; its `first_key` is the secret of the key that a first start makes. ConfigError stops the start.
+    """
+    _require_loopback_without_auth(settings)
+    service = _service(settings, worker)
+    app = FastAPI(
+        title="Mezzotint",
+        version=mezzotint.__version__,
+        summary="Image-generation models as dedicated endpoints.",
+        lifespan=_lifespan(service),
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+    )
+    app.state.service = service
+    routes.install(app)
+    app.add_middleware(Bodies, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=[
+                "authorization",
+                "content-type",
+                "idempotency-key",
+                "prefer",
+                "x-request-timeout-s",
+            ],
+            expose_headers=["x-request-id", "retry-after", "server-timing"],
+        )
+    app.add_middleware(Envelope, on_answer=_count(service.metrics))
+    app.add_exception_handler(MezzotintError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(RequestValidationError, _answer_validation)
+    return app
+
+
+async def serve(
+    app: FastAPI, settings: Settings, *, on_started: Callable[[str], None] = lambda url: None
+) -> None:
+    """Serves the app until SIGTERM or SIGINT; `on_started` is told the address once it listens.
+
+    On the signal no new connection is taken and running requests have `drain_s` to end.
+    """
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        lifespan="on",
+    )
+    listener = _listen(settings)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    app.state.on_listening = lambda: on_started(f"http://{shown}:{port}")
+    await uvicorn.Server(config).serve(sockets=[listener])
+
+
+def run(
+    settings: Settings, *, worker: str = ENGINE_WORKER, on_started: Callable[[str], None] = lambda url: None
+) -> None:
+    """`mezzotint serve`: sets up logging, builds the app and serves it until a signal ends it."""
+    logs.configure(settings.log_level, settings.log_format)
+    app = create_app(settings, worker=worker)
+    asyncio.run(serve(app, settings, on_started=on_started))
+
+
+def _service(settings: Settings, worker: str) -> Service:
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        store = Storage(settings.data_dir / "images", load_secret(settings.data_dir), settings.url_ttl_s)
+    except OSError as error:
+        raise ConfigError(
+            f"data_dir: {settings.data_dir} cannot be used ({error.strerror}); give a folder this user may write to"
+        ) from None
+    engine = database.open_database(database.database_url(settings.data_dir, settings.database_url))
+    metrics = Metrics()
+    pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
+    first = keys.create_first_key(engine) if settings.auth else None
+    return Service(
+        settings=settings,
+        engine=engine,
+        registry=Registry(engine, Launcher.of(settings, worker), metrics),
+        admission=Admission(settings, metrics, pool),
+        storage=store,
+        metrics=metrics,
+        pool=pool,
+        first_key=first[1] if first else None,
+    )
+
+
+def _lifespan(service: Service) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(service.registry.load, service.settings.endpoints)
+        service.registry.start()
+        cleaning = asyncio.create_task(_clean(service))
+        on_listening = getattr(app.state, "on_listening", None)
+        if on_listening:
+            on_listening()
+        try:
+            yield
+        finally:
+            cleaning.cancel()
+            dropped = service.admission.cancel_all()
+            if dropped:
+                log.warning("requests dropped, the server stops", num=len(dropped), ids=dropped[:20])
+            await service.admission.settle()
+            await service.registry.stop()
+            service.pool.shutdown()
+            service.engine.dispose()
+
+    return lifespan
+
+
+async def _clean(service: Service) -> None:
+    """Removes expired pictures now and then."""
+    while True:
+        try:
+            gone, left = await asyncio.to_thread(service.storage.clean)
+            service.metrics.stored_bytes.set(left)
+            if gone:
+                log.info("expired pictures removed", num=gone)
+        except OSError as error:
+            log.error("picture folder could not be cleaned", error=str(error))
+        await asyncio.sleep(CLEAN_EVERY_S)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """The listening socket; bound before anything starts, so that a taken port is a sentence and port 0 is known."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(
+            f"host/port: cannot listen on {settings.host}:{settings.port} ({reason}); give another --port"
+        ) from None
+    return listener
+
+
+def _require_loopback_without_auth(settings: Settings) -> None:
+    if settings.auth:
+        return
+    try:
+        loopback = settings.host == "localhost" or ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigError(
+            f"auth: without API keys the server listens on loopback addresses only (host is {settings.host}); "
+            "set host to 127.0.0.1, or leave authentication on"
+        )
+
+
+def _count(metrics: Metrics) -> Callable[[Scope, int], None]:
+    def count(scope: Scope, status: int) -> None:
+        route = scope.get("route")
+        metrics.http.labels(getattr(route, "path", UNMATCHED), str(status)).inc()
+
+    return count
+
+
+def _request_id(request: Request) -> str | None:
+    return getattr(request.state, "request_id", None)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, MezzotintError)
+    return error_response(error, _request_id(request))
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    """What the framework itself refuses, in the one body."""
+    assert isinstance(error, HTTPException)
+    known: dict[int, Callable[[], MezzotintError]] = {
+        404: lambda: NotFoundError("there is nothing at this address; see /docs for what there is"),
+        405: lambda: MethodNotAllowedError(
+            f"this address does not take {request.method}; see /docs for what it takes"
+        ),
+    }
+    make = known.get(error.status_code, lambda: InvalidRequestError(str(error.detail)))
+    response = error_response(make(), _request_id(request))
+    for name, value in (error.headers or {}).items():
+        response.headers[name] = value
+    return response
+
+
+async def _answer_validation(request: Request, error: Exception) -> Response:
+    """A path, query or header value that its type refuses."""
+    assert isinstance(error, RequestValidationError)
+    first: dict[str, Any] = error.errors()[0]
+    name = str(first["loc"][-1]) if first["loc"] else None
+    refused = InvalidRequestError(f"{name}: {first['msg']}", param=name)
+    return error_response(refused, _request_id(request))

@@ -1,0 +1,142 @@
+"""The server's memory: keys, endpoints with their history and calibration, adapters, use per key.
+
+SQLAlchemy Core; SQLite in WAL mode by default, Postgres by URL. The tables are made on first use; `meta` holds the
+schema's version, and a database of another version stops the start rather than being guessed at.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+
+from mezzotint.errors import ConfigError, MezzotintError, UnavailableError
+
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_S = 5.0
+"""How long a write waits for another process's write (the command line beside the server)."""
+
+metadata = sa.MetaData()
+
+meta = sa.Table(
+    "meta", metadata, sa.Column("name", sa.String, primary_key=True), sa.Column("value", sa.String)
+)
+
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("admin", sa.Boolean, nullable=False),
+    sa.Column("endpoints", sa.JSON, nullable=False),  # [] is every endpoint
+    sa.Column("limits", sa.JSON, nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("revoked", sa.Float),
+)
+
+endpoints = sa.Table(
+    "endpoints",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("desired", sa.String, nullable=False),  # running, sleeping or terminated
+    sa.Column("from_file", sa.JSON),  # the settings as the configuration file last gave them
+    sa.Column("calibration", sa.JSON),  # see endpoints.Calibration
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("updated", sa.Float, nullable=False),
+)
+
+endpoint_versions = sa.Table(
+    "endpoint_versions",
+    metadata,
+    sa.Column("endpoint_id", sa.String, primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("comment", sa.String, nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("created_by", sa.String, nullable=False),
+)
+
+adapters = sa.Table(
+    "adapters",
+    metadata,
+    sa.Column("endpoint_id", sa.String, primary_key=True),
+    sa.Column("route", sa.String, primary_key=True),
+    sa.Column("source", sa.String, nullable=False),
+    sa.Column("path", sa.String, nullable=False),
+    sa.Column("scale", sa.Float, nullable=False),
+    sa.Column("checksum", sa.String, nullable=False),
+    sa.Column("facts", sa.JSON, nullable=False),  # rank, bytes, target modules: as the worker reported them
+    sa.Column("created", sa.Float, nullable=False),
+)
+
+usage = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("key_id", sa.String, primary_key=True),
+    sa.Column("day", sa.String(10), primary_key=True),  # UTC, 2026-11-22
+    sa.Column("step_seconds", sa.Float, nullable=False),
+    sa.Column("images", sa.Integer, nullable=False),
+)
+
+
+def database_url(data_dir: Path, url: str | None) -> str:
+    """The URL in force: the setting, or SQLite in the data folder."""
+    return url or f"sqlite:///{data_dir / 'mezzotint.db'}"
+
+
+def open_database(url: str) -> sa.Engine:
+    """A connected engine whose tables exist; ConfigError when it cannot be opened or has another version."""
+    try:
+        engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", _prepare_sqlite)
+        with engine.begin() as connection:
+            metadata.create_all(connection)
+            _check_version(connection)
+    except (SQLAlchemyError, ImportError) as error:
+        safe = sa.make_url(url).render_as_string(hide_password=True) if "://" in url else url
+        raise ConfigError(f"database_url: {safe} cannot be opened: {_reason(error)}") from None
+    if engine.dialect.name == "sqlite" and engine.url.database:
+        Path(engine.url.database).chmod(0o600)
+    return engine
+
+
+def failure(error: SQLAlchemyError) -> MezzotintError:
+    """What a caller is told when the database does not answer (locked, gone, full): try again soon."""
+    return UnavailableError(
+        f"the server's database does not answer ({_reason(error)}); send the request again in a moment",
+        code="database_unavailable",
+        retry_after=BUSY_TIMEOUT_S,
+    )
+
+
+def _prepare_sqlite(connection: object, _record: object) -> None:
+    cursor = connection.cursor()  # type: ignore[attr-defined]
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={int(BUSY_TIMEOUT_S * 1000)}"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _check_version(connection: sa.Connection) -> None:
+    found = connection.scalar(sa.select(meta.c.value).where(meta.c.name == "schema_version"))
+    if found is None:
+        try:
+            with connection.begin_nested():
+                connection.execute(meta.insert().values(name="schema_version", value=str(SCHEMA_VERSION)))
+        except IntegrityError:  # another process made the tables at the same moment
+            found = connection.scalar(sa.select(meta.c.value).where(meta.c.name == "schema_version"))
+    if found is not None and found != str(SCHEMA_VERSION):
+        raise ConfigError(
+            f"the database has schema version {found}, this program needs {SCHEMA_VERSION}; "
+            "start the program that made it, or give another data_dir"
+        )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OperationalError) and error.orig is not None:
+        return str(error.orig)
+    return str(error).splitlines()[0]

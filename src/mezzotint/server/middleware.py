@@ -1,0 +1,168 @@
+"""Pure ASGI middleware: what every response carries, and what a body must be before anyone reads it.
+
+(Function middleware would hide a client's disconnect from the routes, so there is none.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mezzotint.errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    InternalError,
+    MezzotintError,
+    UnsupportedMediaError,
+    echo,
+)
+from mezzotint.schemas import ErrorBody
+from mezzotint.server.admission import new_request_id
+from mezzotint.server.sse import ClientGone
+
+SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-resource-policy": "same-origin",
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+}
+BODY_METHODS = ("POST", "PUT", "PATCH")
+
+log = structlog.get_logger(__name__)
+
+
+def error_response(error: MezzotintError, request_id: str | None) -> Response:
+    """The one error body, with the headers that belong to it."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, -int(-error.retry_after // 1)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    body = ErrorBody.of(error, request_id).model_dump_json()
+    return Response(body, error.status, headers, media_type="application/json")
+
+
+class Envelope:
+    """Outermost: request id and security headers on every response, a log line for each, no traceback to anyone."""
+
+    def __init__(self, app: ASGIApp, on_answer: Callable[[Scope, int], None]) -> None:
+        self._app = app
+        self._on_answer = on_answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = new_request_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+        began, status = time.perf_counter(), 0
+
+        async def dressed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._guarded(scope, receive, dressed, request_id, lambda: status > 0)
+            finally:
+                self._on_answer(scope, status or 499)
+                milliseconds = round((time.perf_counter() - began) * 1000, 1)
+                log.debug("http", method=scope["method"], path=scope["path"], status=status, ms=milliseconds)
+
+    async def _guarded(
+        self, scope: Scope, receive: Receive, send: Send, request_id: str, begun: Callable[[], bool]
+    ) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except ClientGone:
+            return
+        except MezzotintError as error:
+            if not begun():
+                await error_response(error, request_id)(scope, receive, send)
+        except Exception:
+            log.exception("defect in a request", method=scope["method"], path=scope["path"])
+            if not begun():
+                error = InternalError(
+                    "the server made a mistake; its log has the details under this request id"
+                )
+                await error_response(error, request_id)(scope, receive, send)
+
+
+class Bodies:
+    """Reads the whole body before the routes see the request: its size, its time, its type."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        body = await self._read(headers, receive)
+        if body:
+            _require_json(headers.get("content-type"))
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        announced = headers.get("content-length", "")
+        if announced.isdigit() and int(announced) > self._max_bytes:
+            raise self._too_large()
+        parts: list[bytes] = []
+        size, more = 0, True
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    part = message.get("body", b"")
+                    size, more = size + len(part), message.get("more_body", False)
+                    if size > self._max_bytes:
+                        raise self._too_large()
+                    parts.append(part)
+        except TimeoutError:
+            raise BodyTimeoutError(
+                f"the body had not arrived after {self._timeout_s:g} s; send it at once"
+            ) from None
+        return b"".join(parts)
+
+    def _too_large(self) -> BodyTooLargeError:
+        return BodyTooLargeError(f"the body is larger than {self._max_bytes} bytes; send a smaller one")
+
+
+def _require_json(content_type: str | None) -> None:
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        got = echo(content_type) if content_type else "none"
+        raise UnsupportedMediaError(f"the body must be sent with Content-Type application/json (got {got})")
+
+
+def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
+    """A receive that gives the body once and then what really comes: the disconnect."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

@@ -1,0 +1,230 @@
+"""One endpoint's queue: whose job goes next, how long a new one would wait. Plain Python, no event loop.
+
+Between keys: fair share in step-seconds (start-time fair queueing, by weight). Within a key: least remaining work
+first, except that the oldest job goes first once it has waited too long or its deadline is near.
+Work is counted in seconds that a lone job would take; `Pace` says how much of it is done per second of clock.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from mezzotint.errors import MezzotintError
+from mezzotint.messages import Done, Generate, Preview
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One image on its way. `on_end` is called exactly once, with the result or the error."""
+
+    request: Generate
+    key_id: str
+    weight: float
+    work_s: float
+    deadline: float
+    """On the event loop's clock, as all times here."""
+    on_end: Callable[[Job, Done | MezzotintError], None]
+    on_progress: Callable[[Job], None]
+    on_preview: Callable[[Job, Preview], None]
+    queued_at: float = 0.0
+    started_at: float | None = None
+    """When it was last handed to a worker."""
+    step: int = 0
+    deaths: int = 0
+    """Workers that died while they held this job."""
+    lone_deaths: int = 0
+    """Of those, the ones that held nothing else: this job's own doing, as far as anyone can tell."""
+    queued: bool = False
+    ended: bool = False
+
+    @property
+    def remaining_s(self) -> float:
+        return self.work_s * (1 - min(self.step / self.request.num_inference_steps, 1))
+
+    def end(self, outcome: Done | MezzotintError) -> None:
+        """Ends the job once; later calls do nothing (a result may cross a cancellation)."""
+        if not self.ended:
+            self.ended = True
+            self.on_end(self, outcome)
+
+
+@dataclass(slots=True)
+class _Share:
+    """One key's part of the queue."""
+
+    weight: float
+    by_work: list[tuple[float, float, int, Job]] = field(default_factory=list)
+    by_age: deque[Job] = field(default_factory=deque)
+    waiting: int = 0
+    waiting_s: float = 0.0
+    running: int = 0
+    running_s: float = 0.0
+    served: float = 0.0
+    """Step-seconds handed out to this key, divided by its weight."""
+
+    @property
+    def active(self) -> bool:
+        return self.waiting > 0 or self.running > 0
+
+
+class JobQueue:
+    """The waiting jobs of one endpoint and the account of what runs."""
+
+    def __init__(self, max_wait_s: float) -> None:
+        self.max_wait_s = max_wait_s
+        self._shares: dict[str, _Share] = {}
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return sum(share.waiting for share in self._shares.values())
+
+    def put(self, job: Job, now: float) -> None:
+        """Adds a job; one that comes back from a dead worker keeps its place in age."""
+        share = self._shares.get(job.key_id)
+        if share is None:
+            share = self._shares[job.key_id] = _Share(job.weight)
+        if not share.active:  # an idle key gathers no credit
+            floor = min((other.served for other in self._shares.values() if other.active), default=0.0)
+            share.served = max(share.served, floor)
+        if job in share.by_age:  # a stale entry of a job that comes back
+            share.by_age.remove(job)
+        again = job.queued_at > 0
+        job.queued_at = job.queued_at or now
+        job.queued, job.step, job.started_at = True, 0, None
+        self._arrivals += 1
+        heapq.heappush(share.by_work, (job.work_s, job.queued_at, self._arrivals, job))
+        if again:
+            share.by_age.appendleft(job)
+        else:
+            share.by_age.append(job)
+        share.waiting += 1
+        share.waiting_s += job.work_s
+
+    def peek(self, now: float) -> Job | None:
+        """The job that should run next."""
+        waiting = [share for share in self._shares.values() if share.waiting]
+        return self._first(min(waiting, key=lambda share: share.served), now) if waiting else None
+
+    def take(self, job: Job, now: float) -> None:
+        """Moves a waiting job to the account of the running ones."""
+        share = self._leave(job)
+        job.started_at = now
+        share.served += job.work_s / share.weight
+        share.running += 1
+        share.running_s += job.work_s
+
+    def remove(self, job: Job) -> None:
+        """Takes a waiting job out."""
+        self._leave(job)
+        self._forget_idle(job.key_id)
+
+    def progressed(self, job: Job, step: int) -> None:
+        """Books a running job's step."""
+        before = job.remaining_s
+        job.step = step
+        self._shares[job.key_id].running_s -= before - job.remaining_s
+
+    def finished(self, job: Job) -> None:
+        """Books a running job out, however it ended; what it did not use is given back to its key."""
+        share = self._shares[job.key_id]
+        share.running -= 1
+        share.running_s = max(0.0, share.running_s - job.remaining_s) if share.running else 0.0
+        share.served -= job.remaining_s / share.weight
+        self._forget_idle(job.key_id)
+
+    def position(self, job: Job) -> int:
+        """How many waiting jobs go before this one, as things stand."""
+        mine = self._shares[job.key_id]
+        ahead = sum(1 for other in mine.by_age if other.queued and other.work_s < job.work_s)
+        ahead += sum(
+            1
+            for other in mine.by_age
+            if other.queued and other.work_s == job.work_s and other.queued_at < job.queued_at
+        )
+        others = sum(min(share.waiting, ahead + 1) for share in self._shares.values() if share is not mine)
+        return ahead + others
+
+    def backlog_s(self) -> float:
+        """Work that waits or runs, of all keys."""
+        return sum(share.waiting_s + share.running_s for share in self._shares.values())
+
+    def work_before(self, key_id: str, weight: float) -> float:
+        """Work done before a new job of this key would be finished, the job itself not counted.
+
+        A key's jobs wait behind its own and behind the others' fair share of that time, never behind more than all.
+        """
+        mine = self._shares.get(key_id)
+        own = mine.waiting_s + mine.running_s if mine else 0.0
+        others = [share for key, share in self._shares.items() if key != key_id and share.active]
+        shared = own * (1 + sum(share.weight for share in others) / weight)
+        return min(self.backlog_s(), shared + sum(share.running_s for share in others))
+
+    def reestimate(self, work_s: Callable[[Job], float]) -> None:
+        """Counts the waiting jobs' work anew, when the model's speed has become known."""
+        for share in self._shares.values():
+            jobs = [job for job in share.by_age if job.queued]
+            for job in jobs:
+                job.work_s = work_s(job)
+            share.by_work = [(job.work_s, job.queued_at, number, job) for number, job in enumerate(jobs)]
+            heapq.heapify(share.by_work)
+            share.waiting_s = sum(job.work_s for job in jobs)
+
+    def waiting(self) -> list[Job]:
+        return [job for share in self._shares.values() for job in share.by_age if job.queued]
+
+    def _first(self, share: _Share, now: float) -> Job:
+        while not share.by_age[0].queued:
+            share.by_age.popleft()
+        oldest = share.by_age[0]
+        late = oldest.deadline - now < 2 * oldest.work_s
+        if late or now - oldest.queued_at > self.max_wait_s:
+            return oldest
+        while not share.by_work[0][-1].queued:
+            heapq.heappop(share.by_work)
+        return share.by_work[0][-1]
+
+    def _leave(self, job: Job) -> _Share:
+        assert job.queued
+        job.queued = False
+        share = self._shares[job.key_id]
+        share.waiting -= 1
+        share.waiting_s = max(0.0, share.waiting_s - job.work_s)
+        if not share.waiting:
+            share.waiting_s = 0.0
+            share.by_age.clear()
+            share.by_work.clear()
+        return share
+
+    def _forget_idle(self, key_id: str) -> None:
+        share = self._shares[key_id]
+        if not share.active and not any(other.active for other in self._shares.values()):
+            self._shares.clear()  # nobody is owed anything any more
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many seconds of lone work an endpoint does per second: above 1 where merging or replicas help.
+
+    A decaying average over finished jobs, begun with what calibration promises.
+    """
+
+    work_s: float
+    clock_s: float
+
+    @classmethod
+    def expected(cls, speed: float) -> Pace:
+        return cls(speed, 1.0)
+
+    @property
+    def speed(self) -> float:
+        return max(self.work_s / self.clock_s, 1e-3)
+
+    def observed(self, work_s: float, clock_s: float) -> Pace:
+        """With one more job's work, done in the time since the one before it ended (or since work began)."""
+        keep = 0.95
+        return replace(
+            self, work_s=self.work_s * keep + work_s, clock_s=max(self.clock_s * keep + clock_s, 1e-6)
+        )
