@@ -199,6 +199,11 @@ _BY_CODE: Mapping[str, type[MezzotintError]] = {
     "generation_failed": GenerationError,
     "out_of_memory": GenerationError,
     "worker_crashed": GenerationError,
+    "endpoint_starting": UnavailableError,
+    "endpoint_failed": UnavailableError,
+    "deadline_exceeded": DeadlineError,
+    "request_cancelled": RequestCancelledError,
+    "storage_full": StorageFullError,
 }
 
 

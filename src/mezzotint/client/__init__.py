@@ -1,0 +1,485 @@
+"""The SDK: Client and AsyncClient, thin over the same functions (exchange.py) and results (results.py).
+
+    client = Client(base_url="http://127.0.0.1:8000", api_key="...")
+    client.images.generate(model="emoji", prompt="a cat", num_inference_steps=8, seed=1).save("cat.png")
+
+`base_url` may be any server that speaks the contract; what Mezzotint adds to an answer is optional here.
+Beyond a plain request the server is asked for:
+
+- `Idempotency-Key` on every request, the same on each retry;
+- `Prefer: respond-async` (`submit`, `stream`): 202 with a RequestState at once, and `previews=N` next to it
+  for previews; a server that answers 200 instead has done the work already, which is fine;
+- `GET /dedicated/v1/requests/{id}`, `.../events` and `DELETE` as RequestState describes them; the events of a
+  finished request are its last event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
+
+import httpx2
+
+from mezzotint.client import exchange
+from mezzotint.client.exchange import MAX_RETRIES, TIMEOUT_S, ImageFields, Options, Send, Steps
+from mezzotint.client.results import Completed, Event, GeneratedImage, Generation, Preview, Progress
+from mezzotint.errors import MezzotintError
+from mezzotint.schemas import RequestState
+
+__all__ = [
+    "AsyncClient",
+    "AsyncHandle",
+    "Client",
+    "Completed",
+    "Event",
+    "GeneratedImage",
+    "Generation",
+    "Handle",
+    "ImageFields",
+    "Preview",
+    "Progress",
+]
+
+CONCURRENCY = 8
+MAX_EVENT_BYTES = 256 * 2**20
+"""Largest server-sent event: up to eight pictures travel in the last one."""
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def _bar(total: int, progress: bool | None) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr, where None means: if that is a terminal. Yields what moves it on by one."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn
+    from rich.progress import Progress as Bar
+
+    with Bar(*Bar.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("requests", total=total)
+        yield lambda: bar.advance(task)
+
+
+# ---------------------------------------------------------------- Client
+
+
+class Client:
+    """A blocking client; safe to share between threads. Close it, or use it in a `with` statement.
+
+    `api_key` and `base_url` come from MEZZOTINT_API_KEY and MEZZOTINT_BASE_URL when not given. `timeout` is
+    in seconds and for one try; `max_retries` counts the tries after the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        timeout: float = TIMEOUT_S,
+        max_retries: int = MAX_RETRIES,
+    ) -> None:
+        options = Options.given(base_url, api_key, timeout, max_retries)
+        self._options = replace(options, fetch=self._fetch)
+        self._http = httpx2.Client(**options.http())
+        self.images = Images(self)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _fetch(self, url: str) -> bytes:
+        return self._run(exchange.fetch(self._options, url))
+
+    def _run(self, steps: Steps[T]) -> T:
+        try:
+            step = next(steps)
+            while True:
+                step = steps.send(self._perform(step))
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+    def _perform(self, step: Send | float) -> httpx2.Response | MezzotintError | None:
+        if isinstance(step, float):
+            time.sleep(step)
+            return None
+        try:
+            return self._http.request(**self._options.arguments(step))
+        except httpx2.TransportError as error:
+            return exchange.connection_error(error, step)
+
+
+class Images:
+    """`client.images`. Every method takes the fields of DedicatedImageGenerationBody by keyword."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._options = client._options
+
+    def generate(
+        self,
+        *,
+        timeout: float | None = None,
+        idempotency_key: str | None = None,
+        **fields: Unpack[ImageFields],
+    ) -> Generation:
+        """Waits for the pictures. Bad fields raise InvalidRequestError before anything is sent."""
+        send = exchange.build_request(
+            self._options, fields, timeout_s=timeout, idempotency_key=idempotency_key
+        )
+        return self._client._run(exchange.generate(self._options, send))
+
+    def submit(
+        self, *, previews: int = 0, idempotency_key: str | None = None, **fields: Unpack[ImageFields]
+    ) -> Handle:
+        """Hands the request in and returns at once; `previews` of each picture come with the events."""
+        prefer = exchange.prefer_async(previews)
+        send = exchange.build_request(self._options, fields, idempotency_key=idempotency_key, prefer=prefer)
+        return Handle(self._client, self._client._run(exchange.submit(self._options, send)))
+
+    def stream(
+        self, *, previews: int = 0, idempotency_key: str | None = None, **fields: Unpack[ImageFields]
+    ) -> Iterator[Event]:
+        """Progress and previews as they come, Completed as the last. Leaving the loop early cancels."""
+        handle = self.submit(previews=previews, idempotency_key=idempotency_key, **fields)
+        return self._follow(handle)
+
+    def _follow(self, handle: Handle) -> Iterator[Event]:
+        ended = False
+        try:
+            for event in handle.events():
+                ended = isinstance(event, Completed)
+                yield event
+        except MezzotintError:
+            ended = True
+            raise
+        finally:
+            if not ended:
+                with contextlib.suppress(MezzotintError):
+                    handle.cancel()
+
+    @overload
+    def generate_many(
+        self, requests: Iterable[ImageFields], *, concurrency: int = ..., progress: bool | None = ...
+    ) -> list[Generation]: ...
+
+    @overload
+    def generate_many(
+        self,
+        requests: Iterable[ImageFields],
+        *,
+        concurrency: int = ...,
+        progress: bool | None = ...,
+        return_errors: Literal[True],
+    ) -> list[Generation | MezzotintError]: ...
+
+    def generate_many(
+        self,
+        requests: Iterable[ImageFields],
+        *,
+        concurrency: int = CONCURRENCY,
+        progress: bool | None = None,
+        return_errors: bool = False,
+    ) -> Any:
+        """The results in the order of the requests, at most `concurrency` at a time.
+
+        All requests are checked before the first is sent. The first error ends everything and is raised,
+        unless `return_errors` puts errors in their places. `progress` None shows a bar on a terminal only.
+        """
+        prepared = exchange.prepare(self._options, requests, return_errors)
+        results: list[Generation | MezzotintError | None] = [None] * len(prepared)
+        pool = ThreadPoolExecutor(concurrency)
+        try:
+            with _bar(len(prepared), progress) as advance:
+                places = {pool.submit(self._attempt, send): place for place, send in enumerate(prepared)}
+                for future in as_completed(places):
+                    outcome = future.result()
+                    if isinstance(outcome, MezzotintError) and not return_errors:
+                        raise outcome
+                    results[places[future]] = outcome
+                    advance()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return results
+
+    def _attempt(self, send: Send | MezzotintError) -> Generation | MezzotintError:
+        if isinstance(send, MezzotintError):
+            return send
+        try:
+            return self._client._run(exchange.generate(self._options, send))
+        except MezzotintError as error:
+            return error
+
+    def fetch(self, picture: GeneratedImage) -> bytes:
+        """The picture's file, from its URL if need be; the same as `picture.data`."""
+        return picture.data
+
+
+class Handle:
+    """A request that the server has accepted and works on by itself."""
+
+    def __init__(self, client: Client, accepted: str | Generation) -> None:
+        self._client = client
+        self._result = accepted if isinstance(accepted, Generation) else None
+        self.id = accepted if isinstance(accepted, str) else accepted.id or ""
+
+    def status(self) -> RequestState:
+        """Where the request stands now."""
+        return self._ask("GET")
+
+    def cancel(self) -> RequestState:
+        """Ends the request within one denoising step; one that has ended stays as it is."""
+        return self._ask("DELETE")
+
+    def _ask(self, method: str) -> RequestState:
+        if self._result is not None:
+            return RequestState(id=self.id, status="done")
+        return self._client._run(exchange.request_state(self._client._options, method, self.id))
+
+    def result(self) -> Generation:
+        """Waits for the pictures; the request's error is raised."""
+        return next(event.result for event in self.events() if isinstance(event, Completed))
+
+    def events(self) -> Iterator[Event]:
+        """Progress and previews as they come, Completed as the last; the request's error is raised.
+
+        A lost connection is taken up again.
+        """
+        if self._result is not None:
+            yield Completed(self._result)
+            return
+        watch = exchange.Watch(self._client._options, self.id)
+        while True:
+            failure = None
+            try:
+                with self._client._http.stream(**self._client._options.arguments(watch.send)) as response:
+                    if not response.is_success:
+                        response.read()
+                        exchange.raise_for_error(response)
+                    for sse in httpx2.EventSource(response, MAX_EVENT_BYTES):
+                        event = watch.read(sse)
+                        if event is not None:
+                            yield event
+                        if isinstance(event, Completed):
+                            self._result = event.result
+                            return
+            except httpx2.TransportError as error:
+                failure = error
+            time.sleep(watch.pause_s(failure))
+
+
+# ---------------------------------------------------------------- AsyncClient
+
+
+class AsyncClient:
+    """Like Client, for asyncio. Close it with `await client.close()`, or use it in `async with`."""
+
+    def __init__(
+        self,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        timeout: float = TIMEOUT_S,
+        max_retries: int = MAX_RETRIES,
+    ) -> None:
+        self._options = Options.given(base_url, api_key, timeout, max_retries)
+        self._http = httpx2.AsyncClient(**self._options.http())
+        self.images = AsyncImages(self)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _run(self, steps: Steps[T]) -> T:
+        try:
+            step = next(steps)
+            while True:
+                step = steps.send(await self._perform(step))
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+    async def _perform(self, step: Send | float) -> httpx2.Response | MezzotintError | None:
+        if isinstance(step, float):
+            await asyncio.sleep(step)
+            return None
+        try:
+            return await self._http.request(**self._options.arguments(step))
+        except httpx2.TransportError as error:
+            return exchange.connection_error(error, step)
+
+
+class AsyncImages:
+    """`client.images` of an AsyncClient; the methods of Images, awaited."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._options = client._options
+
+    async def generate(
+        self,
+        *,
+        timeout: float | None = None,
+        idempotency_key: str | None = None,
+        **fields: Unpack[ImageFields],
+    ) -> Generation:
+        """Waits for the pictures. Bad fields raise InvalidRequestError before anything is sent."""
+        send = exchange.build_request(
+            self._options, fields, timeout_s=timeout, idempotency_key=idempotency_key
+        )
+        return await self._client._run(exchange.generate(self._options, send))
+
+    async def submit(
+        self, *, previews: int = 0, idempotency_key: str | None = None, **fields: Unpack[ImageFields]
+    ) -> AsyncHandle:
+        """Hands the request in and returns at once; `previews` of each picture come with the events."""
+        prefer = exchange.prefer_async(previews)
+        send = exchange.build_request(self._options, fields, idempotency_key=idempotency_key, prefer=prefer)
+        return AsyncHandle(self._client, await self._client._run(exchange.submit(self._options, send)))
+
+    async def stream(
+        self, *, previews: int = 0, idempotency_key: str | None = None, **fields: Unpack[ImageFields]
+    ) -> AsyncIterator[Event]:
+        """Progress and previews as they come, Completed as the last. Closing the iterator early cancels."""
+        handle = await self.submit(previews=previews, idempotency_key=idempotency_key, **fields)
+        ended = False
+        try:
+            async for event in handle.events():
+                ended = isinstance(event, Completed)
+                yield event
+        except MezzotintError:
+            ended = True
+            raise
+        finally:
+            if not ended:
+                with contextlib.suppress(MezzotintError):
+                    await handle.cancel()
+
+    @overload
+    async def generate_many(
+        self, requests: Iterable[ImageFields], *, concurrency: int = ..., progress: bool | None = ...
+    ) -> list[Generation]: ...
+
+    @overload
+    async def generate_many(
+        self,
+        requests: Iterable[ImageFields],
+        *,
+        concurrency: int = ...,
+        progress: bool | None = ...,
+        return_errors: Literal[True],
+    ) -> list[Generation | MezzotintError]: ...
+
+    async def generate_many(
+        self,
+        requests: Iterable[ImageFields],
+        *,
+        concurrency: int = CONCURRENCY,
+        progress: bool | None = None,
+        return_errors: bool = False,
+    ) -> Any:
+        """As Images.generate_many."""
+        prepared = exchange.prepare(self._options, requests, return_errors)
+        results: list[Generation | MezzotintError | None] = [None] * len(prepared)
+        waiting = iter(enumerate(prepared))
+        with _bar(len(prepared), progress) as advance:
+
+            async def work() -> None:
+                for place, send in waiting:
+                    outcome = await self._attempt(send)
+                    if isinstance(outcome, MezzotintError) and not return_errors:
+                        raise outcome
+                    results[place] = outcome
+                    advance()
+
+            tasks = [asyncio.create_task(work()) for _ in range(min(concurrency, len(prepared)))]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        return results
+
+    async def _attempt(self, send: Send | MezzotintError) -> Generation | MezzotintError:
+        if isinstance(send, MezzotintError):
+            return send
+        try:
+            return await self._client._run(exchange.generate(self._options, send))
+        except MezzotintError as error:
+            return error
+
+    async def fetch(self, picture: GeneratedImage) -> bytes:
+        """The picture's file, from its URL if need be; afterwards `picture.image` and `.save` work."""
+        if picture.url is not None and "data" not in vars(picture):
+            picture.data = await self._client._run(exchange.fetch(self._options, picture.url))
+        return picture.data
+
+
+class AsyncHandle:
+    """A request that the server has accepted and works on by itself."""
+
+    def __init__(self, client: AsyncClient, accepted: str | Generation) -> None:
+        self._client = client
+        self._result = accepted if isinstance(accepted, Generation) else None
+        self.id = accepted if isinstance(accepted, str) else accepted.id or ""
+
+    async def status(self) -> RequestState:
+        """Where the request stands now."""
+        return await self._ask("GET")
+
+    async def cancel(self) -> RequestState:
+        """Ends the request within one denoising step; one that has ended stays as it is."""
+        return await self._ask("DELETE")
+
+    async def _ask(self, method: str) -> RequestState:
+        if self._result is not None:
+            return RequestState(id=self.id, status="done")
+        return await self._client._run(exchange.request_state(self._client._options, method, self.id))
+
+    async def result(self) -> Generation:
+        """Waits for the pictures; the request's error is raised."""
+        return await anext(event.result async for event in self.events() if isinstance(event, Completed))
+
+    async def events(self) -> AsyncIterator[Event]:
+        """As Handle.events."""
+        if self._result is not None:
+            yield Completed(self._result)
+            return
+        watch = exchange.Watch(self._client._options, self.id)
+        while True:
+            failure = None
+            try:
+                arguments = self._client._options.arguments(watch.send)
+                async with self._client._http.stream(**arguments) as response:
+                    if not response.is_success:
+                        await response.aread()
+                        exchange.raise_for_error(response)
+                    async for sse in httpx2.EventSource(response, MAX_EVENT_BYTES):
+                        event = watch.read(sse)
+                        if event is not None:
+                            yield event
+                        if isinstance(event, Completed):
+                            self._result = event.result
+                            return
+            except httpx2.TransportError as error:
+                failure = error
+            await asyncio.sleep(watch.pause_s(failure))
