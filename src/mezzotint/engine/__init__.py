@@ -5,52 +5,45 @@
     engine = Engine.load("emoji")
     results = engine.generate([Request(prompt="a happy cat", num_inference_steps=8, seed=1)])
 
-Every request runs the unmodified pipeline in a Job; the loop in `Engine.step` is: pick parked calls, run them in one
-forward, split the result among the jobs, report. An engine belongs to the thread that uses it.
+Every request runs the unmodified pipeline in a Job; the loop in `Engine.step` is: pick parked calls, run them in
+one forward, split the result among the jobs, report. An engine belongs to the thread that uses it.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
 import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from mezzotint.engine import calibration
 from mezzotint.engine.arguments import PipelineFacts, Request
 from mezzotint.engine.batching import Call
 from mezzotint.engine.jobs import Job, Tap
+from mezzotint.engine.lora import AdapterBank, Lease
+from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
+from mezzotint.engine.results import Result, failure, pixels, result_of
 from mezzotint.engine.rules import RULES
-from mezzotint.engine.runner import Mode, Runner, is_out_of_memory
+from mezzotint.engine.runner import Mode, Runner
 from mezzotint.engine.scheduler import StepTimes, Waiting, pick
-from mezzotint.errors import GenerationError, InvalidRequestError, MezzotintError, error_class
+from mezzotint.errors import MezzotintError
 from mezzotint.messages import Cancelled, Done, Failed, Preview, Progress
 
 __all__ = ["Engine", "Event", "Request", "Result"]
 
 Event = Progress | Preview | Done | Failed | Cancelled
-Image = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
 
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of one request: an image, or the error that ended it."""
-
-    request: Request
-    seed: int
-    """The seed used; drawn where the request had none."""
-    image: Image | None
-    """uint8, height x width x 3; None if the request failed."""
-    timings: Mapping[str, float] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    error: MezzotintError | None = None
+SLOW_FORWARD_S = 2.0
+"""A model whose single forward takes longer is not measured further: merging can gain it nothing."""
+WARM_STEP_S = 0.25
+"""Models whose forward is faster make a few small pictures at load, so that the first request is a fast one."""
+_WARM_JOBS = 8
+_WARM_REQUEST = Request(prompt="a red apple on a blue table", num_inference_steps=2, seed=0)
 
 
 @dataclass(slots=True)
@@ -59,19 +52,32 @@ class _Active:
 
     job_id: str
     request: Request
-    job: Job
-    width: int
-    height: int
+    seed: int
+    arguments: dict[str, Any]
     warnings: list[str]
     arrival: int
     admitted: float
-    parked: float
+    parked: float = 0.0
+    job: Job | None = None
+    lease: Lease | None = None
     num_forwards: int = 0
+    """Denoiser forwards so far."""
     reported: int = 0
+    previews_due: tuple[int, ...] = ()
+    clean: torch.Tensor | None = None
+    """Latents of the finished picture, for the preview to learn from."""
+
+    @property
+    def width(self) -> int:
+        return int(self.arguments["width"])
+
+    @property
+    def height(self) -> int:
+        return int(self.arguments["height"])
 
 
 class Engine:
-    """Runs requests through one diffusers pipeline. See `load`; `generate` and `stream` are all a library user needs."""
+    """Runs requests through one diffusers pipeline; `load`, `generate` and `stream` are all a library user needs."""
 
     def __init__(
         self,
@@ -82,15 +88,28 @@ class Engine:
         max_rows: int = 16,
         max_jobs: int = 64,
         max_wait_s: float = 20.0,
+        max_merge_pixels: int | None = None,
+        adapter_bytes: int = 512 * 1024 * 1024,
     ) -> None:
-        """Takes a loaded pipeline as it is; `rows` are those of every merged forward in `exact` mode."""
+        """Takes a loaded pipeline as it is; `rows` are those of every merged forward in `exact` mode.
+
+        `max_merge_pixels`: in `exact` mode larger pictures are never merged; None is no limit. It is part of what the
+        bytes depend on, as `rows` is.
+        """
         self.pipe = pipe
         self.facts = PipelineFacts(pipe)
+        self.max_rows = max_rows
         self.max_jobs = max_jobs
         self.max_wait_s = max_wait_s
-        self._runner = Runner(batching, rows if batching == "exact" else max_rows)
-        self._times = StepTimes()
-        self._taps = _tap(pipe, self.facts)
+        self.adapter_bytes = adapter_bytes
+        self.num_ended = 0
+        self.measured: list[calibration.Measurement] = []
+        """What calibration has measured; empty if R was given."""
+        self.times = StepTimes()
+        self.runner = Runner(batching, rows if batching == "exact" else max_rows)
+        self._max_merge_pixels = max_merge_pixels
+        self._preview = LatentPreview()
+        self._taps = self._tap()
         self._queue: deque[_Active] = deque()
         self._active: dict[str, _Active] = {}
         self._events: list[Event] = []
@@ -110,27 +129,28 @@ class Engine:
             yield result
 
     def close(self) -> None:
-        """Ends what runs and gives the pipeline back as it was before."""
+        """Ends what runs and takes the taps off the pipeline."""
         for job_id in [*self._active, *(waiting.job_id for waiting in self._queue)]:
             self.cancel(job_id)
         for tap in reversed(self._taps):
             tap.close()
         self._taps.clear()
+        if "adapters" in self.__dict__:
+            self.adapters.close()
 
     def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Result]]:
+        seeds = [secrets.randbelow(2**32) if each.seed is None else each.seed for each in requests]
         ids: dict[str, int] = {}
-        seeds: list[int] = []
         try:
             for index, request in enumerate(requests):
-                seeds.append(secrets.randbelow(2**32) if request.seed is None else request.seed)
                 job_id = f"library-{self._arrivals}"
                 ids[job_id] = index
                 self.submit(request, job_id, seed=seeds[index])
             while ids:
                 for event in self.step():
-                    if isinstance(event, (Done, Failed)) and event.job_id in ids:
+                    if isinstance(event, (Done, Failed, Cancelled)) and event.job_id in ids:
                         index = ids.pop(event.job_id)
-                        yield index, _result(requests[index], seeds[index], event)
+                        yield index, result_of(requests[index], seeds[index], event)
         finally:
             for job_id in ids:
                 self.cancel(job_id)
@@ -139,172 +159,263 @@ class Engine:
 
     @property
     def num_jobs(self) -> int:
-        """Jobs admitted and not ended."""
+        """Jobs submitted and not ended."""
         return len(self._active) + len(self._queue)
+
+    @functools.cached_property
+    def adapters(self) -> AdapterBank:
+        """The LoRA adapters of this pipeline; the first use prepares its layers."""
+        bank = AdapterBank(self.pipe, byte_budget=self.adapter_bytes)
+        self.runner.adapters = bank
+        return bank
 
     def submit(self, request: Request, job_id: str, *, seed: int | None = None) -> None:
         """Admits a request. It ends in exactly one Done, Failed or Cancelled event of a later `step`."""
         assert job_id not in self._active, f"job {job_id} is already running"
-        now = time.perf_counter()
         self._arrivals += 1
         seed = request.seed if seed is None else seed
-        if seed is None:
-            seed = secrets.randbelow(2**32)
         try:
             arguments, warnings = self.facts.call_arguments(request)
-            job = Job(self.pipe, arguments, seed=seed)
+            if request.adapter is not None:
+                self.adapters.info(request.adapter)
+                self.adapters.prefetch(request.adapter)
         except MezzotintError as error:
             self._events.append(Failed(job_id, error.code, error.message, error.param))
             return
-        width, height = arguments.get("width", self.facts.width), arguments.get("height", self.facts.height)
-        self._queue.append(
-            _Active(job_id, request, job, width, height, warnings, self._arrivals, admitted=now, parked=now)
+        active = _Active(
+            job_id=job_id,
+            request=request,
+            seed=secrets.randbelow(2**32) if seed is None else seed,
+            arguments=arguments,
+            warnings=warnings,
+            arrival=self._arrivals,
+            admitted=time.perf_counter(),
+            previews_due=tuple(preview_steps(request.num_previews, request.num_inference_steps)),
         )
+        self._queue.append(active)
         self._events.append(Progress(job_id, 0, request.num_inference_steps))
 
     def cancel(self, job_id: str) -> bool:
-        """Ends a job now, between two steps; False if there is no such job (any more)."""
-        active = self._active.pop(job_id, None)
+        """Ends a job now, between two forwards; False if there is no such job (any more)."""
+        active = self._active.get(job_id) or next(
+            (each for each in self._queue if each.job_id == job_id), None
+        )
         if active is None:
-            active = next((each for each in self._queue if each.job_id == job_id), None)
-            if active is None:
-                return False
+            return False
+        if active.job is None:
             self._queue.remove(active)
-        with torch.inference_mode():
-            active.job.close()
-        self._events.append(Cancelled(job_id))
+        self._end(active, Cancelled(job_id))
         return True
 
     def step(self) -> list[Event]:
-        """Runs one forward, for one job or for as many as it fits, and returns what happened since the last step."""
+        """Runs one forward, for one job or for as many as share it; returns what has happened since the last step."""
         with torch.inference_mode():
             self._admit()
-            picked = pick(
-                [self._waiting(active) for active in self._active.values()],
-                max_rows=self._runner.num_rows,
-                max_wait_s=self.max_wait_s,
-            )
-            if picked:
-                self._forward([self._active[waiting.job_id] for waiting in picked])
+            batch = self._pick()
+            if batch:
+                self._forward(batch)
         events, self._events = self._events, []
         return events
 
-    # ------------------------------------------------------------------ the loop's four parts
+    # ------------------------------------------------------------------ the parts of a step
 
     def _admit(self) -> None:
-        while self._queue and len(self._active) < self.max_jobs:
-            active = self._queue.popleft()
+        """Starts queued jobs, as far as there is room for them and their adapters are at hand."""
+        for active in list(self._queue):
+            if len(self._active) >= self.max_jobs:
+                return
+            route = active.request.adapter
+            if route is not None and self._active and not self.adapters.is_ready(route):
+                continue  # its file is being read in the background, while others run
+            try:
+                if route is not None:
+                    active.lease = self.adapters.acquire(route, active.request.adapter_scale)
+                    if active.lease is None:
+                        continue
+                hook = functools.partial(self._before_scheduler_step, active)
+                active.job = Job(
+                    self.pipe, active.arguments, seed=active.seed, lease=active.lease, before_step=hook
+                )
+            except MezzotintError as error:
+                self._queue.remove(active)
+                self._end(active, Failed(active.job_id, error.code, error.message, error.param))
+                continue
+            self._queue.remove(active)
             self._active[active.job_id] = active
             active.job.start()
             self._report(active)
 
-    def _waiting(self, active: _Active) -> Waiting:
-        call = active.job.call
-        assert call is not None, "an active job is parked"
-        steps = active.job.num_steps
-        forwards_per_step = max(1.0, active.num_forwards / steps) if steps else 1.0
-        left = max(0, active.request.num_inference_steps - steps) * forwards_per_step
+    def _pick(self) -> list[_Active]:
+        """The jobs whose parked calls run next, together."""
+        now = time.perf_counter()
+        waiting = [self._waiting(active, now) for active in self._active.values()]
+        picked = pick(waiting, max_rows=self.runner.num_rows, max_wait_s=self.max_wait_s)
+        return [self._active[each.job_id] for each in picked]
+
+    def _waiting(self, active: _Active, now: float) -> Waiting:
+        job = active.job
+        assert job is not None, "an active job has started"
+        assert job.call is not None, "an active job is parked"
+        forwards_per_step = max(1.0, active.num_forwards / job.num_steps) if job.num_steps else 1.0
+        left = max(0, active.request.num_inference_steps - job.num_steps) * forwards_per_step
         return Waiting(
             job_id=active.job_id,
-            key=call.key,
-            rows=call.rows,
-            remaining_s=left * self._times.estimate(active.width, active.height),
-            waited_s=time.perf_counter() - active.parked,
+            key=job.call.key,
+            rows=job.call.rows,
+            remaining_s=left * self.times.estimate(active.width, active.height),
+            waited_s=now - active.parked,
             priority=active.request.priority,
             arrival=active.arrival,
         )
 
     def _forward(self, batch: Sequence[_Active]) -> None:
+        """Runs the parked calls of `batch` and takes each job to its next one."""
         calls: list[Call] = []
         for active in batch:
+            assert active.job is not None, "an active job has started"
             assert active.job.call is not None, "an active job is parked"
             calls.append(active.job.call)
         start = time.perf_counter()
-        outcomes = self._runner.run(calls)
+        outcomes = self.runner.run(calls)
         self._synchronize()
-        if calls[0].name == self.facts.family.denoiser:
-            self._times.add(batch[0].width, batch[0].height, time.perf_counter() - start)
+        if calls[0].name == self.facts.denoiser_name:
+            self.times.add(batch[0].width, batch[0].height, time.perf_counter() - start)
             for active in batch:
                 active.num_forwards += 1
         for active, outcome in zip(batch, outcomes, strict=True):
+            assert active.job is not None, "an active job has started"
             if isinstance(outcome, Exception):
                 active.job.fail(outcome)
             else:
                 active.job.resume(outcome)
             self._report(active)
 
+    def _report(self, active: _Active) -> None:
+        """Tells how far the job has come, or how it has ended."""
+        job, steps = active.job, active.request.num_inference_steps
+        assert job is not None, "an active job has started"
+        active.parked = time.perf_counter()
+        done = min(job.num_steps, steps)
+        if done > active.reported:
+            active.reported = done
+            self._events.append(Progress(active.job_id, done, steps))
+        if job.call is not None:
+            if self._max_merge_pixels is not None and active.width * active.height > self._max_merge_pixels:
+                job.call.key = job.call.key if self.runner.mode == "fast" else None
+            return
+        if job.error is None:
+            self._end(active, self._done(active, job.result))
+            return
+        size = f"{active.width}x{active.height}"
+        self._end(active, failure(active.job_id, job.error, size=size, refused=active.num_forwards == 0))
+
+    def _done(self, active: _Active, result: Any) -> Done:
+        picture = pixels(result)
+        if active.clean is not None:
+            self._preview.learn(active.clean, torch.from_numpy(picture))
+        height, width, _ = picture.shape
+        return Done(
+            active.job_id,
+            width,
+            height,
+            generate_s=time.perf_counter() - active.admitted,
+            payload=picture.tobytes(),
+            adapter_load_s=0.0 if active.lease is None else active.lease.load_s,
+            warnings=active.warnings,
+        )
+
+    def _end(self, active: _Active, event: Done | Failed | Cancelled) -> None:
+        self._active.pop(active.job_id, None)
+        if active.job is not None:
+            with torch.inference_mode():
+                active.job.close()
+        if active.lease is not None:
+            active.lease.release()
+        self.num_ended += 1
+        self._events.append(event)
+
+    def _before_scheduler_step(self, active: _Active, scheduler: Any, arguments: Mapping[str, Any]) -> None:
+        """Where a preview is due, or one can be learned from: estimates the finished latents."""
+        assert active.job is not None, "only a started job steps"
+        step = active.job.num_steps + 1
+        last = step == len(scheduler.timesteps)
+        if not (step in active.previews_due or (last and not self._preview.learned)):
+            return
+        output, sample = arguments["model_output"], arguments["sample"]
+        clean = estimate_clean(scheduler, output, arguments["timestep"], sample)
+        if last or clean is None:
+            active.clean = clean
+            return
+        drawn = self._preview.draw(clean, active.width, active.height)
+        if drawn is not None:
+            index = active.previews_due.index(step)
+            height, width = drawn.shape[:2]
+            payload = drawn.numpy().tobytes()
+            self._events.append(Preview(active.job_id, index, step, width, height, payload))
+
     def _synchronize(self) -> None:
         """Waits for the device, so that times are true and an error shows in the forward that caused it."""
         if self.pipe.device.type == "cuda":
             torch.cuda.synchronize(self.pipe.device)
 
-    def _report(self, active: _Active) -> None:
-        active.parked = time.perf_counter()
-        job, steps = active.job, active.request.num_inference_steps
-        done = min(job.num_steps, steps)
-        if done > active.reported:
-            active.reported = done
-            self._events.append(Progress(active.job_id, done, steps))
-        if not job.done:
+    def _tap(self) -> list[Tap]:
+        """Taps on everything that computes: denoiser and text encoders by `forward`, VAEs by `decode`."""
+        taps = []
+        for name, component in self.pipe.components.items():
+            if not isinstance(component, torch.nn.Module):
+                continue
+            merges = name == self.facts.denoiser_name and self.facts.family.merges
+            rule = RULES.get(type(component).__name__) if merges else None
+            taps.append(Tap(name, component, "decode" if hasattr(component, "decode") else "forward", rule))
+        return taps
+
+    # ------------------------------------------------------------------ at load
+
+    def calibrate(self, *, min_gain: float = 1.4, max_stretch: float = 2.5) -> None:
+        """Measures forwards of a real job and, in `exact` mode, sets the number of rows of every merged one."""
+        with torch.inference_mode():
+            call = self._first_denoiser_call()
+            if call is None:
+                return
+            self._synchronize()
+            start = time.perf_counter()
+            call.alone()
+            self._synchronize()
+            seconds = time.perf_counter() - start
+            self.measured = [calibration.Measurement(call.rows, seconds)]
+            rows = 1
+            if seconds < SLOW_FORWARD_S:
+                self.measured = calibration.measure(
+                    call, max_rows=self.max_rows, max_stretch=max_stretch, synchronize=self._synchronize
+                )
+                rows = calibration.choose_rows(self.measured, min_gain=min_gain, max_stretch=max_stretch)
+            if rows > 1 and not calibration.rows_are_independent(call, rows):
+                rows = 1
+        if self.runner.mode == "exact":
+            self.runner.num_rows = rows
+        self.times.add(self.facts.width, self.facts.height, self.measured[0].forward_s)
+
+    def warm_up(self) -> None:
+        """Makes a few two-step pictures, if that is quick: they teach the preview, and first uses cost once."""
+        if self.times.estimate(self.facts.width, self.facts.height) > WARM_STEP_S:
             return
-        del self._active[active.job_id]
-        if job.error is not None:
-            self._events.append(_failed(active, job.error))
-        else:
-            self._events.append(_done(active))
+        for seed in range(_WARM_JOBS):
+            self.submit(_WARM_REQUEST, f"warm-{seed}", seed=seed)
+            while self.num_jobs:
+                self.step()
+            if self._preview.ready:
+                return
 
-
-def _tap(pipe: Any, facts: PipelineFacts) -> list[Tap]:
-    """Taps on everything that computes: the denoiser and text encoders by `forward`, VAEs by `decode`."""
-    taps = []
-    for name, component in pipe.components.items():
-        if not isinstance(component, torch.nn.Module):
-            continue
-        rule = None
-        if component is facts.denoiser and facts.family.merges:
-            rule = RULES.get(type(component).__name__)
-        taps.append(Tap(name, component, "decode" if hasattr(component, "decode") else "forward", rule))
-    return taps
-
-
-def _done(active: _Active) -> Done:
-    picture = _pixels(active.job.result)
-    active.job.close()
-    height, width, _ = picture.shape
-    seconds = time.perf_counter() - active.admitted
-    return Done(active.job_id, width, height, seconds, picture.tobytes(), warnings=active.warnings)
-
-
-def _pixels(result: Any) -> Image:
-    """uint8 pixels by the rule by which diffusers makes its PIL images."""
-    images = result[0] if isinstance(result, tuple) else result.images
-    pixels: Image = (np.asarray(images[0]) * 255).round().astype("uint8")
-    return pixels
-
-
-def _failed(active: _Active, error: Exception) -> Failed:
-    """Bad arguments show before the first forward; later, the failure is the generation's."""
-    if isinstance(error, MezzotintError):
-        return Failed(active.job_id, error.code, error.message, error.param)
-    if is_out_of_memory(error):
-        size = f"{active.width}x{active.height}"
-        advice = (
-            f"not enough memory for a {size} picture; ask for a smaller one, or lower max_rows or max_jobs"
-        )
-        return Failed(active.job_id, "out_of_memory", advice)
-    _log.error("job %s failed", active.job_id, exc_info=error)
-    text = f"{type(error).__name__}: {error}"
-    if active.num_forwards == 0 and isinstance(error, (ValueError, TypeError)):
-        return Failed(
-            active.job_id, InvalidRequestError.default_code, f"the pipeline refused the request: {text}"
-        )
-    return Failed(active.job_id, GenerationError.default_code, f"generation failed: {text}")
-
-
-def _result(request: Request, seed: int, event: Done | Failed) -> Result:
-    if isinstance(event, Failed):
-        status = 422 if event.code == InvalidRequestError.default_code else 500
-        error = error_class(status, event.code)(event.message, code=event.code, param=event.param)
-        return Result(request, seed, None, error=error)
-    image = np.frombuffer(event.payload, np.uint8).reshape(event.height, event.width, 3)
-    return Result(request, seed, image, {"generate_s": event.generate_s}, tuple(event.warnings))
+    def _first_denoiser_call(self) -> Call | None:
+        """The denoiser call of a real job at the default size."""
+        arguments, _ = self.facts.call_arguments(_WARM_REQUEST)
+        job = Job(self.pipe, arguments, seed=0)
+        job.start()
+        while job.call is not None and job.call.name != self.facts.denoiser_name:
+            job.resume(job.call.alone())
+        call = job.call
+        error = job.error
+        job.close()
+        if error is not None:
+            raise error
+        return call

@@ -12,8 +12,7 @@ from mezzotint.families import Family, family
 
 MAX_STEPS = 50
 _OURS = frozenset(
-    "prompt negative_prompt num_inference_steps width height generator output_type return_dict "
-    "num_images_per_prompt callback_on_step_end callback callback_steps".split()
+    ["prompt", "negative_prompt", "num_inference_steps", "width", "height", "generator", "output_type", "return_dict", "num_images_per_prompt", "callback_on_step_end", "callback", "callback_steps"]
 )
 """Pipeline arguments that `extra` must not set."""
 
@@ -44,7 +43,8 @@ class PipelineFacts:
 
     def __init__(self, pipe: Any) -> None:
         self.family: Family = family(type(pipe).__name__)
-        self.denoiser: Any = pipe.components.get(self.family.denoiser) or _first_denoiser(pipe)
+        self.denoiser_name = _denoiser_name(pipe, self.family)
+        self.denoiser: Any = pipe.components.get(self.denoiser_name)
         parameters = inspect.signature(pipe.__call__).parameters
         self.parameters = parameters
         self.open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
@@ -170,11 +170,12 @@ class PipelineFacts:
             warnings.append(f"prompt was cut: it has {num_tokens} tokens, this model reads the first {limit}")
 
 
-def _first_denoiser(pipe: Any) -> Any:
-    for name in ("transformer", "unet", "decoder", "prior"):
+def _denoiser_name(pipe: Any, known: Family) -> str:
+    """The component that runs at every step."""
+    for name in (known.denoiser, "transformer", "unet", "decoder", "prior"):
         if pipe.components.get(name) is not None:
-            return pipe.components[name]
-    return None
+            return name
+    return known.denoiser
 
 
 def _default_size(pipe: Any, denoiser: Any, parameters: Mapping[str, inspect.Parameter]) -> tuple[int, int]:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mezzotint.engine.lora import Lease
+
 Kind = Literal["row", "scalar", "shared", "list"]
 
 
@@ -48,6 +50,8 @@ class Call:
     rule: Rule | None = None
     parameters: tuple[str, ...] = ()
     """Names of the positional parameters of `run`."""
+    lease: Lease | None = None
+    """The adapter of the call's rows."""
     rows: int = 1
     key: Hashable | None = None
     """Calls with equal keys may share a forward; None: never."""

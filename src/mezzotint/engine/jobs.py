@@ -1,12 +1,12 @@
-"""The greenlet bridge: every request runs its own unmodified pipeline `__call__`, and parks at each shared forward.
+"""The greenlet bridge: a request runs its own unmodified pipeline `__call__`, and parks at each shared forward.
 
-A Job runs a pipeline in a greenlet. A Tap replaces `forward` of a shared module (or `decode` of a VAE) by an instance
-attribute: called from inside a Job it parks the job and hands over a Call, called from anywhere else it runs as always.
-All of it belongs to one thread.
+A Job runs a pipeline in a greenlet. A Tap replaces `forward` of a shared module (or `decode` of a VAE) by an
+instance attribute: called from inside a Job it parks the job and hands over a Call, called from anywhere else it
+runs as always. All of it belongs to one thread.
 
 What is thread-local in torch does not travel with a greenlet. Whoever starts, resumes or closes jobs does so with
-gradients off (`no_grad` or `inference_mode`); a forward that a pipeline asks for with gradients or autocast on is run in
-place instead of parked, so the mode is the same at every switch and there is nothing to carry across.
+gradients off (`no_grad` or `inference_mode`). A forward that a pipeline asks for with gradients or autocast on is
+run in place instead of parked: so the mode is the same at every switch, and there is nothing to carry across.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from diffusers import DiffusionPipeline
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from mezzotint.engine.batching import Call, Rule
+from mezzotint.engine.lora import Lease
 
 StepHook = Callable[[Any, Mapping[str, Any]], None]
 """Called before every scheduler step with the scheduler and the arguments of its `step` by name."""
 
 _STEP_ARGUMENTS = ("model_output", "timestep", "sample")
 _DEVICE_TYPES = ("cpu", "cuda", "mps")
-
 _MISSING = object()
 
 
@@ -37,60 +37,73 @@ class _JobGreenlet(greenlet):  # type: ignore[misc]
 
 
 class Tap:
-    """Parks jobs at `module.<attribute>`; `close` puts the previous attribute back. Tap last, after accelerate's hooks."""
+    """Parks jobs at `module.<attribute>`; `close` puts the previous attribute back.
+
+    Tap after everything else that patches the module (accelerate's hooks, compilation): the tap calls what it finds.
+    """
 
     def __init__(self, name: str, module: Any, attribute: str = "forward", rule: Rule | None = None) -> None:
-        self.name = name
-        self.rule = rule
-        self.module = module
-        self.original: Callable[..., Any] = getattr(module, attribute)
+        self._module = module
         self._attribute = attribute
         self._previous = module.__dict__.get(attribute, _MISSING)
-        self._parameters = tuple(
-            parameter.name
-            for parameter in inspect.signature(self.original).parameters.values()
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        )
-        self._tapped = self._make()
+        self._tapped = _parking(name, getattr(module, attribute), rule)
         setattr(module, attribute, self._tapped)
-
-    def _make(self) -> Callable[..., Any]:
-        @functools.wraps(self.original)
-        def tapped(*args: Any, **kwargs: Any) -> Any:
-            current = getcurrent()
-            if type(current) is not _JobGreenlet or _mode_differs():
-                return self.original(*args, **kwargs)
-            return current.job.park(Call(self.name, self.original, args, kwargs, self.rule, self._parameters))
-
-        return tapped
 
     def close(self) -> None:
         """Restores the module, unless somebody else has patched it since."""
-        if self.module.__dict__.get(self._attribute) is not self._tapped:
+        if self._module.__dict__.get(self._attribute) is not self._tapped:
             return
         if self._previous is _MISSING:
-            delattr(self.module, self._attribute)
+            delattr(self._module, self._attribute)
         else:
-            setattr(self.module, self._attribute, self._previous)
+            setattr(self._module, self._attribute, self._previous)
+
+
+def _parking(name: str, original: Callable[..., Any], rule: Rule | None) -> Callable[..., Any]:
+    parameters = inspect.signature(original).parameters.values()
+    names = tuple(
+        each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    )
+
+    @functools.wraps(original)
+    def tapped(*args: Any, **kwargs: Any) -> Any:
+        current = getcurrent()
+        if type(current) is not _JobGreenlet or _mode_differs():
+            return original(*args, **kwargs)
+        job = current.job
+        return job.park(Call(name, original, args, kwargs, rule, names, job.lease))
+
+    return tapped
+
+
+def _mode_differs() -> bool:
+    return torch.is_grad_enabled() or any(map(torch.is_autocast_enabled, _DEVICE_TYPES))
 
 
 class Job:
     """One run of a pipeline's `__call__`, one parked Call at a time.
 
-    `call` is the parked forward; None once the run has ended, and then either `result` (what the pipeline returned) or
-    `error` is set, or neither if the job was closed. The pipeline sees a view of `pipe` with schedulers of its own.
+    `call` is the parked forward. It is None once the run has ended; then `error` is set if it failed, and `result`
+    is what the pipeline returned. The pipeline sees a view of `pipe` with schedulers of its own.
     """
 
     def __init__(
-        self, pipe: Any, arguments: Mapping[str, Any], *, seed: int, on_step: StepHook | None = None
+        self,
+        pipe: Any,
+        arguments: Mapping[str, Any],
+        *,
+        seed: int,
+        lease: Lease | None = None,
+        before_step: StepHook | None = None,
     ) -> None:
         self.call: Call | None = None
         self.result: Any = None
         self.error: Exception | None = None
+        self.lease = lease
         self.num_steps = 0
         """Scheduler steps done so far."""
         self._closed = False
-        self._on_step = on_step
+        self._before_step = before_step
         self._schedulers: list[Any] = []
         view = self._view(pipe)
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -98,7 +111,7 @@ class Job:
         self._greenlet.job = self
 
     def _view(self, pipe: Any) -> Any:
-        """A shallow copy of the pipeline: modules shared, schedulers its own, nothing done to the modules at the end."""
+        """A shallow copy of the pipeline: the modules are shared, and left where they are when it ends."""
         view = copy.copy(pipe)
         for name, value in vars(pipe).items():
             if isinstance(value, DiffusionPipeline):  # combined pipelines hold pipelines
@@ -116,17 +129,13 @@ class Job:
     def _counted(self, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(step)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if self._on_step is not None:
-                self._on_step(scheduler, dict(zip(_STEP_ARGUMENTS, args, strict=False)) | kwargs)
+            if self._before_step is not None:
+                self._before_step(scheduler, dict(zip(_STEP_ARGUMENTS, args, strict=False)) | kwargs)
             result = step(*args, **kwargs)
             self.num_steps += 1
             return result
 
         return counted
-
-    @property
-    def done(self) -> bool:
-        return self._greenlet is None
 
     def start(self) -> None:
         """Runs up to the first parked call, or to the end."""
@@ -138,35 +147,30 @@ class Job:
 
     def fail(self, error: Exception) -> None:
         """Lets the parked call raise `error` inside the pipeline."""
-        assert self._greenlet is not None, "the job has ended"
         self._enter(lambda running: running.throw(error))
 
     def close(self) -> None:
         """Unwinds the pipeline wherever it stands and frees what it holds; harmless on an ended job."""
         self._closed = True
-        running, self.call = self._greenlet, None
-        if running is not None:
-            if running:  # started: its frames must unwind
-                self._enter(lambda started: started.throw(GreenletExit))
-            self._end()
+        if self._greenlet:  # has started: its frames must unwind
+            self._enter(lambda running: running.throw(GreenletExit))
+        self._end()
         self.result = None
 
     def park(self, call: Call) -> Any:
         """Called inside the job: hands `call` to whoever resumed it and waits for the result."""
         if self._closed:
             raise GreenletExit
+        assert self._greenlet is not None, "only a living job parks"
         self.call = call
-        running = self._greenlet
-        assert running is not None, "only a living job parks"
-        return running.parent.switch()
+        return self._greenlet.parent.switch()
 
     def _switch(self, *value: Any) -> None:
-        assert self._greenlet is not None, "the job has ended"
         self._enter(lambda running: running.switch(*value))
 
     def _enter(self, switch: Callable[[_JobGreenlet], Any]) -> None:
         running = self._greenlet
-        assert running is not None
+        assert running is not None, "the job has ended"
         assert not torch.is_grad_enabled(), "jobs run with gradients off"
         running.parent = getcurrent()
         self.call = None
@@ -177,7 +181,7 @@ class Job:
             self._end()
             return
         if running.dead:
-            self.result = None if self._closed else result
+            self.result = result
             self._end()
 
     def _end(self) -> None:
@@ -186,11 +190,7 @@ class Job:
         self._schedulers.clear()
         self.call = None
         self._greenlet = None
-        self._on_step = None
-
-
-def _mode_differs() -> bool:
-    return torch.is_grad_enabled() or any(map(torch.is_autocast_enabled, _DEVICE_TYPES))
+        self._before_step = None
 
 
 def _nothing() -> None:

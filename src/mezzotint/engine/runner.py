@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
-from mezzotint.engine.batching import Call, join, merge, plan, split
+from mezzotint.engine.batching import Call, Part, join, merge, plan, split
+from mezzotint.engine.calibration import rows_are_independent
+from mezzotint.engine.lora import AdapterBank, Lease
 
 Mode = Literal["exact", "fast", "off"]
 
@@ -18,50 +21,84 @@ _log = logging.getLogger(__name__)
 class Runner:
     """Runs calls in one batching mode.
 
-    `exact`: every merged forward has exactly `num_rows` rows, padded with copies; a call of more rows goes through in
-    chunks; with `num_rows` 1 every call runs as the pipeline asked for it. `fast`: what is there, up to `num_rows`.
-    `off`: never merged.
+    `exact`: every merged forward has exactly `num_rows` rows, padded with copies; a call of more rows goes through
+    in chunks; with `num_rows` 1 every call runs as the pipeline asked for it. A shape whose rows are found to depend
+    on their neighbours on this machine is not merged. `fast`: what is there, up to `num_rows`. `off`: never merged.
     """
 
     def __init__(self, mode: Mode, num_rows: int) -> None:
         self.mode = mode
         self.num_rows = 1 if mode == "off" else num_rows
+        self.adapters: AdapterBank | None = None
         self.num_forwards = 0
         self.num_real_rows = 0
         self.num_padded_rows = 0
+        self._independent: dict[int, bool] = {}
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
-        """For each call its result, or the exception that it alone caused. All calls have one key, or there is one."""
+        """For each call its result, or the exception that it alone caused. Several calls must have one key."""
         try:
-            return self._forward(calls)
+            return self._run(calls)
         except Exception as error:
             free_memory(error)
             if len(calls) == 1:
                 return [error]
-            _log.warning(
-                "a merged forward of %d calls failed; running them one by one", len(calls), exc_info=True
-            )
+            _log.warning("a merged forward of %d calls failed; running each alone", len(calls), exc_info=True)
         return [self.run([call])[0] for call in calls]
 
-    def _forward(self, calls: Sequence[Call]) -> list[Any]:
-        exact = self.mode == "exact" and self.num_rows > 1 and calls[0].key is not None
-        if not exact and len(calls) == 1:
-            self._count(calls[0].rows, calls[0].rows)
-            return [calls[0].alone()]
-        pieces: list[list[Any]] = [[] for _ in calls]
+    def _run(self, calls: Sequence[Call]) -> list[Any]:
+        if self.mode == "exact" and not self._merges(calls[0]):
+            return [self._alone(call) for call in calls]
+        if self.mode != "exact" and len(calls) == 1:
+            return [self._alone(calls[0])]
+        pieces: dict[int, list[Any]] = {id(call): [] for call in calls}
         for parts in plan(calls, self.num_rows):
             sizes = [part.stop - part.start for part in parts]
-            rows = self.num_rows if exact else sum(sizes)
-            self._count(sum(sizes), rows)
-            result = parts[0].call.run(**merge(parts, rows))
+            rows = self.num_rows if self.mode == "exact" else sum(sizes)
+            result = self._merged(parts, sizes, rows)
             for part, piece in zip(parts, split(result, sizes), strict=True):
-                pieces[calls.index(part.call)].append(piece)
-        return [join(piece) for piece in pieces]
+                pieces[id(part.call)].append(piece)
+        return [join(pieces[id(call)]) for call in calls]
+
+    def _merges(self, call: Call) -> bool:
+        """Whether `exact` mode may merge calls like this one; settled once for each shape."""
+        if self.num_rows == 1 or call.key is None:
+            return False
+        shape = hash((call.key, self.num_rows))
+        known = self._independent.get(shape)
+        if known is None:
+            if len(self._independent) >= _MAX_SHAPES:
+                self._independent.clear()
+            known = self._independent[shape] = rows_are_independent(call, self.num_rows)
+            if not known:
+                _log.warning("rows of %s depend on their neighbours in this shape: not merged", call.name)
+        return known
+
+    def _alone(self, call: Call) -> Any:
+        self._count(call.rows, call.rows)
+        with self._adapted(call.name, [call.lease]):
+            return call.alone()
+
+    def _merged(self, parts: Sequence[Part], sizes: Sequence[int], rows: int) -> Any:
+        self._count(sum(sizes), rows)
+        call = parts[0].call
+        leases = [part.call.lease for part, size in zip(parts, sizes, strict=True) for _ in range(size)]
+        leases += leases[-1:] * (rows - len(leases))
+        with self._adapted(call.name, leases):
+            return call.run(**merge(parts, rows))
+
+    def _adapted(self, name: str, leases: Sequence[Lease | None]) -> contextlib.AbstractContextManager[None]:
+        return _NOTHING if self.adapters is None else self.adapters.rows(name, leases)
 
     def _count(self, real: int, rows: int) -> None:
         self.num_forwards += 1
         self.num_real_rows += real
         self.num_padded_rows += rows - real
+
+
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+_MAX_SHAPES = 1024
+"""Shapes whose check is remembered."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

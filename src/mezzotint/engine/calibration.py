@@ -1,0 +1,140 @@
+"""How many rows a merged forward should have, measured with the arguments of a real job.
+
+Also the check behind the promise of `exact`: that in a forward of R rows a row's result depends on that row alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mezzotint.engine.batching import Call, Kind, Part, Rule, merge, split
+
+ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+NEAR_BEST = 0.9
+"""The smallest row count with this share of the best throughput is enough."""
+_MEASURE_S = 0.3
+_MIN_RUNS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A forward of `rows` rows takes `forward_s`."""
+
+    rows: int
+    forward_s: float
+
+    @property
+    def rows_per_s(self) -> float:
+        return self.rows / self.forward_s
+
+
+def choose_rows(measured: Sequence[Measurement], *, min_gain: float, max_stretch: float) -> int:
+    """R for `exact` mode; `measured` starts with the call as one job makes it.
+
+    1 unless merging raises throughput `min_gain` times; otherwise the smallest count near the best throughput among
+    those whose forward takes at most `max_stretch` times the single one's.
+    """
+    single = measured[0]
+    allowed = [each for each in measured[1:] if each.forward_s <= max_stretch * single.forward_s]
+    if not allowed:
+        return 1
+    best = max(each.rows_per_s for each in allowed)
+    if best < min_gain * single.rows_per_s:
+        return 1
+    return min(each.rows for each in allowed if each.rows_per_s >= NEAR_BEST * best)
+
+
+def measure(
+    call: Call, *, max_rows: int, max_stretch: float, synchronize: Callable[[], None]
+) -> list[Measurement]:
+    """Seconds of the call as it came, then merged with copies of itself, up to `max_rows` rows or `max_stretch`."""
+    measured = [Measurement(call.rows, _seconds(call.alone, synchronize))]
+    for count in ROW_COUNTS[1:]:
+        rows = count * call.rows
+        if call.key is None or rows > max_rows:
+            break
+        arguments = merge([Part(call, 0, call.rows)], rows)
+        measured.append(Measurement(rows, _seconds(lambda: call.run(**arguments), synchronize)))  # noqa: B023
+        if measured[-1].forward_s > max_stretch * measured[0].forward_s:
+            break
+    return measured
+
+
+def _seconds(forward: Callable[[], Any], synchronize: Callable[[], None]) -> float:
+    """The shortest of a few runs, which is what an undisturbed one takes."""
+    forward()
+    times: list[float] = []
+    while len(times) < _MIN_RUNS or (sum(times) < _MEASURE_S and len(times) < 20):
+        synchronize()
+        start = time.perf_counter()
+        forward()
+        synchronize()
+        times.append(time.perf_counter() - start)
+        if times[-1] > _MEASURE_S:
+            break
+    return min(times)
+
+
+def rows_are_independent(call: Call, num_rows: int) -> bool:
+    """Whether in forwards of `num_rows` rows with the shapes of `call` a row's bytes depend on that row alone.
+
+    Runs three forwards on rows of noise: in some order, turned by one place, and the first row with copies of itself.
+    The noise is always the same, so the answer depends on the model and the shapes and not on who asked first.
+    """
+    assert call.rule is not None, "only calls with a Rule merge"
+    part = Part(call, 0, min(call.rows, num_rows))
+    noise = torch.Generator("cpu").manual_seed(0)
+    arguments = _map_rows(merge([part], num_rows), call.rule, lambda rows: _like_noise(rows, noise))
+    turned = _map_rows(arguments, call.rule, lambda rows: rows[1:] + rows[:1])
+    alone = _map_rows(arguments, call.rule, lambda rows: rows[:1] * num_rows)
+    ones = [1] * num_rows
+    first = split(call.run(**arguments), ones)
+    second = split(call.run(**turned), ones)
+    third = split(call.run(**alone), ones)
+    return all(_same(first[(index + 1) % num_rows], second[index]) for index in range(num_rows)) and all(
+        _same(first[0], row) for row in third
+    )
+
+
+def _map_rows(
+    arguments: Mapping[str, Any], rule: Rule, change: Callable[[list[Any]], list[Any]], prefix: str = ""
+) -> dict[str, Any]:
+    """The arguments with `change` applied to the list of rows of every argument that has rows."""
+    result: dict[str, Any] = {}
+    for name, value in arguments.items():
+        kind: Kind | None = rule.arguments.get(prefix + name)
+        if isinstance(value, dict):
+            result[name] = _map_rows(value, rule, change, f"{prefix}{name}.")
+        elif kind in ("row", "scalar") and isinstance(value, Tensor):
+            result[name] = torch.stack(change(list(value.unbind()))).contiguous()
+        elif kind == "list" and isinstance(value, list):
+            result[name] = change(value)
+        else:
+            result[name] = value
+    return result
+
+
+def _like_noise(rows: list[Any], generator: torch.Generator) -> list[Any]:
+    """Rows of noise like these; masks, indices and what is no tensor stay as they are."""
+    return [
+        torch.randn(row.shape, generator=generator).to(row.dtype).to(row.device)
+        if isinstance(row, Tensor) and row.is_floating_point()
+        else row
+        for row in rows
+    ]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, (list, tuple)):
+        return all(_same(left, right) for left, right in zip(one, other, strict=True))
+    return bool(one == other)

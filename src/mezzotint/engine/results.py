@@ -1,0 +1,81 @@
+"""From what a pipeline returned, or raised, to the message that ends a job; and from that to a library user's Result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mezzotint.engine.arguments import Request
+from mezzotint.engine.runner import is_out_of_memory
+from mezzotint.errors import (
+    GenerationError,
+    InvalidRequestError,
+    MezzotintError,
+    NotFoundError,
+    RequestCancelledError,
+)
+from mezzotint.messages import Cancelled, Done, Failed
+
+Image = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one request: an image, or the error that ended it."""
+
+    request: Request
+    seed: int
+    """The seed used; drawn where the request had none."""
+    image: Image | None
+    """uint8, height x width x 3; None if the request failed."""
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Seconds: `generate_s` from admission to the picture, `adapter_load_s` of it for a cold adapter."""
+    warnings: tuple[str, ...] = ()
+    error: MezzotintError | None = None
+
+
+def pixels(result: Any) -> Image:
+    """uint8 pixels of a pipeline's first image, by the rule by which diffusers makes its PIL images."""
+    images = result[0] if isinstance(result, tuple) else result.images
+    return (np.asarray(images[0]) * 255).round().astype(np.uint8)  # type: ignore[no-any-return]
+
+
+def failure(job_id: str, error: Exception, *, size: str, refused: bool) -> Failed:
+    """The message for a job that `error` ended; `refused`: before its first forward, so its arguments are at fault."""
+    if isinstance(error, MezzotintError):
+        return Failed(job_id, error.code, error.message, error.param)
+    if is_out_of_memory(error):
+        advice = (
+            f"not enough memory for a {size} picture; ask for a smaller one, or lower max_rows or max_jobs"
+        )
+        return Failed(job_id, "out_of_memory", advice)
+    text = f"{type(error).__name__}: {error}"
+    if refused and isinstance(error, (ValueError, TypeError)):
+        return Failed(job_id, InvalidRequestError.default_code, f"the pipeline refused the request: {text}")
+    _log.error("job %s failed", job_id, exc_info=error)
+    return Failed(job_id, GenerationError.default_code, f"generation failed: {text}")
+
+
+def result_of(request: Request, seed: int, event: Done | Failed | Cancelled) -> Result:
+    """What a library user gets for the event that ended a job."""
+    if isinstance(event, Done):
+        image = np.frombuffer(event.payload, np.uint8).reshape(event.height, event.width, 3)
+        timings = {"generate_s": event.generate_s, "adapter_load_s": event.adapter_load_s}
+        return Result(request, seed, image, timings, tuple(event.warnings))
+    if isinstance(event, Cancelled):
+        return Result(request, seed, None, error=RequestCancelledError("the request was cancelled"))
+    error = _CLASSES.get(event.code, InvalidRequestError)
+    return Result(request, seed, None, error=error(event.message, code=event.code, param=event.param))
+
+
+_CLASSES: Mapping[str, type[MezzotintError]] = {
+    "generation_failed": GenerationError,
+    "out_of_memory": GenerationError,
+    "adapter_not_found": NotFoundError,
+}
