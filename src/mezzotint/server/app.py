@@ -38,14 +38,18 @@ from mezzotint.server.storage import Storage, load_secret
 from mezzotint.server.supervisor import ENGINE_WORKER, Launcher
 
 CLEAN_EVERY_S = 60.0
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
 UNMATCHED = "unmatched"
 """Route label of requests for no known path, which anyone could make up."""
 
 log = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings, *, worker: str = ENGINE_WORKER) -> FastAPI:
+def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | None = None) -> FastAPI:
     """The server. `worker` is the dotted name of a module-level function that takes a Connection.
+
+    `only` names the one endpoint to serve; what is remembered of the others stays untouched.
 
     Opens the data folder and the database; worker processes start with the app's lifespan. `app.state.service` is
     the Service; its `first_key` is the secret of the key that a first start makes. ConfigError stops the start.
@@ -56,7 +60,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER) -> FastAPI:
         title="Mezzotint",
         version=mezzotint.__version__,
         summary="Image-generation models as dedicated endpoints.",
-        lifespan=_lifespan(service),
+        lifespan=_lifespan(service, only),
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
@@ -88,7 +92,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER) -> FastAPI:
 async def serve(
     app: FastAPI, settings: Settings, *, on_started: Callable[[str], None] = lambda url: None
 ) -> None:
-    """Serves the app until SIGTERM or SIGINT; `on_started` is told the address once it listens.
+    """Serves the app until SIGTERM, SIGINT or `app.state.server.should_exit`; tells `on_started` its address.
 
     On the signal no new connection is taken and running requests have `drain_s` to end.
     """
@@ -106,7 +110,8 @@ async def serve(
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     app.state.on_listening = lambda: on_started(f"http://{shown}:{port}")
-    await uvicorn.Server(config).serve(sockets=[listener])
+    app.state.server = uvicorn.Server(config)
+    await app.state.server.serve(sockets=[listener])
 
 
 def run(
@@ -142,10 +147,12 @@ def _service(settings: Settings, worker: str) -> Service:
     )
 
 
-def _lifespan(service: Service) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+def _lifespan(
+    service: Service, only: str | None
+) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(service.registry.load, service.settings.endpoints)
+        await asyncio.to_thread(service.registry.load, service.settings.endpoints, only)
         service.registry.start()
         cleaning = asyncio.create_task(_clean(service))
         on_listening = getattr(app.state, "on_listening", None)
@@ -186,6 +193,7 @@ def _listen(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)  # from now on a connection waits instead of being refused
     except (OSError, OverflowError) as error:
         listener.close()
         reason = error.strerror if isinstance(error, OSError) else str(error)

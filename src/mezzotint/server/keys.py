@@ -132,6 +132,12 @@ def revoke_key(engine: sa.Engine, name_or_id: str) -> Key:
     return _key(found)
 
 
+def delete_key(engine: sa.Engine, key_id: str) -> None:
+    """Ends a key and forgets that it was there; for keys that one command made for itself."""
+    with engine.begin() as connection:
+        connection.execute(_TABLE.delete().where(_TABLE.c.id == key_id))
+
+
 def authenticate(engine: sa.Engine, secret: str) -> Key:
     """The live key that this secret belongs to; AuthenticationError for every other string."""
     digest = _hash(secret)

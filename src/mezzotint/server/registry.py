@@ -75,14 +75,17 @@ class Registry:
 
     # ------------------------------------------------------------ start and stop
 
-    def load(self, from_file: tuple[EndpointSettings, ...]) -> None:
+    def load(self, from_file: tuple[EndpointSettings, ...], only: str | None = None) -> None:
         """Builds the endpoints from the configuration file and the database (blocking).
 
         The file wins where it has changed since it was last read; otherwise what was done through the API stands.
+        `only` takes one endpoint alone and leaves what is remembered of the others as it is.
         """
         with self._engine.begin() as connection:
             known = {row["id"]: row for row in connection.execute(sa.select(_ENDPOINTS)).mappings()}
             for spec in from_file:
+                if only not in (None, spec.id):
+                    continue
                 values = spec.model_dump(mode="json")
                 row = known.get(spec.id)
                 if row is None:
@@ -94,10 +97,12 @@ class Registry:
                         .where(_ENDPOINTS.c.id == spec.id)
                         .values(from_file=values, desired=str(Desired.RUNNING))
                     )
-            self._drop_absent(connection, {spec.id for spec in from_file})
-            for row in (
-                connection.execute(sa.select(_ENDPOINTS).order_by(_ENDPOINTS.c.created)).mappings().all()
-            ):
+            if only is None:
+                self._drop_absent(connection, {spec.id for spec in from_file})
+            query = sa.select(_ENDPOINTS).order_by(_ENDPOINTS.c.created)
+            if only is not None:
+                query = query.where(_ENDPOINTS.c.id == only)
+            for row in connection.execute(query).mappings().all():
                 self._build(connection, row)
 
     def start(self) -> None:
