@@ -1,7 +1,7 @@
 """Writes the pages and tables that the program itself knows: settings, command line, errors by code.
 
-    python docs/generate.py            writes docs/settings.md, docs/cli.md and the table in docs/http.md
-    python docs/generate.py --check    changes nothing; exit status 1 when one of them is out of date
+python docs/generate.py            writes docs/settings.md, docs/cli.md and the table in docs/http.md
+python docs/generate.py --check    changes nothing; exit status 1 when one of them is out of date
 """
 
 from __future__ import annotations
@@ -61,7 +61,13 @@ def _type_name(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", ())
     if choices and all(isinstance(choice, str) for choice in choices):
         return " \\| ".join(f"`{choice}`" for choice in choices)
-    names = {"str": "text", "int": "integer", "float": "number", "bool": "`true` \\| `false`", "Path": "folder"}
+    names = {
+        "str": "text",
+        "int": "integer",
+        "float": "number",
+        "bool": "`true` \\| `false`",
+        "Path": "folder",
+    }
     if choices and annotation.__class__.__name__ in ("UnionType", "Union"):
         return names[choices[0].__name__]
     return names.get(annotation.__name__, "list of texts")
@@ -79,7 +85,7 @@ def _command_parts(group: Any, path: str) -> Iterator[str]:
         if hasattr(command, "commands"):
             yield from _command_parts(command, f"{path} {name}")
             continue
-        arguments = [p.make_metavar(None) for p in command.params if p.param_type_name == "argument"]
+        arguments = [_value_name(p) for p in command.params if p.param_type_name == "argument"]
         yield f"## `{' '.join([path, name, '[OPTIONS]', *arguments])}`"
         yield re.sub(r"[ \t]+", " ", command.help)
         yield "\n".join(_parameter_lines(command))
@@ -90,13 +96,17 @@ def _parameter_lines(command: Any) -> Iterator[str]:
     yield "|---|---|"
     for parameter in command.params:
         if parameter.param_type_name == "argument":
-            yield f"| `{parameter.make_metavar(None)}` | {parameter.help} |"
+            yield f"| `{_value_name(parameter)}` | {parameter.help} |"
             continue
         flag = " / ".join([*parameter.opts, *parameter.secondary_opts])
-        value = "" if parameter.is_flag else f" {parameter.make_metavar(None)}"
+        value = "" if parameter.is_flag else f" {_value_name(parameter)}"
         default = "" if parameter.is_flag or parameter.default is None else f" [{parameter.default}]"
         variable = f" (`{parameter.envvar}`)" if parameter.envvar else ""
-        yield f"| `{flag}{value}` | {parameter.help}{default}{variable} |".replace("[", "\\[")
+        yield f"| `{flag}{value}` | {parameter.help}{default}{variable} |"
+
+
+def _value_name(parameter: Any) -> str:
+    return str(parameter.metavar or parameter.name.upper())
 
 
 def error_table() -> str:
@@ -131,7 +141,9 @@ def pages() -> dict[Path, str]:
 
 def main() -> int:
     stale = [
-        file for file, text in pages().items() if not file.exists() or file.read_text(encoding="utf-8") != text
+        file
+        for file, text in pages().items()
+        if not file.exists() or file.read_text(encoding="utf-8") != text
     ]
     if "--check" in sys.argv[1:]:
         for file in stale:

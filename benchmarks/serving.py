@@ -1,0 +1,160 @@
+"""Starts and stops the servers that the benchmarks measure, sends them requests, and prints results.
+
+Everything listens on 127.0.0.1 and ends with the block that started it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+
+import mezzotint
+
+BUILT_IN = Path(mezzotint.__file__).parent / "models" / "emoji"
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 60.0
+REQUEST_TIMEOUT_S = 600.0
+Body = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that answers; `started_s` is from its command to readiness."""
+
+    url: str
+    process: psutil.Process
+    data_dir: Path
+    started_s: float
+
+    def workers(self) -> list[psutil.Process]:
+        """The worker processes: children of the server's forkserver."""
+        return [child for child in self.process.children(recursive=True) if child.ppid() != self.process.pid]
+
+
+@contextlib.contextmanager
+def mezzotint_server(
+    model: str = "emoji", *, num_threads: int = 1, endpoint: Mapping[str, str | int | float] | None = None
+) -> Iterator[Running]:
+    """`mezzotint serve` on a free port without keys, hosting `model` as the endpoint `emoji`."""
+    with tempfile.TemporaryDirectory(prefix="mezzotint-benchmark-") as folder:
+        values = {"id": "emoji", "model": model, "num_threads": num_threads, **(endpoint or {})}
+        config = Path(folder) / "mezzotint.toml"
+        lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+        config.write_text("\n".join(["[server]", 'log_level = "warning"', "[[endpoints]]", *lines]))
+        data_dir = Path(folder) / "data"
+        command = ["-m", "mezzotint", "serve", "--config", str(config), "--data-dir", str(data_dir)]
+        with _started([*command, "--port", "0", "--no-auth"], data_dir, num_threads) as running:
+            yield running
+
+
+@contextlib.contextmanager
+def baseline_server(
+    model: str = str(BUILT_IN), *, num_threads: int = 1, dtype: str = "bf16"
+) -> Iterator[Running]:
+    """benchmarks/baseline_server.py on a free port."""
+    with tempfile.TemporaryDirectory(prefix="mezzotint-benchmark-") as folder:
+        command = ["-m", "benchmarks.baseline_server", model, folder, "--dtype", dtype]
+        with _started(command, Path(folder), num_threads) as running:
+            yield running
+
+
+@contextlib.contextmanager
+def fake_server() -> Iterator[Running]:
+    """The server process with workers that paint without a model."""
+    with (
+        tempfile.TemporaryDirectory(prefix="mezzotint-benchmark-") as folder,
+        _started(["-m", "benchmarks.fake_server", folder], Path(folder), 1) as running,
+    ):
+        yield running
+
+
+@contextlib.contextmanager
+def _started(arguments: Sequence[str], data_dir: Path, num_threads: int) -> Iterator[Running]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "MEZZOTINT_CONFIG": ""}
+    began = time.perf_counter()
+    child = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        url = _wait_until_ready(child, data_dir / "server.json", began + START_TIMEOUT_S)
+        yield Running(url, psutil.Process(child.pid), data_dir, time.perf_counter() - began)
+    finally:
+        child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _wait_until_ready(child: subprocess.Popen[bytes], file: Path, until: float) -> str:
+    while time.perf_counter() < until:
+        if child.poll() is not None:
+            raise SystemExit(f"the server ended with status {child.returncode}; its complaint is above")
+        with contextlib.suppress(OSError, ValueError, httpx2.HTTPError):
+            url = str(json.loads(file.read_text())["url"])
+            if httpx2.get(f"{url}/readyz", timeout=5.0).status_code == 200:
+                return url
+        time.sleep(0.02)
+    raise SystemExit(f"the server was not ready after {START_TIMEOUT_S:g} s")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back: HTTP status (0: nothing), seconds as the client saw them, and the picture's bytes."""
+
+    status: int
+    seconds: float
+    picture: bytes = b""
+
+
+def body(prompt: str, steps: int, seed: int, guidance: float | None = None) -> Body:
+    """A request for a PNG from the endpoint `emoji`."""
+    fields = {"model": "emoji", "prompt": prompt, "num_inference_steps": steps, "seed": seed}
+    return {**fields, "guidance_scale": guidance, "response_format": "png"}
+
+
+async def post(client: httpx2.AsyncClient, url: str, request: Body) -> Answer:
+    """One request, once; no retries, so that what is lost shows."""
+    began = time.perf_counter()
+    try:
+        response = await client.post(
+            f"{url}/dedicated/v1/images/generations", json=request, timeout=REQUEST_TIMEOUT_S
+        )
+    except httpx2.HTTPError:
+        return Answer(0, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    if response.status_code != 200:
+        return Answer(response.status_code, seconds)
+    return Answer(200, seconds, base64.b64decode(response.json()["data"][0]["b64_json"]))
+
+
+def many_connections() -> httpx2.AsyncClient:
+    """A client that queues nothing on its own side."""
+    return httpx2.AsyncClient(limits=httpx2.Limits(max_connections=None))
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def report(name: str, rows: Sequence[tuple[str, str]], facts: Mapping[str, Any]) -> None:
+    """A small table for people, then one line of JSON for programs."""
+    width = max(len(label) for label, _ in rows)
+    print(f"\n{name}")
+    for label, value in rows:
+        print(f"  {label.ljust(width)}  {value}")
+    print(json.dumps({"benchmark": name, **facts}))

@@ -1,0 +1,201 @@
+"""`mezzotint generate`: words to pictures over HTTP, from a running server or one for this job."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mezzotint.cli.options import (
+    ConfigFlag,
+    DataDirFlag,
+    JsonFlag,
+    read_settings,
+    require_engine,
+    running_server,
+)
+from mezzotint.errors import InternalError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from mezzotint.client import Client, Generation
+    from mezzotint.config import Settings
+
+SUFFIXES = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "raw": ".rgb"}
+SLUG_LENGTH = 40
+"""Most characters of a prompt in a file's name."""
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to show.")],
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="ID[:ROUTE]", help="Endpoint and adapter. [the first endpoint]")
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="Denoising steps, 1 to 50.")] = 20,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="G", help="How closely to follow the prompt. [the endpoint's]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="Same seed, same picture. [random]")] = None,
+    format: Annotated[
+        str,
+        typer.Option(metavar="F", help="`png`, `jpeg`, `jpg`, `raw`, or `url` to leave it on the server."),
+    ] = "png",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write. [from the prompt, in this folder]")
+    ] = None,
+    number: Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures, 1 to 8.")] = 1,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels. [the endpoint's]")] = None,
+    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to show.")] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(envvar="MEZZOTINT_BASE_URL", metavar="URL", help="A server to ask. [this folder's]"),
+    ] = None,
+    show: Annotated[bool, typer.Option(help="Draw the picture if stderr is a terminal.")] = True,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Makes pictures and prints their paths.
+
+    Asks the server that runs on this data folder; without one, starts it for this job. A server elsewhere
+    needs `--server` and a key in `MEZZOTINT_API_KEY`.
+
+    Example: `mezzotint generate "a red apple on a teal background" --steps 8 --seed 7 --out apple.png`
+    """
+    width, height = parse_size(size)
+    fields = {
+        "prompt": prompt,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "seed": seed,
+        "response_format": format,
+        "n": number,
+        "width": width,
+        "height": height,
+        "negative_prompt": negative,
+    }
+    settings = read_settings(config, data_dir=data_dir)
+    model = endpoint or settings.endpoints[0].id
+    with client_for(settings, model, server) as client:
+        result = with_progress(client, {"model": model} | {k: v for k, v in fields.items() if v is not None})
+        paths = [] if format == "url" else save(result, out or default_path(prompt, result.seed, format))
+        if show:
+            from mezzotint.cli.picture import show as draw
+
+            for picture in result.data:
+                draw(picture.image)
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    places = [str(path) for path in paths] or [str(picture.url) for picture in result.data]
+    if not as_json:
+        typer.echo("\n".join(places))
+        return
+    pictures = [
+        {"url" if format == "url" else "path": place, "seed": picture.seed, "width": picture.width}
+        | {"height": picture.height}
+        for place, picture in zip(places, result.data, strict=True)
+    ]
+    typer.echo(json.dumps({"id": result.id, "pictures": pictures, "warnings": list(result.warnings)}))
+
+
+def parse_size(size: str | None) -> tuple[int | None, int | None]:
+    """Width and height of `WxH`; InvalidRequestError for anything else."""
+    if size is None:
+        return None, None
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
+    if found is None:
+        raise InvalidRequestError(f"--size must be like 512x512 (got {size})", param="size")
+    return int(found[1]), int(found[2])
+
+
+def default_path(prompt: str, seed: int, format: str) -> Path:
+    """`a-red-apple-7.png` in the working folder."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:SLUG_LENGTH].strip("-")
+    return Path(f"{slug or 'picture'}-{seed}{SUFFIXES[format]}")
+
+
+def save(result: Generation, path: Path) -> list[Path]:
+    """Writes the pictures, making the folder if need be; several get a number before the suffix."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return result.save(path)
+    except OSError as error:
+        raise InvalidRequestError(
+            f"--out {path}: cannot be written ({error.strerror})", param="out"
+        ) from None
+
+
+def with_progress(client: Client, fields: dict[str, Any]) -> Generation:
+    """The result, with a bar on stderr while it is made if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mezzotint import client as sdk
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[steps]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None, steps="")
+        for event in client.images.stream(**fields):
+            if isinstance(event, sdk.Completed):
+                return event.result
+            if isinstance(event, sdk.Progress):
+                described = event.status if not event.position else f"{event.status}, {event.position} before"
+                steps = f"{event.step}/{event.num_steps}" if event.num_steps else ""
+                bar.update(
+                    task, description=described, total=event.num_steps, completed=event.step or 0, steps=steps
+                )
+    raise InternalError("the server ended the request without an answer", code="invalid_answer")
+
+
+@contextlib.contextmanager
+def client_for(settings: Settings, model: str, server: str | None) -> Iterator[Client]:
+    """A client of the server named, else of the one on this data folder, else of one started for this job."""
+    from mezzotint.client import Client
+
+    if server is not None:
+        with Client(base_url=server) as client:
+            yield client
+        return
+    with contextlib.ExitStack() as stack:
+        url = running_server(settings)
+        if url is None:
+            require_engine()
+        key = stack.enter_context(passing_key(settings))
+        url = url or stack.enter_context(server_for_one_job(settings, model))
+        yield stack.enter_context(Client(base_url=url, api_key=key))
+
+
+@contextlib.contextmanager
+def server_for_one_job(settings: Settings, model: str) -> Iterator[str]:
+    """The real server, on a free port, with the one endpoint that the job needs; yields its URL."""
+    from mezzotint.cli.hosting import hosted
+
+    typer.echo(f"No server runs on {settings.data_dir}; starting one for this job.", err=True)
+    own = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "public_url": None, "auth": True})
+    with hosted(own, model.partition(":")[0]) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def passing_key(settings: Settings) -> Iterator[str]:
+    """A key for this one command: whoever may write the data folder may make keys."""
+    from mezzotint.cli.keys import key_database
+    from mezzotint.server.keys import create_key, delete_key
+
+    with key_database(settings) as database:
+        key, secret = create_key(database, f"generate-{secrets.token_hex(4)}")
+        try:
+            yield secret
+        finally:
+            delete_key(database, key.id)

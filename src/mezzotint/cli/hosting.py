@@ -1,0 +1,95 @@
+"""Runs the server in this process: for `mezzotint serve`, and for one `mezzotint generate` without a server.
+
+Needs the server's extra; the commands import it only when they run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import typer
+
+from mezzotint.cli.options import SERVER_FILE
+from mezzotint.config import Settings
+from mezzotint.errors import InternalError, MezzotintError
+from mezzotint.server import app as server
+from mezzotint.server import logs
+from mezzotint.server.supervisor import ENGINE_WORKER
+
+
+def serve(settings: Settings, *, worker: str = ENGINE_WORKER) -> None:
+    """Serves until SIGTERM or Ctrl-C; then running requests get `drain_s` to finish."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # after uvicorn's own, so that the block below ends
+    logs.configure(settings.log_level, settings.log_format)
+    app = server.create_app(settings, worker=worker)
+    first_key = app.state.service.first_key
+    if first_key is not None:  # now, for it is stored nowhere and the start may still fail
+        typer.echo(f"API key, shown this once: {first_key}")
+    with contextlib.ExitStack() as stack:
+
+        def started(url: str) -> None:
+            url = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
+            stack.enter_context(address_file(settings.data_dir / SERVER_FILE, url))
+            typer.echo(welcome(settings, url, first_key))
+
+        asyncio.run(server.serve(app, settings, on_started=started))
+
+
+@contextlib.contextmanager
+def hosted(settings: Settings, endpoint_id: str, *, worker: str = ENGINE_WORKER) -> Iterator[str]:
+    """A server of this one endpoint, in a thread for as long as the block runs; yields its URL."""
+    logs.configure("error", "console")
+    app = server.create_app(settings, worker=worker, only=endpoint_id)
+    started: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            asyncio.run(server.serve(app, settings, on_started=started.set_result))
+        except MezzotintError as error:
+            started.set_exception(error)
+        finally:
+            if not started.done():
+                started.set_exception(InternalError("the server did not start; its log is above"))
+
+    thread = threading.Thread(target=run, name="server")
+    thread.start()
+    try:
+        yield started.result()
+    finally:
+        if "server" in app.state:
+            app.state.server.should_exit = True
+        thread.join()
+
+
+@contextlib.contextmanager
+def address_file(file: Path, url: str) -> Iterator[None]:
+    """While the block runs, `file` tells commands on this machine where the server is."""
+    text = json.dumps({"url": url, "pid": os.getpid()})
+    file.write_text(text)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if file.read_text() == text:  # not another server's that came later
+                file.unlink()
+
+
+def welcome(settings: Settings, url: str, first_key: str | None) -> str:
+    """What `serve` prints once it listens: where the playground is, and a first request to copy."""
+    body = {"model": settings.endpoints[0].id, "prompt": "a red apple", "num_inference_steps": 8}
+    curl = [f"curl {url}/dedicated/v1/images/generations", "-H 'Content-Type: application/json'"]
+    lines = [f"Mezzotint listens on {url}", f"Playground: {url}/"]
+    if settings.auth:
+        curl.append(f'-H "Authorization: Bearer {first_key or "$MEZZOTINT_API_KEY"}"')
+        lines.append("Keys: `mezzotint keys create NAME` makes one, `mezzotint keys list` names them.")
+    curl.append(f"-d '{json.dumps(body)}'")
+    return "\n".join([*lines, "", "A first request:", "  " + " \\\n    ".join(curl), ""])

@@ -1,0 +1,118 @@
+"""`mezzotint keys`: makes, lists and revokes keys in the data folder; a running server sees it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, read_settings
+
+if TYPE_CHECKING:
+    import sqlalchemy
+
+    from mezzotint.config import Settings
+    from mezzotint.server.keys import Key
+
+keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="What the key is called in lists.")]
+
+
+@keys.command()
+def create(
+    name: NameArgument,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="May also manage endpoints and read metrics.")
+    ] = False,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="May use this endpoint only; repeat for more. [every endpoint]"),
+    ] = None,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Makes a key and prints it. It is shown this once; only its hash is stored.
+
+    Example: `export MEZZOTINT_API_KEY=$(mezzotint keys create laptop)`
+    """
+    from mezzotint.server.keys import create_key
+
+    with key_database(read_settings(config, data_dir=data_dir)) as database:
+        key, secret = create_key(database, name, admin=admin, endpoints=endpoint or ())
+    typer.echo(json.dumps({**_facts(key), "key": secret}) if as_json else secret)
+
+
+@keys.command("list")
+def list_(config: ConfigFlag = None, data_dir: DataDirFlag = None, as_json: JsonFlag = False) -> None:
+    """Lists the keys by name; the keys themselves are not stored.
+
+    Example: `mezzotint keys list`
+    """
+    from mezzotint.server.keys import list_keys
+
+    with key_database(read_settings(config, data_dir=data_dir)) as database:
+        found = list_keys(database)
+    if as_json:
+        typer.echo(json.dumps([_facts(key) for key in found]))
+        return
+    from mezzotint.cli.tables import print_table
+
+    print_table(
+        ("name", "id", "scope", "created", "state"),
+        [
+            (
+                key.name,
+                key.id,
+                "admin" if key.admin else ", ".join(key.endpoints) or "every endpoint",
+                _day(key.created),
+                "live" if key.revoked is None else f"revoked {_day(key.revoked)}",
+            )
+            for key in found
+        ],
+    )
+
+
+@keys.command()
+def revoke(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name or ID of the key.")],
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ends a key at once, on a running server too.
+
+    Example: `mezzotint keys revoke laptop`
+    """
+    from mezzotint.server.keys import revoke_key
+
+    with key_database(read_settings(config, data_dir=data_dir)) as database:
+        key = revoke_key(database, name)
+    typer.echo(json.dumps(_facts(key)) if as_json else f"revoked {key.name} ({key.id})")
+
+
+@contextlib.contextmanager
+def key_database(settings: Settings) -> Iterator[sqlalchemy.Engine]:
+    """The database of these settings, made where there is none yet."""
+    from mezzotint.server.database import database_url, open_database
+
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    database = open_database(database_url(settings.data_dir, settings.database_url))
+    try:
+        yield database
+    finally:
+        database.dispose()
+
+
+def _facts(key: Key) -> dict[str, Any]:
+    return asdict(key)
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(seconds))

@@ -1,0 +1,42 @@
+"""Tables for people: aligned columns on stdout, which a pipe gets as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import typer
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints rows under these column names; no value is ever cut."""
+    lines = [columns, *rows]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    for number, line in enumerate(lines):
+        text = "  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip()
+        typer.echo(typer.style(text, bold=True) if number == 0 else text)
+
+
+def print_facts(facts: Mapping[str, object]) -> None:
+    """Prints nested facts as `name  value` lines, a nested mapping under its own name."""
+    lines = list(_fact_lines(facts, ""))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        typer.echo(f"{name.ljust(width)}  {value}".rstrip())
+
+
+def _fact_lines(facts: Mapping[str, object], indent: str) -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        name = indent + key.replace("_", " ")
+        if isinstance(value, Mapping):
+            yield name, ""
+            yield from _fact_lines(value, indent + "  ")
+        elif isinstance(value, list):
+            yield name, ", ".join(str(item) for item in value) or "none"
+        else:
+            yield name, _said(value)
+
+
+def _said(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
