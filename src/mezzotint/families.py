@@ -1,8 +1,8 @@
-"""Facts on model families, as data: what server and engine must know about a pipeline class before it is loaded.
+"""Facts on model families, as data: what server and engine must know about a pipeline class before it loads.
 
-A new family is one entry here, one Rule in engine/rules.py and one parity test (tests/engine/test_parity.py). A
-pipeline class without an entry still runs, with the values of DEFAULT and what its call's signature says, and is never
-merged.
+A new family is one entry here, one Rule in engine/rules.py and one entry in tests/engine/tiny, which brings
+it into the parity tests. A pipeline class without an entry still runs, with the values of DEFAULT and what
+its signature says, and is never merged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Family:
     guidance_argument: str | None = "guidance_scale"
     """Name of the pipeline argument that `guidance_scale` feeds; None: the model ignores guidance."""
     guided_when: tuple[str, bool] | None = None
-    """Key and value in the configuration of the denoiser or the pipeline; guidance has an effect only where they match."""
+    """Key and value in the denoiser's or the pipeline's configuration where guidance has an effect."""
     negative_prompt: bool = True
     """Whether a negative prompt changes the picture without any further argument."""
     implied_negative_prompt: str | None = None
@@ -37,7 +37,7 @@ class Family:
     merges: bool = False
     """Whether requests share forwards: the denoiser has a Rule and the class a parity test."""
     tolerance_fp32: float = 0.0
-    """Largest difference of any channel value (0 to 1) between a merged picture and plain diffusers' in fp32."""
+    """Largest difference of any channel value (0 to 1) between a merged picture and plain diffusers'."""
     tolerance_bf16: float = 0.0
 
 

@@ -72,7 +72,8 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
             if isinstance(part, torch.nn.Module):
                 _randomise(part)
                 part.requires_grad_(False).eval()
-    pipe.to(dtype)
+    if dtype != torch.float32:
+        pipe.to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,0 +1,227 @@
+"""Where a model comes from: a built-in name, a folder, a file or a Hub repository becomes a path here.
+
+Only configurations, tokenizers and safetensors are fetched; what is in the Hub's cache needs no network.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import huggingface_hub
+from huggingface_hub import errors as hub
+from tqdm.auto import tqdm
+
+from mezzotint.errors import ModelLoadError, echo
+
+Progress = Callable[[str, float | None], None]
+"""Called with a plain phrase (`downloading`) and the fraction done, where known."""
+
+INDEX = "model_index.json"
+REPOSITORY = re.compile(r"(?P<id>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[\w./-]+))?")
+WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|model)(\.(?P<variant>\w+))?(-\d{5}-of-\d{5})?\.safetensors"
+    r"|(diffusion_pytorch_model|model)\.safetensors\.index(\.(?P<index_variant>\w+))?\.json"
+)
+"""Names by which diffusers and transformers look for weights; a variant is a second set (`fp16`)."""
+TEXTS = (".json", ".txt", ".model", ".jinja")
+
+
+def nothing(stage: str, fraction: float | None) -> None:
+    """The progress callback for who does not care."""
+
+
+def locate(
+    source: str, revision: str | None = None, *, progress: Progress = nothing, code: bool = False
+) -> Path:
+    """The folder (or single safetensors file) of `source`, fetched first if it is a repository.
+
+    `source` is a built-in name, a path, or a repository `owner/name[@revision]`; ModelLoadError else. `code`
+    fetches Python files too.
+    """
+    built_in = resources.files("mezzotint") / "models" / source
+    if re.fullmatch(r"[\w-]+", source) and built_in.is_dir():
+        return Path(str(built_in))
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    match = REPOSITORY.fullmatch(source)
+    if match is None or path.suffix == ".safetensors":
+        raise ModelLoadError(
+            f"model {echo(source)} was not found: it is no built-in name ({', '.join(built_in_names())}), "
+            "no folder or safetensors file that exists here, and no repository id (owner/name)",
+            code="model_not_found",
+        )
+    return fetch(match["id"], revision or match["revision"], progress=progress, code=code)
+
+
+def built_in_names() -> list[str]:
+    """The models that come with the package."""
+    models = resources.files("mezzotint") / "models"
+    return sorted(entry.name for entry in models.iterdir() if entry.is_dir()) if models.is_dir() else []
+
+
+def fetch(
+    repository: str,
+    revision: str | None = None,
+    *,
+    progress: Progress = nothing,
+    code: bool = False,
+    weights: bool = True,
+) -> Path:
+    """The folder of a repository in the Hub's cache; an interrupted download goes on where it stopped."""
+    progress("downloading", None)
+    folder = _snapshot(repository, revision, [INDEX])
+    if not (folder / INDEX).is_file():
+        raise ModelLoadError(
+            f"repository {repository} is not a diffusers pipeline: it has no {INDEX}; if it holds a "
+            "single-file checkpoint, download that file and give its path",
+            code="not_a_pipeline",
+        )
+    index = read_index(folder)
+    sizes = _files(repository, folder)
+    files = choose_files(sizes, index, code=code, weights=weights)
+    bar = _bar(progress, sum(sizes.get(file, 0) for file in files))
+    return _snapshot(repository, folder.name, files, bar)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The pipeline's model_index.json."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"{folder / INDEX} cannot be read: {error}; fetch the model again", code="corrupt_file"
+        ) from error
+    if not isinstance(index, dict):
+        raise ModelLoadError(
+            f"{folder / INDEX} is not a JSON object; fetch the model again", code="corrupt_file"
+        )
+    return index
+
+
+def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The pipeline's parts that have files: name -> (library, class)."""
+    return {
+        name: (value[0], value[1])
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(entry, str) for entry in value)
+    }
+
+
+def choose_files(
+    files: Iterable[str], index: dict[str, Any], *, code: bool = False, weights: bool = True
+) -> list[str]:
+    """What of a repository's files the pipeline needs: no pickles, no second copy of the same weights."""
+    files = list(files)
+    parts = components(index)
+    wanted = choose_variant([file for file in files if file.partition("/")[0] in parts])
+    chosen = [INDEX]
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        match = WEIGHTS.fullmatch(name)
+        if folder.partition("/")[0] not in parts:
+            if code and name.endswith(".py"):
+                chosen.append(file)
+        elif match is not None:
+            if weights and (match["variant"] or match["index_variant"]) in (wanted, None):
+                chosen.append(file)
+        elif name.endswith(TEXTS) or (code and name.endswith(".py")):
+            chosen.append(file)
+    return chosen
+
+
+def choose_variant(files: Iterable[str]) -> str | None:
+    """None where the weights exist without a variant; else the variant there is, fp16 and bf16 first."""
+    found: dict[str, set[str | None]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        match = WEIGHTS.fullmatch(name)
+        if match is not None and name.endswith(".safetensors"):
+            found.setdefault(folder, set()).add(match["variant"])
+    lacking = [variants for variants in found.values() if None not in variants]
+    if not lacking:
+        return None
+    common = set.intersection(*lacking)
+    return min(common, key=lambda name: (name not in ("bf16", "fp16"), str(name))) if common else None
+
+
+def _files(repository: str, folder: Path) -> dict[str, int]:
+    """The repository's files and their sizes."""
+    try:
+        tree = huggingface_hub.get_cached_repo_tree(repository, revision=folder.name)
+        return {file.path: file.size for file in tree}
+    except hub.CachedRepoTreeNotFoundError:  # fetched by an older huggingface_hub: take what is there
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def _snapshot(repository: str, revision: str | None, files: list[str], bar: type[Any] | None = None) -> Path:
+    where = f"repository {repository}" + (f" at {revision}" if revision else "")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[glob.escape(file) for file in files],
+            tqdm_class=bar or _bar(nothing, 0),
+        )
+    except hub.GatedRepoError as error:
+        raise ModelLoadError(
+            f"{where} is gated: accept its terms on its page, then set HF_TOKEN to a token of that account",
+            code="gated_model",
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise ModelLoadError(
+            f"{where} does not exist: the repository has no such branch, tag or commit",
+            code="model_not_found",
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise ModelLoadError(
+            f"{where} does not exist, or is private: check the spelling, or set HF_TOKEN to a token for it",
+            code="model_not_found",
+        ) from error
+    except hub.LocalEntryNotFoundError as error:
+        raise ModelLoadError(
+            f"{where} is not complete in the cache and the Hub cannot be reached; connect this machine to "
+            f"the network, or run `mezzotint pull {repository}` where there is one and copy the cache",
+            code="no_network",
+            permanent=False,
+        ) from error
+    except hub.HFValidationError as error:
+        raise ModelLoadError(f"{where}: {error}", code="model_not_found") from error
+    except (hub.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        raise ModelLoadError(
+            f"{where} could not be fetched: {error}; what has arrived is kept, try again",
+            code="download_failed",
+            permanent=False,
+        ) from error
+    return Path(folder)
+
+
+def _bar(progress: Progress, num_bytes: int) -> type[Any]:
+    """A progress bar for huggingface_hub that draws nothing and tells `progress` the fraction on disk."""
+    lock = threading.Lock()
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts = str(kwargs.get("desc")).startswith(
+                "Reconstructing"
+            )  # of its three bars, that of bytes
+            self._done = 0
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self._counts and num_bytes:
+                with lock:  # files arrive in several threads
+                    self._done += int(n or 0)
+                    progress("downloading", min(1.0, self._done / num_bytes))
+            return None
+
+    return Bar
