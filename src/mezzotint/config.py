@@ -152,6 +152,12 @@ class Settings(_Table):
     )
     auth: bool = Field(True, description="Ask for API keys. May be false only on a loopback address.")
     url_ttl_s: Seconds = Field(3600.0, description="Life of a picture URL.")
+    gallery_size: int = Field(
+        100,
+        ge=0,
+        description="Newest stored pictures of each key that outlive their URLs, for the playground's gallery; "
+        "0 keeps none.",
+    )
     max_body_bytes: Bytes = Field(2**20, description="Largest request body.")
     body_timeout_s: Seconds = Field(
         30.0, description="A body that has not arrived after this long is refused (408)."

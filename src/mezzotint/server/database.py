@@ -1,7 +1,7 @@
 """The server's memory: keys, endpoints with their history and calibration, adapters, use per key.
 
-SQLAlchemy Core; SQLite in WAL mode by default, Postgres by URL. The tables are made on first use; `meta` holds the
-schema's version, and a database of another version stops the start rather than being guessed at.
+SQLAlchemy Core; SQLite in WAL mode by default, Postgres by URL. The tables are made on first use; `meta`
+holds the schema's version, and a database of another version stops the start rather than being guessed at.
 """
 
 from __future__ import annotations
@@ -71,6 +71,16 @@ adapters = sa.Table(
     sa.Column("checksum", sa.String, nullable=False),
     sa.Column("facts", sa.JSON, nullable=False),  # rank, bytes, target modules: as the worker reported them
     sa.Column("created", sa.Float, nullable=False),
+)
+
+pictures = sa.Table(
+    "pictures",
+    metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("key_id", sa.String, nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("parameters", sa.JSON, nullable=False),  # the request's fields, as the picture's file has them
+    sa.Index("pictures_of_key", "key_id", "created"),
 )
 
 usage = sa.Table(

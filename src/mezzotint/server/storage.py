@@ -1,7 +1,7 @@
 """Pictures as files, reached through signed URLs that expire.
 
-A name is random and tells nothing; the signature covers name and expiry, so knowing a name is not enough. Files are
-written under another name and then renamed, so that a reader sees all of a picture or none of it.
+A name is random and tells nothing; the signature covers name and expiry, so knowing a name is not enough.
+Files are written under another name and then renamed, so that a reader sees all of a picture or none of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def load_secret(data_dir: Path) -> bytes:
-    """The key that signs URLs; made on first use, readable by its owner only, and kept so that URLs outlive restarts."""
+    """The key that signs URLs; made on first use, and kept so that URLs outlive restarts."""
     file = data_dir / "signing-key"
     with contextlib.suppress(FileNotFoundError):
         secret = file.read_bytes()
@@ -81,7 +81,7 @@ class Storage:
         return f"{base.rstrip('/')}{PATH}{name}?expires={until}&signature={self._sign(name, until)}"
 
     def find(self, name: str, expires: str, signature: str) -> Path:
-        """The file behind a URL: 403 for a forged one, 410 for an expired one, 404 for what was never there."""
+        """The file behind a URL; 403 for a forged one, 410 for an expired one, 404 for what never was."""
         if not _NAME.fullmatch(name) or not expires.isascii() or not expires.isdigit() or len(expires) > 12:
             raise NotFoundError("there is no such picture; take the URL from an answer as it is")
         expected = self._sign(name, int(expires))
@@ -93,19 +93,19 @@ class Storage:
         file = self.folder / name
         if time.time() >= int(expires) or not file.is_file():
             raise GoneError(
-                "this picture URL has expired; send the request with the same seed again for the same picture"
+                "this picture URL has expired; the same request with the same seed makes the picture again"
             )
         return file
 
-    def clean(self) -> tuple[int, int]:
-        """Removes files past their life; answers how many went and how many bytes stay."""
+    def clean(self, kept: frozenset[str] = frozenset()) -> tuple[int, int]:
+        """Removes files past their life, but for those named; answers how many went and how many bytes stay."""
         gone, left = 0, 0
         now = time.time()
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):
                     facts = entry.stat()
-                    if facts.st_mtime + self.ttl_s < now:
+                    if facts.st_mtime + self.ttl_s < now and entry.name not in kept:
                         os.unlink(entry.path)
                         gone += 1
                     else:
