@@ -1,0 +1,81 @@
+"""Training goes on where it stopped, and what it leaves loads by the ordinary path."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from training.autoencoder import build_autoencoder
+from training.data import read_subjects
+from training.device import set_up
+from training.distil import guided_velocity
+from training.latents import LatentTable
+from training.optim import orthogonalised, rate_at
+from training.train import Plan, train
+
+PLAN = Plan(
+    hours=0.0008,
+    batch=2,
+    lr=1e-3,
+    text_minutes=0.02,
+    save_minutes=9,
+    compiled=False,
+    decay=True,
+    freeze_text=False,
+)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_a_resumed_training_goes_on_and_its_folder_makes_a_picture(tmp_path: Path) -> None:
+    setup = set_up(1)
+    subjects = read_subjects()[:4]
+    table = LatentTable(subjects, torch.randn(4, 13, 16, 128).half())
+    keywords: dict[str, list[str]] = {subject.name: ["thing"] for subject in subjects}
+    vae = build_autoencoder()
+    vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
+    first = train(table, keywords, vae, tmp_path, PLAN, setup, resume=False, init=None)
+    second = train(table, keywords, vae, tmp_path, PLAN, setup, resume=True, init=None)
+    assert 0 < first.step < second.step
+    assert second.seconds > first.seconds
+
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("a cat", height=128, width=128, num_inference_steps=2, max_sequence_length=24).images[
+        0
+    ]
+    assert picture.size == (128, 128)
+
+    third = train(
+        table, keywords, vae, tmp_path / "other", PLAN, setup, resume=False, init=tmp_path / "export"
+    )
+    assert third.step > 0
+
+
+def test_guidance_of_one_is_the_teacher_as_it_is() -> None:
+    noisy, with_prompt, without = torch.randn(3, 2, 16, 128)
+    times = torch.tensor([0.3, 0.9])
+    guided = guided_velocity(noisy, times, with_prompt, without, torch.ones(2))
+    assert torch.allclose(guided, with_prompt, atol=1e-4)
+
+
+def test_guidance_above_one_moves_away_from_the_unprompted_picture() -> None:
+    noisy, with_prompt, without = torch.randn(3, 2, 16, 128)
+    times = torch.tensor([0.5, 0.9])
+    guided = guided_velocity(noisy, times, with_prompt, without, torch.full((2,), 4.0), rescale=0.0)
+    assert torch.allclose(guided, without + 4 * (with_prompt - without), atol=1e-4)
+
+
+def test_an_orthogonalised_update_has_singular_values_near_one() -> None:
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(32, 64), rounds=5).float())
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    assert rate_at(0.0, 0) < rate_at(0.0, 100) == 1.0
+    assert math.isclose(rate_at(0.85, 100, decay_from=0.7), 0.5)
+    assert rate_at(1.0, 100) == 0.0

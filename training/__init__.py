@@ -1,0 +1,1 @@
+"""How the built-in emoji model was made, step by step; never imported by the server."""

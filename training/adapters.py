@@ -1,0 +1,107 @@
+"""Trains a style adapter (LoRA) on the built-in model.
+
+`python -m training.adapters --data FOLDER --model FOLDER --style flat --out FOLDER --minutes 8`
+
+The same subjects are shown in another hand: Fluent flat, Fluent high contrast ("mono") or Noto. The file
+that comes out is what `FluxPipeline.load_lora_weights` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from training.data import STYLES, load_pictures, read_subjects, shuffled
+from training.device import Setup, set_up
+from training.latents import LatentTable, load_table
+from training.model import Model, load_folder
+from training.optim import rate_at, set_rate
+from training.text import draw_captions
+from training.train import descend, flow_loss, speed_up
+
+RANK = 16
+TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out",
+)  # fmt: skip
+LOWEST, HIGHEST = 1.0, 6.0
+
+
+def add_adapter(model: Model, rank: int) -> list[torch.nn.Parameter]:
+    """Freezes the model, gives its transformer an adapter and returns the adapter's weights."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    transformer = model.denoiser.transformer
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def train_adapter(
+    model: Model,
+    table: LatentTable,
+    keywords: dict[str, list[str]],
+    minutes: float,
+    batch: int,
+    lr: float,
+    setup: Setup,
+    compiled: bool,
+) -> None:
+    """Flow matching on the style's pictures; every guidance scale is shown the same."""
+    weights = add_adapter(model, RANK)
+    speed_up(model, compiled)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(weights, lr, weight_decay=0.0)]
+    rng = random.Random(2)
+    batches = shuffled(rng, list(range(len(table.subjects))), batch)
+    start, step = time.monotonic(), 0
+    while (fraction := (time.monotonic() - start) / (60 * minutes)) < 1:
+        rows = next(batches)
+        captions, colours = draw_captions(rng, table.subjects, keywords, rows)
+        wanted = table.batch(rows, colours).to(setup.device).float()
+        guidance = torch.empty(len(rows), device=setup.device).uniform_(LOWEST, HIGHEST)
+        loss = flow_loss(model, wanted, captions, setup, guidance)
+        set_rate(optimizers, lr * rate_at(fraction, step, decay_from=0.5))
+        descend(loss, optimizers, [model.denoiser])
+        step += 1
+        if step % 20 == 0:
+            print(f"adapter {60 * minutes * fraction:.0f} s, step {step}: {loss.item():.4f}", flush=True)
+
+
+def save_adapter(model: Model, folder: Path, name: str) -> Path:
+    """Writes the adapter in bf16 as diffusers keeps LoRA weights."""
+    state = get_peft_model_state_dict(model.denoiser.transformer)
+    layers = {key.replace("._orig_mod", ""): value.to(torch.bfloat16) for key, value in state.items()}
+    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="the finished model's folder")
+    parser.add_argument("--style", choices=STYLES[1:], required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--eager", action="store_true")
+    a = parser.parse_args()
+    setup = set_up(a.threads)
+    pictures = load_pictures(a.data)
+    a.out.mkdir(parents=True, exist_ok=True)
+    cache = a.out / f"latents_{a.style}.pt"
+    table = load_table(a.model / "vae", pictures, read_subjects(), a.style, setup, cache)
+    model = load_folder(a.model, setup)
+    train_adapter(model, table, pictures.keywords, a.minutes, a.batch, a.lr, setup, not a.eager)
+    print(save_adapter(model, a.out, a.style))
+
+
+if __name__ == "__main__":
+    main()
