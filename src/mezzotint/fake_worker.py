@@ -7,10 +7,12 @@ Server tests and examples run it in place of the engine's worker. What it does i
     fake:load_s=0.5                   takes that long to load
     fake:fail_load=permanent          LoadFailed, exit EXIT_PERMANENT (`temporary`: LoadFailed, exit status 1)
     fake:die_at_start=1               exits before Ready, as a crash would
-    fake:once=/tmp/flag,...           the two faults above, and `hang_at_start`, happen only while that file is missing
+    fake:hang_at_start=1              never becomes ready
+    fake:once=/tmp/flag,...           the three faults above happen only while that file is missing, once
 
-Prompts that hold one of these words make a fault: `!die@K` kills the process at step K, `!die-once@K:FILE` does so
-only while FILE is missing, `!hang@K` stops answering for good, `!fail@K` fails that one job, `!oom` fails it for memory.
+Prompts that hold one of these words make a fault: `!die@K` kills the process at step K, `!die-once@K:FILE`
+does so only while FILE is missing, `!hang@K` stops answering for good, `!fail@K` fails that one job, `!oom`
+fails it for memory.
 """
 
 from __future__ import annotations

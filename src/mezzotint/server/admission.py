@@ -1,16 +1,17 @@
 """Requests: admitted or refused, joined when they come back, ended exactly once.
 
-A Ticket is one request of one key: one job per image, then one answer. The dialects make tickets and wait for them;
-`finish` turns the pictures into the answer's bytes, in a thread.
+A Ticket is one request of one key: one job per image, then one answer. The dialects make tickets and wait for
+them; `finish` turns the pictures into the answer's bytes, in a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -189,7 +190,7 @@ class Admission:
         timeout_s: float | None = None,
         hold: bool = False,
     ) -> Ticket:
-        """A ticket with this client attached: an earlier one of the same request where it may be joined, else a new one.
+        """A ticket with this client attached: an earlier one where that may be joined, else a new one.
 
         `hold`: nobody waits on this connection, and the request runs to its end all the same.
         """
@@ -212,7 +213,8 @@ class Admission:
             ticket = self._by_idempotency.get((key.id, idempotency_key))
             if ticket is not None and ticket.fingerprint != fingerprint:
                 raise ConflictError(
-                    f"Idempotency-Key {echo(idempotency_key)} was used for another body; take a new key for a new request"
+                    f"Idempotency-Key {echo(idempotency_key)} was used for another body; "
+                    "take a new key for a new request"
                 )
             if ticket is not None and (not ticket.ended or ticket.answer is not None):
                 self._reappeared(ticket)
@@ -244,8 +246,8 @@ class Admission:
         )
         jobs = [self._job(ticket, part) for part in _parts(request, request_id, endpoint)]
         for job in jobs:
-            endpoint.check(job.request)
-        ticket.warnings = endpoint.warnings(guidance=request.guidance_scale)
+            endpoint.facts.check(job.request)
+        ticket.warnings = endpoint.facts.warnings(guidance=request.guidance_scale)
         self._require_room(endpoint, key, sum(job.work_s for job in jobs), timeout_s, now)
         ticket.jobs = jobs
         self._tickets[ticket.id] = ticket
@@ -262,7 +264,7 @@ class Admission:
             request,
             ticket.key.id,
             ticket.key.limits.weight,
-            ticket.endpoint.work_s(request),
+            ticket.endpoint.facts.work_s(request),
             ticket.deadline,
             on_end=lambda job, outcome: self._job_ended(ticket, job, outcome),
             on_progress=lambda job: self._job_moved(ticket, job),
@@ -272,9 +274,9 @@ class Admission:
     def _require_room(
         self, endpoint: Endpoint, key: Key, work_s: float, timeout_s: float, now: float
     ) -> None:
-        """Refuses now what would only be late: by the deadline and by the queue's bound in seconds of work."""
+        """Refuses now what would only be late, by its deadline or by the queue's bound in seconds of work."""
         start_s = endpoint.start_left_s(now)
-        alone_s = work_s / max(endpoint.pace.speed, 1.0)
+        alone_s = work_s / max(endpoint.dispatcher.speed, 1.0)
         if start_s > timeout_s:
             raise UnavailableError(
                 f"endpoint {endpoint.id} is starting and should be ready in {start_s:.0f} s, "
@@ -284,7 +286,7 @@ class Admission:
             )
         if start_s + alone_s > timeout_s:
             raise DeadlineError(
-                f"the request needs about {start_s + alone_s:.1f} s, more than its deadline of {timeout_s:g} s; "
+                f"the request needs about {start_s + alone_s:.1f} s, over its deadline ({timeout_s:g} s); "
                 "ask for fewer steps or smaller images, or raise X-Request-Timeout-S"
             )
         wait_s = endpoint.wait_s(key.id, key.limits.weight, now)
@@ -292,7 +294,8 @@ class Admission:
         if wait_s > start_s and wait_s + alone_s > limit_s:
             raise QueueFullError(
                 f"endpoint {endpoint.id} has about {wait_s:.0f} s of work before this request, "
-                f"more than it may wait ({limit_s:g} s); send it again in {math.ceil(wait_s + alone_s - limit_s)} s",
+                f"more than it may wait ({limit_s:g} s); "
+                f"send it again in {math.ceil(wait_s + alone_s - limit_s)} s",
                 retry_after=max(1.0, wait_s + alone_s - limit_s),
             )
 
@@ -307,6 +310,17 @@ class Admission:
             raise
         self._release(ticket)
         return answer
+
+    @contextlib.contextmanager
+    def attached(self, ticket: Ticket) -> Iterator[None]:
+        """For a client that is sent events: it has its answer when the block ends after the ticket, else it vanished."""
+        try:
+            yield
+        finally:
+            if ticket.ended:
+                self._release(ticket)
+            else:
+                self._vanish(ticket)
 
     def find(self, request_id: str, key: Key) -> Ticket:
         """The ticket of this id, for the key that made it and for nobody else."""
@@ -338,7 +352,7 @@ class Admission:
     # ------------------------------------------------------------ clients that come and go
 
     def _vanish(self, ticket: Ticket) -> None:
-        """A client has hung up; the last one's leaving opens the window in which the same request may join."""
+        """A client has hung up; when the last one has, the same request may join for a while."""
         ticket.clients -= 1
         if ticket.clients == 0 and not ticket.held:
             self._vanished.setdefault((ticket.key.id, ticket.fingerprint), []).append(ticket)
@@ -452,7 +466,7 @@ class Admission:
             ticket.status, ticket.error = "cancelled" if cancelled else "failed", outcome
             self._metrics.failures.labels(ticket.endpoint.id, outcome.code).inc()
             for job in ticket.jobs:
-                ticket.endpoint.cancel(job, outcome)
+                ticket.endpoint.dispatcher.cancel(job, outcome)
         self._metrics.requests.labels(ticket.endpoint.id, ticket.status).inc()
         log.info(
             "request ended", ticket=ticket.id, endpoint=ticket.endpoint.id, status=ticket.status,
@@ -521,7 +535,8 @@ def parse_timeout(text: str | None) -> float | None:
         seconds = math.nan
     if not 0 < seconds <= MAX_TIMEOUT_S:
         raise InvalidRequestError(
-            f"X-Request-Timeout-S must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:g} (got {echo(text)})",
+            f"X-Request-Timeout-S must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:g} "
+            f"(got {echo(text)})",
             code="out_of_range",
             param="X-Request-Timeout-S",
         )

@@ -14,6 +14,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -28,8 +29,9 @@ from mezzotint.errors import (
     MezzotintError,
     NotFoundError,
 )
-from mezzotint.server import database, keys, logs, routes
+from mezzotint.server import database, keys, routes
 from mezzotint.server.admission import Admission
+from mezzotint.server.gallery import Gallery
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.middleware import Bodies, Envelope, error_response
 from mezzotint.server.registry import Registry
@@ -51,8 +53,9 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
 
     `only` names the one endpoint to serve; what is remembered of the others stays untouched.
 
-    Opens the data folder and the database; worker processes start with the app's lifespan. `app.state.service` is
-    the Service; its `first_key` is the secret of the key that a first start makes. ConfigError stops the start.
+    Opens the data folder and the database; worker processes start with the app's lifespan.
+    `app.state.service` is the Service; its `first_key` is the secret of the key that a first start makes.
+    ConfigError stops the start.
     """
     _require_loopback_without_auth(settings)
     service = _service(settings, worker)
@@ -114,22 +117,14 @@ async def serve(
     await app.state.server.serve(sockets=[listener])
 
 
-def run(
-    settings: Settings, *, worker: str = ENGINE_WORKER, on_started: Callable[[str], None] = lambda url: None
-) -> None:
-    """`mezzotint serve`: sets up logging, builds the app and serves it until a signal ends it."""
-    logs.configure(settings.log_level, settings.log_format)
-    app = create_app(settings, worker=worker)
-    asyncio.run(serve(app, settings, on_started=on_started))
-
-
 def _service(settings: Settings, worker: str) -> Service:
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         store = Storage(settings.data_dir / "images", load_secret(settings.data_dir), settings.url_ttl_s)
     except OSError as error:
         raise ConfigError(
-            f"data_dir: {settings.data_dir} cannot be used ({error.strerror}); give a folder this user may write to"
+            f"data_dir: {settings.data_dir} cannot be used ({error.strerror}); "
+            "give a folder that this user may write to"
         ) from None
     engine = database.open_database(database.database_url(settings.data_dir, settings.database_url))
     metrics = Metrics()
@@ -141,6 +136,7 @@ def _service(settings: Settings, worker: str) -> Service:
         registry=Registry(engine, Launcher.of(settings, worker), metrics),
         admission=Admission(settings, metrics, pool),
         storage=store,
+        gallery=Gallery(engine, store, settings.gallery_size),
         metrics=metrics,
         pool=pool,
         first_key=first[1] if first else None,
@@ -177,17 +173,17 @@ async def _clean(service: Service) -> None:
     """Removes expired pictures now and then."""
     while True:
         try:
-            gone, left = await asyncio.to_thread(service.storage.clean)
+            gone, left = await asyncio.to_thread(service.gallery.clean)
             service.metrics.stored_bytes.set(left)
             if gone:
                 log.info("expired pictures removed", num=gone)
-        except OSError as error:
+        except (OSError, SQLAlchemyError) as error:
             log.error("picture folder could not be cleaned", error=str(error))
         await asyncio.sleep(CLEAN_EVERY_S)
 
 
 def _listen(settings: Settings) -> socket.socket:
-    """The listening socket; bound before anything starts, so that a taken port is a sentence and port 0 is known."""
+    """The listening socket; bound first, so that a taken port is a sentence and port 0 becomes known."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -212,7 +208,7 @@ def _require_loopback_without_auth(settings: Settings) -> None:
         loopback = False
     if not loopback:
         raise ConfigError(
-            f"auth: without API keys the server listens on loopback addresses only (host is {settings.host}); "
+            f"auth: without API keys the server listens on loopback only (host is {settings.host}); "
             "set host to 127.0.0.1, or leave authentication on"
         )
 

@@ -1,7 +1,7 @@
 """API keys: made, listed, revoked and checked against the database. Only their SHA-256 is stored.
 
-The command line calls these functions on the data folder directly; a running server sees the change with the next
-request, because every request asks the database.
+The command line calls these functions on the data folder directly; a running server sees the change with
+the next request, because every request asks the database.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def authenticate(engine: sa.Engine, secret: str) -> Key:
     digest = _hash(secret)
     with engine.connect() as connection:
         row = connection.execute(sa.select(_TABLE).where(_TABLE.c.hash == digest)).mappings().first()
-    # The index compares hashes of 256 random bits, which tells a guesser nothing; the last word is constant time.
+    # The index compares hashes of 256 random bits, which tells a guesser nothing; this line decides.
     if row is None or not hmac.compare_digest(row["hash"], digest) or row["revoked"] is not None:
         raise AuthenticationError(
             "this API key is unknown or has been revoked; ask the server's owner for another"

@@ -1,4 +1,4 @@
-"""Prometheus metrics in a registry of their own. Labels are endpoints, codes and shapes of configured models only."""
+"""Prometheus metrics in a registry of their own; labels are endpoints, routes, codes and a few shapes."""
 
 from __future__ import annotations
 
@@ -127,9 +127,6 @@ class Metrics:
             if len(known) < MAX_SHAPES:
                 known.add(shape)
             self.step_seconds.labels(endpoint_id, shape if shape in known else "other").set(seconds)
-
-    def ready(self, endpoint_id: str, load_s: float) -> None:
-        self.load_seconds.labels(endpoint_id).set(load_s)
 
     def render(self) -> bytes:
         """The exposition text."""

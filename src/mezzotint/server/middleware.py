@@ -31,8 +31,8 @@ SECURITY_HEADERS = {
     "referrer-policy": "no-referrer",
     "x-frame-options": "DENY",
     "cross-origin-resource-policy": "same-origin",
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; "
+    "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
 }
 BODY_METHODS = ("POST", "PUT", "PATCH")
 
@@ -51,7 +51,7 @@ def error_response(error: MezzotintError, request_id: str | None) -> Response:
 
 
 class Envelope:
-    """Outermost: request id and security headers on every response, a log line for each, no traceback to anyone."""
+    """Outermost: request id and security headers on every response, and no traceback to anyone."""
 
     def __init__(self, app: ASGIApp, on_answer: Callable[[Scope, int], None]) -> None:
         self._app = app
@@ -96,10 +96,10 @@ class Envelope:
         except Exception:
             log.exception("defect in a request", method=scope["method"], path=scope["path"])
             if not begun():
-                error = InternalError(
+                defect = InternalError(
                     "the server made a mistake; its log has the details under this request id"
                 )
-                await error_response(error, request_id)(scope, receive, send)
+                await error_response(defect, request_id)(scope, receive, send)
 
 
 class Bodies:

@@ -1,8 +1,9 @@
 """One endpoint's queue: whose job goes next, how long a new one would wait. Plain Python, no event loop.
 
-Between keys: fair share in step-seconds (start-time fair queueing, by weight). Within a key: least remaining work
-first, except that the oldest job goes first once it has waited too long or its deadline is near.
-Work is counted in seconds that a lone job would take; `Pace` says how much of it is done per second of clock.
+Between keys: fair share in step-seconds (start-time fair queueing, by weight). Within a key: least
+remaining work first, except that the oldest job goes first once it has waited too long or its deadline is
+near. Work is counted in seconds that a lone job would take; `Pace` says how much of it is done per second
+of clock.
 """
 
 from __future__ import annotations
@@ -154,7 +155,8 @@ class JobQueue:
     def work_before(self, key_id: str, weight: float) -> float:
         """Work done before a new job of this key would be finished, the job itself not counted.
 
-        A key's jobs wait behind its own and behind the others' fair share of that time, never behind more than all.
+        A key's jobs wait behind its own and behind the others' fair share of that time, never behind more
+        than all there is.
         """
         mine = self._shares.get(key_id)
         own = mine.waiting_s + mine.running_s if mine else 0.0

@@ -1,4 +1,4 @@
-"""All endpoints of the server, and their memory in the database: versions, what is wanted of them, calibration."""
+"""All endpoints of the server, and what the database remembers of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,8 @@ from mezzotint.config import EndpointSettings
 from mezzotint.errors import ConflictError, NotFoundError, echo
 from mezzotint.schemas import nearest
 from mezzotint.server import database
-from mezzotint.server.endpoints import (
-    Calibration,
-    Desired,
-    Endpoint,
-    calibration_from_json,
-    calibration_to_json,
-)
+from mezzotint.server.endpoints import Desired, Endpoint
+from mezzotint.server.facts import Calibration
 from mezzotint.server.keys import Key
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.supervisor import Launcher
@@ -78,7 +73,8 @@ class Registry:
     def load(self, from_file: tuple[EndpointSettings, ...], only: str | None = None) -> None:
         """Builds the endpoints from the configuration file and the database (blocking).
 
-        The file wins where it has changed since it was last read; otherwise what was done through the API stands.
+        The file wins where it has changed since it was last read; otherwise what was done through the API
+        stands.
         `only` takes one endpoint alone and leaves what is remembered of the others as it is.
         """
         with self._engine.begin() as connection:
@@ -234,7 +230,7 @@ class Registry:
                 "stored endpoint does not fit this program; left out", endpoint=row["id"], error=str(error)
             )
             return
-        self._make(spec, row["version"], Desired(row["desired"]), calibration_from_json(row["calibration"]))
+        self._make(spec, row["version"], Desired(row["desired"]), Calibration.from_json(row["calibration"]))
 
     def _make(
         self, spec: EndpointSettings, version: int, desired: Desired, calibration: Calibration | None
@@ -257,7 +253,7 @@ class Registry:
         task.add_done_callback(self._writes.discard)
 
     async def _store_calibration(self, endpoint_id: str, calibration: Calibration) -> None:
-        values = calibration_to_json(calibration)
+        values = calibration.to_json()
         change = _ENDPOINTS.update().where(_ENDPOINTS.c.id == endpoint_id).values(calibration=values)
         try:
             await asyncio.to_thread(self._transact, lambda c: c.execute(change))

@@ -36,7 +36,8 @@ from mezzotint.schemas import (
 )
 from mezzotint.server import database, keys, sse, storage
 from mezzotint.server.admission import Admission, Answer, Finish, ImageRequest, Picture, Ticket, parse_timeout
-from mezzotint.server.endpoints import Endpoint, State
+from mezzotint.server.endpoints import Desired, Endpoint, State
+from mezzotint.server.gallery import Gallery
 from mezzotint.server.keys import Key
 from mezzotint.server.metrics import CONTENT_TYPE, Metrics
 from mezzotint.server.registry import Registry
@@ -55,6 +56,7 @@ class Service:
     registry: Registry
     admission: Admission
     storage: Storage
+    gallery: Gallery
     metrics: Metrics
     pool: ThreadPoolExecutor
     first_key: str | None = None
@@ -195,7 +197,7 @@ def _finish(service: Service, body: DedicatedImageGenerationBody, base_url: str)
 
     def finish(ticket: Ticket, pictures: list[Picture]) -> Answer:
         began = time.perf_counter()
-        items = [_item(service, ticket.endpoint, body.model, form, base_url, picture) for picture in pictures]
+        items = [_item(service, ticket, body.model, form, base_url, picture) for picture in pictures]
         answer = ImageGenerationAnswer(
             created=int(ticket.created),
             id=ticket.id,
@@ -212,15 +214,14 @@ def _finish(service: Service, body: DedicatedImageGenerationBody, base_url: str)
 
 
 def _item(
-    service: Service, endpoint: Endpoint, model: str, form: Any, base_url: str, picture: Picture
+    service: Service, ticket: Ticket, model: str, form: Any, base_url: str, picture: Picture
 ) -> ImageItem:
     began = time.perf_counter()
     kind = images.FORMATS[form]
-    data = encode(endpoint, model, form, picture)
+    data = encode(ticket.endpoint, model, form, picture)
     where: dict[str, Any]
     if form == "url":
-        where = {"url": service.storage.url(base_url, service.storage.save(data, kind.suffix))}
-        service.metrics.stored.inc(len(data))
+        where = {"url": store(service, ticket, model, picture, data, kind.suffix, base_url)}
     else:
         where = {"b64_json": base64.b64encode(data).decode()}
     timings = ImageTimings(
@@ -246,9 +247,21 @@ def _item(
 def encode(
     endpoint: Endpoint, model: str, form: str, picture: Picture, quality: int = images.JPEG_QUALITY
 ) -> bytes:
-    """A picture's file, with its parameters inside unless the endpoint switches that off; runs in a thread."""
+    """A picture's file, its parameters inside unless the endpoint switches that off; runs in a thread."""
+    return images.encode(
+        form,
+        picture.pixels,
+        picture.width,
+        picture.height,
+        parameters=parameters_of(model, picture) if endpoint.spec.embed_parameters else None,
+        quality=quality,
+    )
+
+
+def parameters_of(model: str, picture: Picture) -> images.Parameters:
+    """What made this picture."""
     asked = picture.request
-    parameters = images.Parameters(
+    return images.Parameters(
         model=model,
         prompt=asked.prompt,
         num_inference_steps=asked.num_inference_steps,
@@ -258,14 +271,15 @@ def encode(
         width=picture.width,
         height=picture.height,
     )
-    return images.encode(
-        form,
-        picture.pixels,
-        picture.width,
-        picture.height,
-        parameters=parameters if endpoint.spec.embed_parameters else None,
-        quality=quality,
-    )
+
+
+def store(
+    service: Service, ticket: Ticket, model: str, picture: Picture, data: bytes, suffix: str, base_url: str
+) -> str:
+    """Keeps a picture's file for its key and answers the URL; runs in a thread."""
+    name = service.gallery.save(data, suffix, ticket.key.id, parameters_of(model, picture))
+    service.metrics.stored.inc(len(data))
+    return service.storage.url(base_url, name)
 
 
 def made_answer(body: bytes, pictures: list[Picture], encode_s: float) -> Answer:
@@ -410,7 +424,7 @@ def _state_json(ticket: Ticket, *, full: bool = False) -> bytes:
     if not ticket.ended:
         waiting = [job for job in ticket.jobs if job.queued]
         if ticket.status == "queued" and waiting:
-            values["position"] = min(ticket.endpoint.queue.position(job) for job in waiting)
+            values["position"] = min(ticket.endpoint.dispatcher.queue.position(job) for job in waiting)
         left = [ticket.endpoint.left_s(job, loop.time()) for job in ticket.jobs if not job.ended]
         values["seconds_left"] = round(max(left, default=0.0), 3)
     if ticket.error is not None:
@@ -455,7 +469,7 @@ async def healthz() -> dict[str, str]:
     responses={503: {"description": "Some endpoint is not ready."}},
 )
 async def readyz(service: TheService) -> JSONResponse:
-    missing = [e for e in service.registry if e.should_be_ready and e.state is not State.READY]
+    missing = [e for e in service.registry if e.desired is Desired.RUNNING and e.state is not State.READY]
     return JSONResponse(
         {"status": "starting" if missing else "ready", "not_ready": len(missing)}, 503 if missing else 200
     )
@@ -471,10 +485,10 @@ async def readyz(service: TheService) -> JSONResponse:
 async def metrics(service: TheService, admin: TheAdmin) -> Response:
     for endpoint in service.registry:
         gauges = service.metrics
-        gauges.queue_depth.labels(endpoint.id).set(len(endpoint.queue))
-        gauges.running.labels(endpoint.id).set(endpoint.num_running())
-        gauges.backlog.labels(endpoint.id).set(endpoint.queue.backlog_s())
-        gauges.speed.labels(endpoint.id).set(endpoint.pace.speed)
+        gauges.queue_depth.labels(endpoint.id).set(len(endpoint.dispatcher.queue))
+        gauges.running.labels(endpoint.id).set(endpoint.dispatcher.num_running())
+        gauges.backlog.labels(endpoint.id).set(endpoint.dispatcher.queue.backlog_s())
+        gauges.speed.labels(endpoint.id).set(endpoint.dispatcher.speed)
         gauges.ready_replicas.labels(endpoint.id).set(len(endpoint.current.ready))
     return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE})
 

@@ -1,9 +1,9 @@
 """Worker processes: start, watch, restart, stop.
 
-`WorkerProcess` is one process with its pipe; two threads serve the pipe, so a worker that neither reads nor writes
-can never block the event loop. `Replica` keeps one such process alive: it sees a death at once, starts the next
-with growing pauses, kills what hangs, and gives up where another try would fail again.
-All callbacks run in the event loop.
+`WorkerProcess` is one process with its pipe; two threads serve the pipe, so a worker that neither reads nor
+writes can never block the event loop. `Replica` keeps one such process alive: it sees a death at once,
+starts the next with growing pauses, kills what hangs, and gives up where another try would fail again. All
+callbacks run in the event loop.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from mezzotint.messages import (
 from mezzotint.server import launch
 
 ENGINE_WORKER = "mezzotint.engine.worker:run"
+PRELOAD = "mezzotint.server.preload"
 RESTART_WINDOW_S = 600.0
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 30.0
@@ -83,7 +84,7 @@ class Launcher:
         context: BaseContext = multiprocessing.get_context(settings.worker_start)
         assert isinstance(context, ForkServerContext | SpawnContext)
         if isinstance(context, ForkServerContext):
-            context.set_forkserver_preload(["__main__", target.partition(":")[0], launch.__name__])
+            context.set_forkserver_preload([PRELOAD, launch.__name__, target.partition(":")[0]])
         return cls(target, context, settings.heartbeat_s, settings.load_timeout_s, settings.max_restarts)
 
 
@@ -178,6 +179,7 @@ class Replica:
         self.failure = ""
         """Why it is FAILED, or what the last start died of."""
         self.started_at = 0.0
+        self.ready_at = 0.0
         self.num_restarts = 0
         self._launcher = launcher
         self._load = load
@@ -272,7 +274,7 @@ class Replica:
     def _give_up_loading(self, process: WorkerProcess) -> None:
         if process is self._process and self.state is ReplicaState.STARTING:
             self.failure = (
-                f"the model was not loaded after {self._launcher.load_timeout_s:g} s (last stage: {self.stage}); "
+                f"the model was not loaded after {self._launcher.load_timeout_s:g} s (stage: {self.stage}); "
                 "raise load_timeout_s if it needs longer"
             )
             log.error("worker did not load in time", replica=self.name, pid=process.pid, stage=self.stage)
@@ -291,6 +293,7 @@ class Replica:
                 self.stage = stage
             case Ready(info, load_s):
                 self.info, self.load_s, self.failure = info, load_s, ""
+                self.ready_at = self._heard
                 self._clear_timers()
                 self._later(self._launcher.heartbeat_s / 3, self._beat, process)
                 log.info(

@@ -1,0 +1,136 @@
+"""What is known of an endpoint's model: what it can do, how long it takes, what earlier starts measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mezzotint.config import EndpointSettings
+from mezzotint.errors import InvalidRequestError
+from mezzotint.messages import Generate, LoadModel, ModelInfo
+
+GUESSED_STEP_S = 0.05
+"""Seconds per step before the model has ever been measured."""
+_CALIBRATED = (
+    "model", "revision", "dtype", "device", "num_threads", "batching", "performance", "max_rows",
+    "min_batch_gain", "max_batch_stretch", "offload",
+)  # fmt: skip
+"""Settings on which the calibrated rows, and so the promised bytes, may depend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """An endpoint's settings beside what its model said of itself; `info` None: it has never been loaded."""
+
+    spec: EndpointSettings
+    info: ModelInfo | None
+
+    @property
+    def rows(self) -> int:
+        """Rows that a forward of this model can hold."""
+        if self.info is None or self.spec.batching == "off" or not self.info.mergeable:
+            return 1
+        return self.spec.max_rows if self.spec.batching == "fast" else self.info.rows
+
+    @property
+    def gain(self) -> float:
+        """How much merging raises throughput, by the calibration's table."""
+        if self.info is None or not self.info.calibration:
+            return 1.0
+        rates = {int(entry["rows"]): entry["rows_per_s"] for entry in self.info.calibration}
+        return max(1.0, rates.get(self.info.rows, 0.0) / rates[1]) if rates.get(1) else 1.0
+
+    def size(self, width: int | None, height: int | None) -> tuple[int, int] | None:
+        """The size of a request's picture in pixels; None while nobody knows the model's own."""
+        wide = width or self.spec.width or (self.info.width if self.info else None)
+        high = height or self.spec.height or (self.info.height if self.info else None)
+        return (wide, high) if wide and high else None
+
+    def step_s(self, width: int | None, height: int | None) -> float:
+        """Seconds that one step of a lone job takes, as calibrated, scaled by pixels to other sizes."""
+        if self.info is None or self.info.step_s <= 0:
+            return GUESSED_STEP_S
+        size = self.size(width, height)
+        if size is None:
+            return self.info.step_s
+        return self.info.step_s * (size[0] * size[1]) / (self.info.width * self.info.height)
+
+    def work_s(self, request: Generate) -> float:
+        """Seconds that this job would take alone; the text encoder and the decoder count as one step."""
+        return (request.num_inference_steps + 1) * self.step_s(request.width, request.height)
+
+    def check(self, request: Generate) -> None:
+        """InvalidRequestError for what this model cannot do, as far as it is known yet."""
+        if self.info is None:
+            return
+        for name, value in (("width", request.width), ("height", request.height)):
+            if value is not None and value % self.info.size_multiple:
+                raise InvalidRequestError(
+                    f"{name} must be a multiple of {self.info.size_multiple} for endpoint {self.spec.id} "
+                    f"(got {value})",
+                    code="out_of_range",
+                    param=name,
+                )
+        limit = self.spec.max_pixels or 4 * self.info.width * self.info.height
+        size = self.size(request.width, request.height)
+        if size and size[0] * size[1] > limit:
+            raise InvalidRequestError(
+                f"width x height must be at most {limit} pixels for endpoint {self.spec.id} "
+                f"(got {size[0]} x {size[1]})",
+                code="out_of_range",
+                param="width" if request.width else "height",
+            )
+        if request.negative_prompt and not self.info.supports_negative_prompt:
+            raise InvalidRequestError(
+                f"endpoint {self.spec.id} runs a model without negative prompts; leave negative_prompt out",
+                code="not_supported",
+                param="negative_prompt",
+            )
+
+    def warnings(self, *, guidance: float | None) -> list[str]:
+        """What was accepted without effect."""
+        if guidance is not None and self.info and not self.info.guidance_effective:
+            return [f"guidance_scale has no effect on endpoint {self.spec.id}: its model ignores it"]
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What an earlier start measured. `fingerprint` tells whether it still fits the settings."""
+
+    fingerprint: str
+    info: ModelInfo
+    load_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any] | None) -> Calibration | None:
+        """None also for what another version of the program wrote: the worker calibrates again."""
+        if not values:
+            return None
+        try:
+            return replace(cls(**values), info=ModelInfo(**values["info"]))
+        except (TypeError, KeyError):
+            return None
+
+
+def fingerprint(spec: EndpointSettings) -> str:
+    """Equal for settings that share a calibration."""
+    values = {name: getattr(spec, name) for name in _CALIBRATED}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def load_message(spec: EndpointSettings, calibration: Calibration | None) -> LoadModel:
+    """What a worker is told at its start; rows calibrated earlier are kept, because bytes are promised."""
+    known = calibration if calibration and calibration.fingerprint == fingerprint(spec) else None
+    shared = set(LoadModel.__dataclass_fields__) & set(EndpointSettings.model_fields)
+    return LoadModel(
+        endpoint_id=spec.id,
+        source=spec.model,
+        rows=known.info.rows if known else None,
+        **{name: getattr(spec, name) for name in shared},
+    )
