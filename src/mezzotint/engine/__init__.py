@@ -5,8 +5,8 @@
     engine = Engine.load("emoji")
     results = engine.generate([Request(prompt="a happy cat", num_inference_steps=8, seed=1)])
 
-Every request runs the unmodified pipeline in a Job; the loop in `Engine.step` is: pick parked calls, run them in
-one forward, split the result among the jobs, report. An engine belongs to the thread that uses it.
+Every request runs the unmodified pipeline in a Job; the loop in `Engine.step` is: pick parked calls, run
+them in one forward, split the result among the jobs, report. An engine belongs to the thread that uses it.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ from mezzotint.engine import calibration
 from mezzotint.engine.arguments import PipelineFacts, Request
 from mezzotint.engine.batching import Call
 from mezzotint.engine.jobs import Job, Tap
-from mezzotint.engine.lora import AdapterBank, Lease
+from mezzotint.engine.loading import Loaded, Performance, load
+from mezzotint.engine.lora import AdapterBank, BankStats, Lease
 from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
 from mezzotint.engine.results import Result, failure, pixels, result_of
 from mezzotint.engine.rules import RULES
 from mezzotint.engine.runner import Mode, Runner
 from mezzotint.engine.scheduler import StepTimes, Waiting, pick
 from mezzotint.errors import MezzotintError
-from mezzotint.messages import Cancelled, Done, Failed, Preview, Progress
+from mezzotint.messages import Cancelled, Done, Failed, ModelInfo, Preview, Progress
 
 __all__ = ["Engine", "Event", "Request", "Result"]
 
 Event = Progress | Preview | Done | Failed | Cancelled
 
-SLOW_FORWARD_S = 2.0
-"""A model whose single forward takes longer is not measured further: merging can gain it nothing."""
 WARM_STEP_S = 0.25
-"""Models whose forward is faster make a few small pictures at load, so that the first request is a fast one."""
+"""Models whose forward is faster make a few pictures at load, so that the first request is fast."""
 _WARM_JOBS = 8
 _WARM_REQUEST = Request(prompt="a red apple on a blue table", num_inference_steps=2, seed=0)
 
@@ -77,7 +76,7 @@ class _Active:
 
 
 class Engine:
-    """Runs requests through one diffusers pipeline; `load`, `generate` and `stream` are all a library user needs."""
+    """Runs requests through one diffusers pipeline; a library user needs `load`, `generate` and `stream`."""
 
     def __init__(
         self,
@@ -93,8 +92,8 @@ class Engine:
     ) -> None:
         """Takes a loaded pipeline as it is; `rows` are those of every merged forward in `exact` mode.
 
-        `max_merge_pixels`: in `exact` mode larger pictures are never merged; None is no limit. It is part of what the
-        bytes depend on, as `rows` is.
+        `max_merge_pixels`: in `exact` mode larger pictures are never merged; None is no limit. It is part
+        of what the bytes depend on, as `rows` is.
         """
         self.pipe = pipe
         self.facts = PipelineFacts(pipe)
@@ -102,18 +101,60 @@ class Engine:
         self.max_jobs = max_jobs
         self.max_wait_s = max_wait_s
         self.adapter_bytes = adapter_bytes
-        self.num_ended = 0
+        self.busy_s = 0.0
+        """Seconds spent in steps that ran something."""
         self.measured: list[calibration.Measurement] = []
         """What calibration has measured; empty if R was given."""
         self.times = StepTimes()
-        self.runner = Runner(batching, rows if batching == "exact" else max_rows)
-        self._max_merge_pixels = max_merge_pixels
+        self.runner = Runner(batching, rows if batching == "exact" else max_rows, self.facts.denoiser_name)
+        self.max_merge_pixels = max_merge_pixels
         self._preview = LatentPreview()
         self._taps = self._tap()
         self._queue: deque[_Active] = deque()
         self._active: dict[str, _Active] = {}
         self._events: list[Event] = []
         self._arrivals = 0
+
+    @classmethod
+    def load(
+        cls,
+        source: Any,
+        *,
+        batching: Mode = "exact",
+        dtype: str = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+        num_threads: int = 0,
+        performance: Performance = "auto",
+        rows: int | None = None,
+        max_rows: int = 16,
+        max_jobs: int = 64,
+        min_batch_gain: float = 1.4,
+        max_batch_stretch: float = 2.5,
+        offload: bool = False,
+        allow_remote_code: bool = False,
+    ) -> Engine:
+        """An engine for a built-in name, a folder, a repository id, a safetensors file or a ready pipeline.
+
+        `rows` None measures how many rows a merged forward should have. A seed gives the same bytes only
+        under the same number (and dtype, device, threads, performance). Pictures above the model's default size
+        are not merged. ModelLoadError says why a model cannot load.
+        """
+        loaded = load(
+            source,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            num_threads=num_threads,
+            performance=performance,
+            offload=offload,
+            allow_remote_code=allow_remote_code,
+        )
+        engine = cls(loaded.pipe, batching=batching, max_rows=max_rows, max_jobs=max_jobs)
+        engine.max_merge_pixels = engine.facts.width * engine.facts.height
+        engine.calibrate(min_gain=min_batch_gain, max_stretch=max_batch_stretch, rows=rows)
+        engine.warm_up()
+        return engine
 
     # ------------------------------------------------------------------ for library users
 
@@ -135,7 +176,7 @@ class Engine:
         for tap in reversed(self._taps):
             tap.close()
         self._taps.clear()
-        if "adapters" in self.__dict__:
+        if self.runner.adapters is not None:
             self.adapters.close()
 
     def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Result]]:
@@ -162,12 +203,21 @@ class Engine:
         """Jobs submitted and not ended."""
         return len(self._active) + len(self._queue)
 
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to run or to tell."""
+        return bool(self._active or self._queue or self._events)
+
     @functools.cached_property
     def adapters(self) -> AdapterBank:
         """The LoRA adapters of this pipeline; the first use prepares its layers."""
         bank = AdapterBank(self.pipe, byte_budget=self.adapter_bytes)
         self.runner.adapters = bank
         return bank
+
+    def bank_stats(self) -> BankStats:
+        """Hits, loads and residency of the adapters; all zero where none was ever added."""
+        return self.adapters.stats() if self.runner.adapters is not None else BankStats(0, 0, 0, 0, [])
 
     def submit(self, request: Request, job_id: str, *, seed: int | None = None) -> None:
         """Admits a request. It ends in exactly one Done, Failed or Cancelled event of a later `step`."""
@@ -208,12 +258,14 @@ class Engine:
         return True
 
     def step(self) -> list[Event]:
-        """Runs one forward, for one job or for as many as share it; returns what has happened since the last step."""
+        """Runs one forward, for as many jobs as share it; returns what has happened since the last step."""
         with torch.inference_mode():
             self._admit()
+            start = time.perf_counter()
             batch = self._pick()
             if batch:
                 self._forward(batch)
+                self.busy_s += time.perf_counter() - start
         events, self._events = self._events, []
         return events
 
@@ -300,7 +352,7 @@ class Engine:
             active.reported = done
             self._events.append(Progress(active.job_id, done, steps))
         if job.call is not None:
-            if self._max_merge_pixels is not None and active.width * active.height > self._max_merge_pixels:
+            if self.max_merge_pixels is not None and active.width * active.height > self.max_merge_pixels:
                 job.call.key = job.call.key if self.runner.mode == "fast" else None
             return
         if job.error is None:
@@ -331,7 +383,6 @@ class Engine:
                 active.job.close()
         if active.lease is not None:
             active.lease.release()
-        self.num_ended += 1
         self._events.append(event)
 
     def _before_scheduler_step(self, active: _Active, scheduler: Any, arguments: Mapping[str, Any]) -> None:
@@ -371,32 +422,26 @@ class Engine:
 
     # ------------------------------------------------------------------ at load
 
-    def calibrate(self, *, min_gain: float = 1.4, max_stretch: float = 2.5) -> None:
-        """Measures forwards of a real job and, in `exact` mode, sets the number of rows of every merged one."""
+    def calibrate(self, *, min_gain: float = 1.4, max_stretch: float = 2.5, rows: int | None = None) -> None:
+        """Measures forwards of a real job; in `exact` mode sets R to `rows`, or if None to what they show."""
         with torch.inference_mode():
-            call = self._first_denoiser_call()
+            call = calibration.first_call(self.pipe, self.facts, _WARM_REQUEST)
             if call is None:
                 return
-            self._synchronize()
-            start = time.perf_counter()
-            call.alone()
-            self._synchronize()
-            seconds = time.perf_counter() - start
-            self.measured = [calibration.Measurement(call.rows, seconds)]
-            rows = 1
-            if seconds < SLOW_FORWARD_S:
-                self.measured = calibration.measure(
-                    call, max_rows=self.max_rows, max_stretch=max_stretch, synchronize=self._synchronize
+            self.measured = calibration.measure(
+                call,
+                max_rows=self.max_rows if rows is None and self.runner.mode == "exact" else 1,
+                max_stretch=max_stretch,
+                synchronize=self._synchronize,
+            )
+            if self.runner.mode == "exact":
+                self.runner.num_rows = rows or calibration.find_rows(
+                    call, self.measured, min_gain, max_stretch
                 )
-                rows = calibration.choose_rows(self.measured, min_gain=min_gain, max_stretch=max_stretch)
-            if rows > 1 and not calibration.rows_are_independent(call, rows):
-                rows = 1
-        if self.runner.mode == "exact":
-            self.runner.num_rows = rows
         self.times.add(self.facts.width, self.facts.height, self.measured[0].forward_s)
 
     def warm_up(self) -> None:
-        """Makes a few two-step pictures, if that is quick: they teach the preview, and first uses cost once."""
+        """Makes a few two-step pictures if that is quick: they teach the preview and warm up the rest."""
         if self.times.estimate(self.facts.width, self.facts.height) > WARM_STEP_S:
             return
         for seed in range(_WARM_JOBS):
@@ -406,16 +451,31 @@ class Engine:
             if self._preview.ready:
                 return
 
-    def _first_denoiser_call(self) -> Call | None:
-        """The denoiser call of a real job at the default size."""
-        arguments, _ = self.facts.call_arguments(_WARM_REQUEST)
-        job = Job(self.pipe, arguments, seed=0)
-        job.start()
-        while job.call is not None and job.call.name != self.facts.denoiser_name:
-            job.resume(job.call.alone())
-        call = job.call
-        error = job.error
-        job.close()
-        if error is not None:
-            raise error
-        return call
+    def info(self, loaded: Loaded) -> ModelInfo:
+        """What the server must know of this model."""
+        facts = self.facts
+        return ModelInfo(
+            pipeline_class=type(self.pipe).__name__,
+            model_class=type(facts.denoiser).__name__,
+            dtype=loaded.dtype,
+            device=loaded.device,
+            num_threads=loaded.num_threads,
+            batching=self.runner.mode,
+            performance=loaded.performance,
+            rows=self.runner.num_rows if self.runner.mode == "exact" else 1,
+            mergeable=facts.family.merges,
+            width=facts.width,
+            height=facts.height,
+            size_multiple=facts.size_multiple,
+            default_steps=facts.default_steps,
+            default_guidance=facts.family.default_guidance,
+            guidance_effective=facts.guidance_effective,
+            supports_negative_prompt=facts.supports_negative_prompt,
+            max_prompt_tokens=facts.max_prompt_tokens,
+            num_parameters=loaded.num_parameters,
+            calibration=[
+                {"rows": each.rows, "forward_s": each.forward_s, "rows_per_s": each.rows_per_s}
+                for each in self.measured
+            ],
+            step_s=self.times.estimate(facts.width, facts.height),
+        )

@@ -1,4 +1,4 @@
-"""From a request to the arguments of a pipeline's `__call__`, and what the request's author should be warned of."""
+"""From a request to the arguments of a pipeline's `__call__`, and the warnings that go with the answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from mezzotint.families import Family, family
 
 MAX_STEPS = 50
 _OURS = frozenset(
-    ["prompt", "negative_prompt", "num_inference_steps", "width", "height", "generator", "output_type", "return_dict", "num_images_per_prompt", "callback_on_step_end", "callback", "callback_steps"]
+    (
+        *("prompt", "negative_prompt", "num_inference_steps", "width", "height", "generator", "output_type"),
+        *("return_dict", "num_images_per_prompt", "callback_on_step_end", "callback", "callback_steps"),
+    )
 )
 """Pipeline arguments that `extra` must not set."""
 
@@ -72,7 +75,7 @@ class PipelineFacts:
         return True
 
     def _text_limit(self, pipe: Any) -> tuple[Any, int | None]:
-        """The tokenizer of the longest text encoder (by custom the last one) and how many tokens of a prompt count."""
+        """The tokenizer of the longest text encoder (by custom the last), and how many tokens count."""
         names = sorted(name for name in pipe.components if name.startswith("tokenizer"))
         tokenizers = [pipe.components[name] for name in names if pipe.components[name] is not None]
         if not tokenizers:
@@ -85,7 +88,7 @@ class PipelineFacts:
         return tokenizers[-1], limit if limit < 10**6 else None
 
     def call_arguments(self, request: Request) -> tuple[dict[str, Any], list[str]]:
-        """The arguments of `__call__` for `request` and its warnings; InvalidRequestError says what is wrong."""
+        """The arguments of `__call__` for `request`, and warnings; InvalidRequestError says what is wrong."""
         self._check(request)
         warnings: list[str] = []
         arguments: dict[str, Any] = {
@@ -115,10 +118,9 @@ class PipelineFacts:
         for name in ("width", "height"):
             size = getattr(request, name)
             if size is not None and (size <= 0 or size % self.size_multiple):
+                rule = f"a positive multiple of {self.size_multiple} for this model"
                 raise InvalidRequestError(
-                    f"{name} must be a positive multiple of {self.size_multiple} for this model (got {echo(size)})",
-                    code="out_of_range",
-                    param=name,
+                    f"{name} must be {rule} (got {echo(size)})", code="out_of_range", param=name
                 )
         if request.seed is not None and not 0 <= request.seed < 2**63:
             raise InvalidRequestError(
@@ -157,7 +159,7 @@ class PipelineFacts:
             del arguments["negative_prompt"]
 
     def _add_text_length(self, request: Request, arguments: dict[str, Any], warnings: list[str]) -> None:
-        """Text encoders shorter than the pipeline's default get their own length; a longer prompt is cut, with a word."""
+        """A text encoder shorter than the pipeline's default gets its own length; what is cut is said."""
         name = self.family.text_length_argument
         limit = self.max_prompt_tokens
         if name is not None and name in self.parameters and limit != self.parameters[name].default and limit:
@@ -179,7 +181,7 @@ def _denoiser_name(pipe: Any, known: Family) -> str:
 
 
 def _default_size(pipe: Any, denoiser: Any, parameters: Mapping[str, inspect.Parameter]) -> tuple[int, int]:
-    """(width, height) that the pipeline makes when told nothing; for Flux-like models, what the VAE was trained on."""
+    """(width, height) that the model was made for; for Flux and its like, what the VAE was trained on."""
     if "height" in parameters and isinstance(parameters["height"].default, int):
         return parameters["width"].default, parameters["height"].default
     factor = int(getattr(pipe, "vae_scale_factor", 8))

@@ -1,14 +1,15 @@
 """Calls and how they merge: one forward of the real module for the rows of many jobs.
 
-A Call is one parked forward with its arguments by name. A Rule says, for one model class, what each argument is:
+A Call is one parked forward with its arguments by name. A Rule says for one model class what each is:
 
 - "row": a tensor whose dimension 0 is the row;
-- "scalar": the same for all rows of a call, as a 0-d or one-element tensor (expanded to rows), or already a row;
+- "scalar": one value for all rows of a call, as a 0-d or one-element tensor (expanded to rows), or a "row";
 - "shared": a tensor without rows, or of which only row 0 is read; it must be equal, one copy is passed;
 - "list": a Python list with one entry per row.
 
-"outer.inner" names an entry of a dict argument. Every other argument must be equal and hold no tensor. Calls merge only
-if they agree in everything but the number of rows; a call that its Rule does not fully cover is never merged.
+"outer.inner" names an entry of a dict argument. Every other argument must be equal and hold no tensor.
+Calls merge only if they agree in everything but the number of rows; a call that its Rule does not fully
+cover is never merged.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Kind = Literal["row", "scalar", "shared", "list"]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How the arguments of one model class merge; `arguments` maps an argument's (dotted) name to its kind."""
+    """How the arguments of one model class merge: from an argument's (dotted) name to its kind."""
 
     arguments: Mapping[str, Kind]
 
@@ -89,7 +90,7 @@ class Part:
 
 
 def plan(calls: Sequence[Call], max_rows: int) -> list[list[Part]]:
-    """The forwards of `calls` (of one key): all together where they fit, a call above `max_rows` in chunks."""
+    """The forwards of `calls` (of one key): together where they fit, a call above `max_rows` in chunks."""
     parts = [
         Part(call, start, min(start + max_rows, call.rows))
         for call in calls
@@ -106,7 +107,8 @@ def plan(calls: Sequence[Call], max_rows: int) -> list[list[Part]]:
 def merge(parts: Sequence[Part], num_rows: int) -> dict[str, Any]:
     """Arguments of one forward with exactly `num_rows` rows: those of `parts`, then copies of the last one.
 
-    Row tensors come out contiguous whatever they were, so that no kernel is chosen by a neighbour's memory layout.
+    Row tensors come out contiguous whatever they were, so that no kernel is chosen by a neighbour's memory
+    layout.
     """
     first = parts[0].call
     assert first.rule is not None, "only calls with a Rule merge"
@@ -117,7 +119,7 @@ def merge(parts: Sequence[Part], num_rows: int) -> dict[str, Any]:
 
 
 def split(result: Any, sizes: Sequence[int]) -> list[Any]:
-    """The rows of a forward's result, cut into consecutive pieces of `sizes` rows; what is left over is padding.
+    """The rows of a forward's result, cut into pieces of `sizes` rows; what is left over is padding.
 
     Pieces are copies: none keeps the whole batch in memory, and none has another alignment than when alone.
     """
@@ -191,7 +193,7 @@ def _like(value: Tensor) -> tuple[Hashable, ...]:
 
 
 def _fingerprint(value: Tensor) -> bytes:
-    """The bytes of a shared tensor. Kept while it lives, for it is the same in all steps: nobody writes into it."""
+    """The bytes of a shared tensor, kept while it lives: nobody writes into ids of positions."""
     known = _FINGERPRINTS.get(value)
     if known is None:
         known = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,6 +1,7 @@
 """How many rows a merged forward should have, measured with the arguments of a real job.
 
-Also the check behind the promise of `exact`: that in a forward of R rows a row's result depends on that row alone.
+Also the check behind the promise of `exact`: that in a forward of R rows a row's result depends on that row
+alone.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mezzotint.engine.arguments import PipelineFacts, Request
 from mezzotint.engine.batching import Call, Kind, Part, Rule, merge, split
+from mezzotint.engine.jobs import Job
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 NEAR_BEST = 0.9
 """The smallest row count with this share of the best throughput is enough."""
+SLOW_FORWARD_S = 2.0
+"""A model whose single forward takes longer is not measured further: merging gains it nothing."""
 _MEASURE_S = 0.3
 _MIN_RUNS = 3
 
@@ -37,8 +42,8 @@ class Measurement:
 def choose_rows(measured: Sequence[Measurement], *, min_gain: float, max_stretch: float) -> int:
     """R for `exact` mode; `measured` starts with the call as one job makes it.
 
-    1 unless merging raises throughput `min_gain` times; otherwise the smallest count near the best throughput among
-    those whose forward takes at most `max_stretch` times the single one's.
+    1 unless merging raises throughput `min_gain` times; otherwise the smallest count near the best
+    throughput among those whose forward takes at most `max_stretch` times the single one's.
     """
     single = measured[0]
     allowed = [each for each in measured[1:] if each.forward_s <= max_stretch * single.forward_s]
@@ -50,11 +55,33 @@ def choose_rows(measured: Sequence[Measurement], *, min_gain: float, max_stretch
     return min(each.rows for each in allowed if each.rows_per_s >= NEAR_BEST * best)
 
 
+def find_rows(call: Call, measured: Sequence[Measurement], min_gain: float, max_stretch: float) -> int:
+    """R for `exact` mode: what the measurements show, if the promise can be kept with it."""
+    rows = choose_rows(measured, min_gain=min_gain, max_stretch=max_stretch)
+    return rows if rows == 1 or rows_are_independent(call, rows) else 1
+
+
+def first_call(pipe: Any, facts: PipelineFacts, request: Request) -> Call | None:
+    """The first denoiser call of a real job; the job itself ends there."""
+    arguments, _ = facts.call_arguments(request)
+    job = Job(pipe, arguments, seed=0)
+    job.start()
+    while job.call is not None and job.call.name != facts.denoiser_name:
+        job.resume(job.call.alone())
+    call, error = job.call, job.error
+    job.close()
+    if error is not None:
+        raise error
+    return call
+
+
 def measure(
     call: Call, *, max_rows: int, max_stretch: float, synchronize: Callable[[], None]
 ) -> list[Measurement]:
-    """Seconds of the call as it came, then merged with copies of itself, up to `max_rows` rows or `max_stretch`."""
+    """Seconds of the call as it came, then with copies of itself, up to `max_rows` or `max_stretch`."""
     measured = [Measurement(call.rows, _seconds(call.alone, synchronize))]
+    if measured[0].forward_s > SLOW_FORWARD_S:
+        return measured
     for count in ROW_COUNTS[1:]:
         rows = count * call.rows
         if call.key is None or rows > max_rows:
@@ -82,10 +109,11 @@ def _seconds(forward: Callable[[], Any], synchronize: Callable[[], None]) -> flo
 
 
 def rows_are_independent(call: Call, num_rows: int) -> bool:
-    """Whether in forwards of `num_rows` rows with the shapes of `call` a row's bytes depend on that row alone.
+    """Whether in forwards of `num_rows` rows, in the shapes of `call`, bytes depend on their own row alone.
 
-    Runs three forwards on rows of noise: in some order, turned by one place, and the first row with copies of itself.
-    The noise is always the same, so the answer depends on the model and the shapes and not on who asked first.
+    Runs three forwards on rows of noise: in some order, turned by one place, and the first row with copies
+    of itself. The noise is always the same, so the answer depends on the model and the shapes and not on
+    who asked first.
     """
     assert call.rule is not None, "only calls with a Rule merge"
     part = Part(call, 0, min(call.rows, num_rows))

@@ -1,12 +1,13 @@
-"""The greenlet bridge: a request runs its own unmodified pipeline `__call__`, and parks at each shared forward.
+"""The greenlet bridge: a request runs its own unmodified pipeline, and parks at each shared forward.
 
-A Job runs a pipeline in a greenlet. A Tap replaces `forward` of a shared module (or `decode` of a VAE) by an
-instance attribute: called from inside a Job it parks the job and hands over a Call, called from anywhere else it
-runs as always. All of it belongs to one thread.
+A Job runs a pipeline in a greenlet. A Tap replaces `forward` of a shared module (or `decode` of a VAE) by
+an instance attribute: called from inside a Job it parks the job and hands over a Call, called from anywhere
+else it runs as always. All of it belongs to one thread.
 
-What is thread-local in torch does not travel with a greenlet. Whoever starts, resumes or closes jobs does so with
-gradients off (`no_grad` or `inference_mode`). A forward that a pipeline asks for with gradients or autocast on is
-run in place instead of parked: so the mode is the same at every switch, and there is nothing to carry across.
+What is thread-local in torch does not travel with a greenlet. Whoever starts, resumes or closes jobs does
+so with gradients off (`no_grad` or `inference_mode`). A forward that a pipeline asks for with gradients or
+autocast on is run in place instead of parked: so the mode is the same at every switch, and there is nothing
+to carry across.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class _JobGreenlet(greenlet):  # type: ignore[misc]
 class Tap:
     """Parks jobs at `module.<attribute>`; `close` puts the previous attribute back.
 
-    Tap after everything else that patches the module (accelerate's hooks, compilation): the tap calls what it finds.
+    Tap after everything else that patches the module (accelerate's hooks, compilation): the tap calls what
+    it finds.
     """
 
     def __init__(self, name: str, module: Any, attribute: str = "forward", rule: Rule | None = None) -> None:
@@ -83,8 +85,8 @@ def _mode_differs() -> bool:
 class Job:
     """One run of a pipeline's `__call__`, one parked Call at a time.
 
-    `call` is the parked forward. It is None once the run has ended; then `error` is set if it failed, and `result`
-    is what the pipeline returned. The pipeline sees a view of `pipe` with schedulers of its own.
+    `call` is the parked forward. It is None once the run has ended; then `error` is set if it failed, and
+    `result` is what the pipeline returned. The pipeline sees a view of `pipe` with schedulers of its own.
     """
 
     def __init__(

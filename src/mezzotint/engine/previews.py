@@ -1,8 +1,9 @@
 """Previews: the model's current estimate of the finished picture, at a cost far below one step.
 
-The estimate of the clean latents follows from what the scheduler is given at each step; a linear map, learned from
-pictures this pipeline has finished, turns them into pixels. Nothing in it knows a family: latents are a grid of feature
-vectors, either as [1, channels, rows, columns] or packed as [1, tokens, channels] in reading order.
+The estimate of the clean latents follows from what the scheduler is given at each step; a linear map,
+learned from pictures this pipeline has finished, turns them into pixels. Nothing in it knows a family:
+latents are a grid of feature vectors, either as [1, channels, rows, columns] or packed as [1, tokens,
+channels] in reading order.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ def preview_steps(num_previews: int, num_steps: int) -> list[int]:
 
 
 def estimate_clean(scheduler: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor | None:
-    """The finished latents as the model sees them now, from the arguments of `scheduler.step`; None if unknown.
+    """The finished latents as the model sees them now, from what `scheduler.step` is given; None if unknown.
 
-    With z the sample, v or e the model's output: flow matching z - sigma v; e-prediction (z - b e) / a and v-prediction
-    a z - b v with a, b = sqrt(alphas_cumprod), sqrt(1 - alphas_cumprod); with samples in sigma space (Euler and its
-    kin) z is first brought to unit variance: z / sqrt(sigma^2 + 1).
+    With z the sample, v or e the model's output: flow matching z - sigma v; e-prediction (z - b e) / a and
+    v-prediction a z - b v with a, b = sqrt(alphas_cumprod), sqrt(1 - alphas_cumprod); with samples in sigma
+    space (Euler and its kin) z is first brought to unit variance: z / sqrt(sigma^2 + 1).
     """
     sample, output = sample.float(), model_output.float()
     if output.shape != sample.shape:  # learned variance comes along in further channels
@@ -76,7 +77,7 @@ def _sigma(scheduler: Any, timestep: Any) -> float:
 
 
 class LatentPreview:
-    """A linear map from the scheduler's latents to pixels, learned by least squares from finished pictures."""
+    """A linear map from the scheduler's latents to pixels, learned from finished pictures."""
 
     def __init__(self) -> None:
         self._gram: Tensor | None = None
@@ -134,7 +135,7 @@ class LatentPreview:
 
 
 def _features(latents: Tensor, width: int, height: int) -> Tensor | None:
-    """[rows, columns, channels + 1] on the CPU, the last feature being 1; None for latents that are no picture grid."""
+    """[rows, columns, channels + 1] on the CPU, the last feature being 1; None where there is no grid."""
     latents = latents.detach().float().cpu()[0]
     if (
         latents.ndim == 4 and 1 in latents.shape[:2]
@@ -155,7 +156,7 @@ def _features(latents: Tensor, width: int, height: int) -> Tensor | None:
 
 
 def _targets(pixels: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows, columns, side * side * 3]: for each feature vector the pixels it stands for, at half size or less."""
+    """[rows, columns, side * side * 3]: the pixels each feature vector stands for, at half size or less."""
     side = max(1, min(MAX_SUBPIXELS, len(pixels) // rows // 2))
     planes = (pixels.float() / 255).permute(2, 0, 1)
     small = functional.adaptive_avg_pool2d(planes, (rows * side, columns * side))

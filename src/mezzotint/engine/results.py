@@ -1,4 +1,4 @@
-"""From what a pipeline returned, or raised, to the message that ends a job; and from that to a library user's Result."""
+"""From what a pipeline returned or raised to the message that ends a job, and to a library user's Result."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pixels(result: Any) -> Image:
 
 
 def failure(job_id: str, error: Exception, *, size: str, refused: bool) -> Failed:
-    """The message for a job that `error` ended; `refused`: before its first forward, so its arguments are at fault."""
+    """The message for a job that `error` ended; `refused`: before its first denoiser forward."""
     if isinstance(error, MezzotintError):
         return Failed(job_id, error.code, error.message, error.param)
     if is_out_of_memory(error):

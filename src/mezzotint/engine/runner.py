@@ -1,4 +1,4 @@
-"""Run: the forwards of picked calls, merged as the batching mode allows, with one failing row failing alone."""
+"""Run: the forwards of picked calls, merged as the batching mode allows; a row that fails, fails alone."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ _log = logging.getLogger(__name__)
 class Runner:
     """Runs calls in one batching mode.
 
-    `exact`: every merged forward has exactly `num_rows` rows, padded with copies; a call of more rows goes through
-    in chunks; with `num_rows` 1 every call runs as the pipeline asked for it. A shape whose rows are found to depend
-    on their neighbours on this machine is not merged. `fast`: what is there, up to `num_rows`. `off`: never merged.
+    `exact`: every merged forward has exactly `num_rows` rows, padded with copies; a call of more rows goes
+    through in chunks; with `num_rows` 1 every call runs as the pipeline asked for it. A shape whose rows
+    are found to depend on their neighbours on this machine is not merged. `fast`: what is there, up to
+    `num_rows`. `off`: never merged.
     """
 
-    def __init__(self, mode: Mode, num_rows: int) -> None:
+    def __init__(self, mode: Mode, num_rows: int, counted: str = "") -> None:
+        """`counted` names the component whose forwards and rows are counted."""
         self.mode = mode
         self.num_rows = 1 if mode == "off" else num_rows
         self.adapters: AdapterBank | None = None
+        self.counted = counted
         self.num_forwards = 0
         self.num_real_rows = 0
         self.num_padded_rows = 0
         self._independent: dict[int, bool] = {}
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
-        """For each call its result, or the exception that it alone caused. Several calls must have one key."""
+        """For each call its result, or the exception that it alone caused. Several calls share one key."""
         try:
             return self._run(calls)
         except Exception as error:
@@ -75,13 +78,13 @@ class Runner:
         return known
 
     def _alone(self, call: Call) -> Any:
-        self._count(call.rows, call.rows)
+        self._count(call, call.rows, call.rows)
         with self._adapted(call.name, [call.lease]):
             return call.alone()
 
     def _merged(self, parts: Sequence[Part], sizes: Sequence[int], rows: int) -> Any:
-        self._count(sum(sizes), rows)
         call = parts[0].call
+        self._count(call, sum(sizes), rows)
         leases = [part.call.lease for part, size in zip(parts, sizes, strict=True) for _ in range(size)]
         leases += leases[-1:] * (rows - len(leases))
         with self._adapted(call.name, leases):
@@ -90,10 +93,11 @@ class Runner:
     def _adapted(self, name: str, leases: Sequence[Lease | None]) -> contextlib.AbstractContextManager[None]:
         return _NOTHING if self.adapters is None else self.adapters.rows(name, leases)
 
-    def _count(self, real: int, rows: int) -> None:
-        self.num_forwards += 1
-        self.num_real_rows += real
-        self.num_padded_rows += rows - real
+    def _count(self, call: Call, real: int, rows: int) -> None:
+        if call.name == self.counted:
+            self.num_forwards += 1
+            self.num_real_rows += real
+            self.num_padded_rows += rows - real
 
 
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

@@ -1,8 +1,9 @@
 """Pick: which parked calls run next. Plain Python over small objects; never imports torch.
 
-Least remaining work first: a job with 4 steps left overtakes one with 40, and since the remaining work of a running job
-only shrinks, it is carried on rather than rotated. Ageing: a job that has waited longer than its bound for its next
-step goes first once. Then the batch is filled with calls that may run in the same forward.
+Least remaining work first: a job with 4 steps left overtakes one with 40, and since the remaining work of a
+running job only shrinks, it is carried on rather than rotated. Ageing: a job that has waited longer than
+its bound for its next step goes first once. Then the batch is filled with calls that may run in the same
+forward.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Waiting:
 def pick(waiting: Sequence[Waiting], *, max_rows: int, max_wait_s: float) -> list[Waiting]:
     """The calls of the next forward, the most urgent first; empty only when nothing waits.
 
-    The most urgent call leads. Calls with its key join, most urgent first, while the rows fit in `max_rows`. A leader
-    with more than `max_rows` rows, or without a key, goes alone.
+    The most urgent call leads. Calls with its key join, most urgent first, while the rows fit in
+    `max_rows`. A leader with more than `max_rows` rows, or without a key, goes alone.
     """
     if not waiting:
         return []
@@ -71,7 +72,7 @@ class StepTimes:
         self._seconds[width, height] = seconds if known is None else known + change
 
     def estimate(self, width: int, height: int) -> float:
-        """Seconds of one forward; an unmeasured size is scaled by its pixels from the nearest measured one."""
+        """Seconds of one forward; an unmeasured size is scaled by pixels from the nearest measured one."""
         known = self._seconds.get((width, height))
         if known is not None:
             return known

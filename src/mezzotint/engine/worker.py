@@ -1,0 +1,346 @@
+"""The worker process: receive, admit, step, send. One loop in one thread, and a second that only writes.
+
+Importing this module imports what a model needs, so that a forkserver which has preloaded it starts workers
+in hundredths of a second. Nothing here touches a device before a model is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import queue
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection, Pipe, wait
+
+import diffusers.pipelines.flux.pipeline_flux
+import transformers.models.clip.modeling_clip
+import transformers.models.t5.modeling_t5
+
+from mezzotint.engine import Engine, Request, loading
+from mezzotint.engine.lora import CheckedFile
+from mezzotint.engine.runner import is_out_of_memory
+from mezzotint.errors import ModelLoadError
+from mezzotint.messages import (
+    EXIT_PERMANENT,
+    AdapterAdded,
+    AdapterFailed,
+    AddAdapter,
+    Cancel,
+    Cancelled,
+    FromWorker,
+    Generate,
+    LoadFailed,
+    Loading,
+    LoadModel,
+    Message,
+    Ping,
+    Pong,
+    PrefetchAdapter,
+    Preview,
+    Progress,
+    Ready,
+    RemoveAdapter,
+    Shutdown,
+    Stats,
+    decode,
+    encode,
+)
+
+MAX_BACKLOG = 256
+"""Unsent messages above which progress, previews and stats are dropped: a sleeping reader costs little."""
+STATS_EVERY_S = 1.0
+FLUSH_S = 5.0
+"""How long the last messages may take to leave before the process ends."""
+
+_DROPPABLE = (Progress, Preview, Stats)
+_log = logging.getLogger(__name__)
+
+
+def run(connection: Connection) -> None:
+    """The process: one LoadModel, then jobs until Shutdown or until the other end is gone.
+
+    Exits with EXIT_PERMANENT where another start would fail in the same way, with 1 where it might not.
+    """
+    _quiet()
+    outbox = Outbox(connection)
+    try:
+        message = decode(connection.recv_bytes())
+        assert isinstance(message, LoadModel), "the first message names the model"
+        engine = _load(message, outbox)
+        if engine is not None:
+            Worker(connection, outbox, engine).loop()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the server is gone: nobody is left to work for
+    finally:
+        outbox.close()
+    if engine is None:
+        sys.exit(outbox.exit_status)
+
+
+def _load(message: LoadModel, outbox: Outbox) -> Engine | None:
+    """The engine, after Ready; or None, after LoadFailed, and the exit status is set."""
+    start = time.perf_counter()
+    try:
+        loaded = loading.load(
+            message.source,
+            revision=message.revision,
+            dtype=message.dtype,
+            device=message.device,
+            num_threads=message.num_threads,
+            performance=message.performance,
+            offload=message.offload,
+            allow_remote_code=message.allow_remote_code,
+            progress=lambda stage, fraction: outbox.send(Loading(stage, fraction)),
+        )
+        outbox.send(Loading("calibrating"))
+        engine = Engine(
+            loaded.pipe,
+            batching=message.batching,
+            max_rows=message.max_rows,
+            max_jobs=message.max_jobs,
+            max_wait_s=message.max_wait_s,
+            adapter_bytes=message.adapter_bytes,
+        )
+        engine.max_merge_pixels = engine.facts.width * engine.facts.height
+        engine.calibrate(
+            min_gain=message.min_batch_gain, max_stretch=message.max_batch_stretch, rows=message.rows
+        )
+        engine.warm_up()
+    except Exception as error:
+        failed = _load_failed(error)
+        outbox.exit_status = EXIT_PERMANENT if failed.permanent else 1
+        outbox.send(failed)
+        return None
+    gc.collect()
+    gc.freeze()  # what is there now stays: later collections need not look through it
+    outbox.send(Ready(engine.info(loaded), time.perf_counter() - start))
+    return engine
+
+
+def _load_failed(error: Exception) -> LoadFailed:
+    if isinstance(error, ModelLoadError):
+        return LoadFailed(error.code, error.message, error.permanent)
+    _log.error("loading the model failed", exc_info=error)
+    text = f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        advice = "not enough memory; choose a smaller dtype, a smaller default size or turn on offload"
+        return LoadFailed(
+            "not_enough_memory", f"the model did not survive its first forward: {advice}", False
+        )
+    return LoadFailed("model_load_failed", f"the model was read but failed its first picture: {text}", True)
+
+
+def _quiet() -> None:
+    """Warnings and worse to stderr; of the libraries only errors, for their warnings quote prompts."""
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
+    )
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+class Outbox:
+    """Sends from a thread of its own, so that a reader that does not read never holds up a step."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.exit_status = 0
+        self.broken = threading.Event()
+        self._connection = connection
+        self._queue: queue.SimpleQueue[FromWorker | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="outbox", daemon=True)
+        self._thread.start()
+
+    def send(self, message: FromWorker) -> None:
+        """Queues `message`; with a long backlog, drops what a later message makes good."""
+        if self._queue.qsize() < MAX_BACKLOG or not isinstance(message, _DROPPABLE):
+            self._queue.put(message)
+
+    def close(self) -> None:
+        """Waits a little until everything has left."""
+        self._queue.put(None)
+        self._thread.join(FLUSH_S)
+
+    def _write(self) -> None:
+        while (message := self._queue.get()) is not None:
+            try:
+                self._connection.send_bytes(encode(message))
+            except (OSError, ValueError):
+                self.broken.set()
+                return
+
+
+class Worker:
+    """The loop around one engine."""
+
+    def __init__(self, connection: Connection, outbox: Outbox, engine: Engine) -> None:
+        self.engine = engine
+        self._connection = connection
+        self._outbox = outbox
+        self._open = True
+        self._stats = StatsKeeper(engine)
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="adapter-checker")
+        self._checks: dict[str, tuple[AddAdapter, Future[CheckedFile]]] = {}
+        self._held: list[Generate] = []
+        """Requests for adapters whose file is still being checked."""
+        self._woken, self._wake = Pipe(duplex=False)
+        """A finished check wakes the idle loop through this pipe."""
+
+    def loop(self) -> None:
+        """Runs until Shutdown; EOFError when the other end is gone."""
+        try:
+            while self._open and not self._outbox.broken.is_set():
+                self._receive_all()
+                self._finish_checks()
+                for event in self.engine.step():
+                    self._outbox.send(event)
+                stats = self._stats.due()
+                if stats is not None:
+                    self._outbox.send(stats)
+        finally:
+            self._checker.shutdown(wait=False, cancel_futures=True)
+            self.engine.close()
+
+    def _receive_all(self) -> None:
+        """Takes what has arrived; waits for something to do where there is nothing."""
+        if not self.engine.has_work and not self._stats.pending:
+            wait([self._connection, self._woken])
+        while self._open and self._connection.poll():
+            self._receive(decode(self._connection.recv_bytes()))
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case Generate():
+                self._generate(message)
+            case Cancel(job_id):
+                self._cancel(job_id)
+            case Ping(number):
+                self._outbox.send(Pong(number))
+            case AddAdapter():
+                self._check(message)
+            case RemoveAdapter(route):
+                self._checks.pop(route, None)
+                self.engine.adapters.remove(route)
+            case PrefetchAdapter(route):
+                self.engine.adapters.prefetch(route)
+            case Shutdown():
+                self._open = False
+            case _:
+                _log.warning("a worker does not expect %s", type(message).__name__)
+
+    def _generate(self, message: Generate) -> None:
+        if message.adapter in self._checks:
+            self._held.append(message)
+            return
+        self.engine.submit(
+            Request(
+                prompt=message.prompt,
+                num_inference_steps=message.num_inference_steps,
+                guidance_scale=message.guidance_scale,
+                seed=message.seed,
+                width=message.width,
+                height=message.height,
+                negative_prompt=message.negative_prompt,
+                adapter=message.adapter,
+                adapter_scale=message.adapter_scale,
+                num_previews=message.num_previews,
+                priority=message.priority,
+            ),
+            message.job_id,
+        )
+
+    def _cancel(self, job_id: str) -> None:
+        held = next((each for each in self._held if each.job_id == job_id), None)
+        if held is not None:
+            self._held.remove(held)
+            self._outbox.send(Cancelled(job_id))
+        else:
+            self.engine.cancel(job_id)
+
+    # ------------------------------------------------------------------ adapters
+
+    def _check(self, message: AddAdapter) -> None:
+        """Has the file read and checked in the background: running requests do not wait for it."""
+        bank = self.engine.adapters  # prepares the layers, in this thread
+        future = self._checker.submit(bank.check, message.path, checksum=message.checksum)
+        self._checks[message.route] = (message, future)
+        future.add_done_callback(self._wake_up)
+
+    def _wake_up(self, _: Future[CheckedFile]) -> None:
+        with contextlib.suppress(OSError):
+            self._wake.send_bytes(b"!")
+
+    def _finish_checks(self) -> None:
+        while self._woken.poll():
+            self._woken.recv_bytes()
+        finished = [route for route, (_, future) in self._checks.items() if future.done()]
+        for route in finished:
+            message, future = self._checks.pop(route)
+            self._outbox.send(self._register(message, future))
+            ready = [each for each in self._held if each.adapter == route]
+            self._held = [each for each in self._held if each.adapter != route]
+            for each in ready:
+                self._generate(each)
+
+    def _register(self, message: AddAdapter, future: Future[CheckedFile]) -> AdapterAdded | AdapterFailed:
+        try:
+            info = self.engine.adapters.register(message.route, future.result(), scale=message.scale)
+        except ModelLoadError as error:
+            return AdapterFailed(message.route, error.code, error.message)
+        except Exception as error:
+            _log.exception("checking adapter %s failed", message.route)
+            return AdapterFailed(message.route, "adapter_load_failed", f"{type(error).__name__}: {error}")
+        file = info.file
+        return AdapterAdded(message.route, file.rank, file.num_bytes, file.target_modules)
+
+
+class StatsKeeper:
+    """Says once a second, and when the engine turns idle, what the engine has done since it last said so."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._last = self._now()
+        self._said = time.monotonic()
+        self._idle = True
+
+    @property
+    def pending(self) -> bool:
+        """Whether the engine has turned idle and that has not been said."""
+        return not self._idle
+
+    def due(self) -> Stats | None:
+        """The message, if it is time for one."""
+        has_work = self._engine.has_work
+        if has_work:
+            self._idle = False
+        elif self._idle:
+            return None
+        now = time.monotonic()
+        if has_work and now - self._said < STATS_EVERY_S:
+            return None
+        self._said, self._idle = now, not has_work
+        before, self._last = self._last, self._now()
+        forwards, rows, padded, busy = (new - old for new, old in zip(self._last, before, strict=True))
+        bank = self._engine.bank_stats()
+        return Stats(
+            num_jobs=self._engine.num_jobs,
+            forwards=int(forwards),
+            rows=int(rows),
+            padded_rows=int(padded),
+            busy_s=busy,
+            step_s=self._engine.times.table(),
+            adapters_resident=len(bank.resident_routes),
+            adapter_bytes=bank.num_bytes,
+            adapter_hits=bank.hits,
+            adapter_loads=bank.loads,
+            adapter_evictions=bank.evictions,
+            resident_routes=bank.resident_routes,
+        )
+
+    def _now(self) -> tuple[float, ...]:
+        runner = self._engine.runner
+        return (runner.num_forwards, runner.num_real_rows, runner.num_padded_rows, self._engine.busy_s)
