@@ -313,7 +313,7 @@ class Admission:
 
     @contextlib.contextmanager
     def attached(self, ticket: Ticket) -> Iterator[None]:
-        """For a client that is sent events: it has its answer when the block ends after the ticket, else it vanished."""
+        """For a client that is sent events; leaving before the ticket has ended means that it vanished."""
         try:
             yield
         finally:

@@ -29,7 +29,7 @@ from mezzotint.errors import (
     MezzotintError,
     NotFoundError,
 )
-from mezzotint.server import database, keys, routes
+from mezzotint.server import a1111, database, keys, openai, playground, routes
 from mezzotint.server.admission import Admission
 from mezzotint.server.gallery import Gallery
 from mezzotint.server.metrics import Metrics
@@ -69,7 +69,8 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
         openapi_url="/openapi.json",
     )
     app.state.service = service
-    routes.install(app)
+    for dialect in (routes, openai, a1111, playground):
+        dialect.install(app)
     app.add_middleware(Bodies, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     if settings.cors_origins:
         app.add_middleware(

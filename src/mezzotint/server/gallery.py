@@ -35,7 +35,7 @@ class Print:
 
 
 class Gallery:
-    """The pictures of every key. `size` is how many of a key's newest outlive their URLs; 0 keeps no gallery."""
+    """The pictures of every key. `size` is how many of a key's newest outlive their URLs; 0 keeps none."""
 
     def __init__(self, engine: sa.Engine, storage: Storage, size: int) -> None:
         self._engine = engine

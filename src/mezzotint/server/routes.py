@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
+from pydantic import BaseModel
 
 from mezzotint import images
 from mezzotint.config import Settings
@@ -100,7 +101,7 @@ TheService = Annotated[Service, Depends(service_of)]
 TheKey = Annotated[Key, Depends(key_of)]
 TheAdmin = Annotated[Key, Depends(admin_of)]
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
         401: "The API key is missing or unknown.",
@@ -122,6 +123,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 router = APIRouter()
 
 
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI description of a body that the route parses itself."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 # ---------------------------------------------------------------- the dedicated route
 
 
@@ -132,16 +139,9 @@ router = APIRouter()
     response_model=ImageGenerationAnswer,
     responses={
         202: {"model": RequestState, "description": "Accepted; asked for with `Prefer: respond-async`."},
-        **_ERRORS,
+        **ERRORS,
     },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": {"$ref": "#/components/schemas/DedicatedImageGenerationBody"}}
-            },
-        }
-    },
+    openapi_extra=json_body(DedicatedImageGenerationBody),
 )
 async def generate(
     request: Request,
@@ -162,12 +162,12 @@ async def generate(
     endpoint.require_route(route)
     ticket = service.admission.submit(
         endpoint,
-        _image_request(body, route, wish.num_previews),
+        image_request(body, route, wish.num_previews),
         key=key,
         finish=_finish(service, body, service.base_url(request)),
         request_id=request.state.request_id,
         fingerprint=fingerprint("dedicated", body.model_dump(mode="json")),
-        idempotency_key=_idempotency(idempotency_key),
+        idempotency_key=idempotency(idempotency_key),
         timeout_s=parse_timeout(x_request_timeout_s),
         hold=wish.respond_async,
     )
@@ -177,7 +177,8 @@ async def generate(
     return Response(answer.body, media_type="application/json", headers=timing_headers(answer))
 
 
-def _image_request(body: DedicatedImageGenerationBody, route: str | None, num_previews: int) -> ImageRequest:
+def image_request(body: DedicatedImageGenerationBody, route: str | None, num_previews: int) -> ImageRequest:
+    """What admission is asked for."""
     values = body.model_dump(
         include={"guidance_scale", "seed", "width", "height", "negative_prompt"}, exclude_none=True
     )
@@ -326,7 +327,8 @@ def parse_prefer(header: str | None) -> Preference:
     return Preference(respond_async, num_previews)
 
 
-def _idempotency(header: str | None) -> str | None:
+def idempotency(header: str | None) -> str | None:
+    """The Idempotency-Key header; InvalidRequestError for one that is empty or too long."""
     if header is not None and not 1 <= len(header) <= MAX_IDEMPOTENCY_KEY:
         raise InvalidRequestError(
             f"Idempotency-Key must have 1 to {MAX_IDEMPOTENCY_KEY} characters (got {len(header)})",
@@ -348,7 +350,7 @@ def _ms(seconds: float) -> float:
     summary="Where a request stands",
     tags=["Images"],
     response_model=RequestState,
-    responses={status: _ERRORS[status] for status in (401, 404, 503)},
+    responses={status: ERRORS[status] for status in (401, 404, 503)},
 )
 async def request_state(request_id: str, service: TheService, key: TheKey) -> Response:
     return Response(
@@ -361,7 +363,7 @@ async def request_state(request_id: str, service: TheService, key: TheKey) -> Re
     summary="Cancel a request",
     tags=["Images"],
     response_model=RequestState,
-    responses={status: _ERRORS[status] for status in (401, 404, 503)},
+    responses={status: ERRORS[status] for status in (401, 404, 503)},
 )
 async def cancel_request(request_id: str, service: TheService, key: TheKey) -> Response:
     """Cancels within one step; a request that has ended stays as it ended."""
@@ -380,7 +382,7 @@ async def cancel_request(request_id: str, service: TheService, key: TheKey) -> R
             "content": {"text/event-stream": {}},
             "description": "progress, preview; then done, failed or cancelled",
         },
-        **{status: _ERRORS[status] for status in (401, 404, 503)},
+        **{status: ERRORS[status] for status in (401, 404, 503)},
     },
 )
 async def request_events(request_id: str, service: TheService, key: TheKey) -> Response:
@@ -416,17 +418,22 @@ def _preview_json(ticket: Ticket, number: int, preview: Any) -> str:
     ).model_dump_json()
 
 
+def seconds_left(ticket: Ticket) -> float:
+    """Estimated seconds until the request's last picture is there."""
+    now = asyncio.get_running_loop().time()
+    left = [ticket.endpoint.left_s(job, now) for job in ticket.jobs if not job.ended]
+    return round(max(left, default=0.0), 3)
+
+
 def _state_json(ticket: Ticket, *, full: bool = False) -> bytes:
     """The RequestState; with `full` the result stands in it as the bytes that it was answered with."""
-    loop = asyncio.get_running_loop()
     values: dict[str, Any] = {"id": ticket.id, "status": ticket.status}
     values |= {"step": ticket.step, "num_steps": ticket.num_steps}
     if not ticket.ended:
         waiting = [job for job in ticket.jobs if job.queued]
         if ticket.status == "queued" and waiting:
             values["position"] = min(ticket.endpoint.dispatcher.queue.position(job) for job in waiting)
-        left = [ticket.endpoint.left_s(job, loop.time()) for job in ticket.jobs if not job.ended]
-        values["seconds_left"] = round(max(left, default=0.0), 3)
+        values["seconds_left"] = seconds_left(ticket)
     if ticket.error is not None:
         values["error"] = ErrorBody.of(ticket.error).error
     text = RequestState(**values).model_dump_json().encode()
@@ -480,7 +487,7 @@ async def readyz(service: TheService) -> JSONResponse:
     summary="Prometheus metrics",
     tags=["Operations"],
     response_class=Response,
-    responses={status: _ERRORS[status] for status in (401, 403, 503)},
+    responses={status: ERRORS[status] for status in (401, 403, 503)},
 )
 async def metrics(service: TheService, admin: TheAdmin) -> Response:
     for endpoint in service.registry:

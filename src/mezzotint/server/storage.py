@@ -98,7 +98,7 @@ class Storage:
         return file
 
     def clean(self, kept: frozenset[str] = frozenset()) -> tuple[int, int]:
-        """Removes files past their life, but for those named; answers how many went and how many bytes stay."""
+        """Removes files past their life, but for `kept`; answers how many went and how many bytes stay."""
         gone, left = 0, 0
         now = time.time()
         with os.scandir(self.folder) as entries:
