@@ -10,7 +10,7 @@
     ├── GoneError                410  url_expired
     ├── BodyTooLargeError        413  body_too_large
     ├── UnsupportedMediaError    415  unsupported_media_type
-    ├── InvalidRequestError      422  out_of_range, missing_field, unknown_field, invalid_type, ...
+    ├── InvalidRequestError      422  invalid_json, duplicate_key, unknown_field, missing_field, invalid_type, invalid_value, out_of_range, not_supported, invalid_image
     ├── QueueFullError           429  queue_full                      retryable
     ├── RateLimitError           429  rate_limited, quota_exceeded    retryable
     ├── RequestCancelledError    499  request_cancelled
@@ -24,7 +24,7 @@
     └── ConnectionFailedError    client side: the server could not be reached   retryable
 
 The server turns these into the one error body of the contract; the SDK turns that body back into these.
-"""
+"""  # noqa: E501 - the documentation's table is read from one line for each class
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from email.utils import formatdate
 
+import httpx2
 import numpy as np
 import pytest
 
@@ -294,6 +295,17 @@ def test_no_server_at_the_address_is_told(connect: Connect) -> None:
         port = closed.getsockname()[1]
     with pytest.raises(errors.ConnectionFailedError, match=f"127.0.0.1:{port}.*is the server running"):
         connect(f"http://127.0.0.1:{port}", max_retries=1).generate(**CAT)
+
+
+def test_neither_key_nor_signature_shows_in_messages_or_reprs() -> None:
+    options = exchange.Options.given("http://127.0.0.1:9", "secret-key", 1.0, 0)
+    call = exchange.build_request(options, CAT)  # type: ignore[arg-type]
+    assert call.headers["Authorization"] == "Bearer secret-key"
+    lost = exchange.connection_error(
+        httpx2.ConnectError("refused"), exchange.Send("GET", "http://x/a.png?signature=abc")
+    )
+    assert lost.message == "GET http://x/a.png: refused; is the server running at this address?"
+    assert "secret-key" not in repr(options) + repr(call)
 
 
 def test_an_answer_that_takes_too_long_is_told_and_not_asked_for_again(

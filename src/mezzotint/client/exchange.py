@@ -9,8 +9,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import email.utils
+import functools
 import os
 import random
+import ssl
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -90,7 +92,7 @@ class Send:
 
     method: str
     url: str
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     content: bytes | None = None
     timeout_s: float | None = None
 
@@ -104,7 +106,7 @@ class Options:
     """What every call of one client has in common; `fetch` gets the file behind a picture's URL."""
 
     base_url: str
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     timeout_s: float
     max_retries: int
     fetch: Callable[[str], bytes] | None = None
@@ -125,6 +127,7 @@ class Options:
         return {
             "headers": {"User-Agent": f"mezzotint/{__version__}"},
             "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=100),
+            "verify": _certificates(),
         }
 
     def arguments(self, send: Send) -> dict[str, Any]:
@@ -142,6 +145,12 @@ class Options:
         """A call to the server itself, with the key."""
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         return Send(method, self.base_url + path, headers=key | more.pop("headers", {}), **more)
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """The trusted certificates; reading them is most of the work of making a client, so it is done once."""
+    return httpx2.create_ssl_context()
 
 
 def build_request(
@@ -219,9 +228,8 @@ def connection_error(error: httpx2.TransportError, call: Send) -> MezzotintError
     if isinstance(error, httpx2.ReadTimeout):
         return DeadlineError("the server did not answer in time; raise `timeout` or ask for fewer steps")
     reason = str(error) or type(error).__name__
-    return ConnectionFailedError(
-        f"{call.method} {call.url}: {reason}; is the server running at this address?"
-    )
+    address = call.url.partition("?")[0]  # what follows may be a signature
+    return ConnectionFailedError(f"{call.method} {address}: {reason}; is the server running at this address?")
 
 
 M = TypeVar("M", bound=BaseModel)
