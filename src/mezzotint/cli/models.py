@@ -46,5 +46,6 @@ def doctor(as_json: JsonFlag = False) -> None:
 
 def _engine_program(module: str, *arguments: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
     require_engine()
-    command = [sys.executable, "-m", f"mezzotint.engine.{module}", *arguments]
+    program = f"import sys; from mezzotint.engine.{module} import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, text=True, stdout=subprocess.PIPE if capture else None, check=False)

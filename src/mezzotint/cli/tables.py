@@ -33,10 +33,12 @@ def _fact_lines(facts: Mapping[str, object], indent: str) -> Iterator[tuple[str,
         elif isinstance(value, list):
             yield name, ", ".join(str(item) for item in value) or "none"
         else:
-            yield name, _said(value)
+            yield name.removesuffix(" bytes"), _said(value, is_bytes=key.endswith("_bytes"))
 
 
-def _said(value: object) -> str:
+def _said(value: object, is_bytes: bool) -> str:
+    if is_bytes and isinstance(value, int):
+        return f"{value / 2**30:.1f} GiB"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)

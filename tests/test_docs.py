@@ -1,0 +1,177 @@
+"""The pages are true: code runs, examples parse, every module and dependency is named, links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from mezzotint.cli import main
+from mezzotint.cli.hosting import hosted
+from mezzotint.config import EndpointSettings, Settings, load_settings
+from mezzotint.schemas import ErrorBody, ImageGenerationAnswer, parse_body
+from mezzotint.server.database import database_url, open_database
+from mezzotint.server.keys import create_key
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PNG = b"\x89PNG"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Settings, str]]:
+    """URL, settings and key of a server whose worker paints without a model."""
+    settings = Settings(
+        port=0,
+        data_dir=tmp_path_factory.mktemp("data"),
+        endpoints=(EndpointSettings(id="emoji", model="fake:size=128"),),
+    )
+    database = open_database(database_url(settings.data_dir, None))
+    _, key = create_key(database, "docs")
+    database.dispose()
+    with hosted(settings, "emoji", worker="mezzotint.fake_worker:run") as url:
+        yield url, settings, key
+
+
+@pytest.fixture(autouse=True)
+def _empty_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", list(words))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+
+
+def test_the_generated_pages_are_up_to_date() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_curl_line_of_the_readme_answers_a_picture(server: tuple[str, Settings, str]) -> None:
+    url, _, key = server
+    (block,) = (text for text in blocks("README.md", "sh") if "curl" in text)
+    words = shlex.split(block.replace("\\\n", " ").replace("$MEZZOTINT_API_KEY", key))
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    headers = [words[n + 1].split(": ", 1) for n, word in enumerate(words) if word == "-H"]
+    address = words[1].replace("http://127.0.0.1:8000", url)
+    answer = httpx2.post(address, headers=dict(headers), content=options["-d"], timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert ImageGenerationAnswer.model_validate_json(answer.content).data[0].seed == 7
+
+
+def test_the_python_of_the_readme_saves_a_picture(
+    server: tuple[str, Settings, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _, key = server
+    monkeypatch.setenv("MEZZOTINT_API_KEY", key)
+    (block,) = (text for text in blocks("README.md", "python") if "Client" in text)
+    scope: dict[str, object] = {}
+    exec(block.replace("http://127.0.0.1:8000", url), scope)
+    assert Path("apple.png").read_bytes().startswith(PNG)
+    scope["client"].close()  # type: ignore[attr-defined]
+
+
+def test_the_library_example_of_the_readme_runs(tmp_path: Path) -> None:
+    from tests.engine.tiny import save
+
+    save("flux", tmp_path / "model")
+    (block,) = (text for text in blocks("README.md", "python") if "Engine" in text)
+    scope: dict[str, object] = {}
+    exec(block.replace('"emoji"', repr(str(tmp_path / "model"))), scope)
+    results = scope["results"]
+    assert isinstance(results, list)
+    assert [result.error for result in results] == [None, None]
+    assert all(result.image.shape[2] == 3 for result in results)
+
+
+def test_the_generate_line_of_the_readme_makes_its_file(
+    server: tuple[str, Settings, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _, key = server
+    monkeypatch.setenv("MEZZOTINT_API_KEY", key)
+    (block,) = (text for text in blocks("README.md", "sh") if "mezzotint generate" in text)
+    run_command(monkeypatch, *shlex.split(block), "--server", url)
+    assert Path("apple.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("line", [text for text in blocks("README.md", "sh") if "mezzotint serve" in text])
+def test_the_serve_lines_of_the_readme_are_accepted(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_command(monkeypatch, *shlex.split(line), "--print-config")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/settings.md"])
+def test_configuration_examples_load(page: str) -> None:
+    texts = blocks(page, "toml")
+    assert texts
+    for text in texts:
+        Path("example.toml").write_text(text)
+        assert load_settings(Path("example.toml"), environment={}).endpoints[1].id == "flux"
+
+
+def test_the_json_of_the_http_page_follows_the_contract() -> None:
+    request, answer, error = blocks("docs/http.md", "json")
+    assert parse_body(request.encode()).num_inference_steps == 8
+    assert ImageGenerationAnswer.model_validate_json(answer).data[0].seed == 7
+    assert ErrorBody.model_validate_json(error).error.code == "out_of_range"
+
+
+def test_the_architecture_page_names_every_module_and_no_other() -> None:
+    package = ROOT / "src" / "mezzotint"
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"^\| `([a-z0-9_/]+\.py|[a-z]+/)` \|", text, re.MULTILINE))
+    folders = {name for name in named if name.endswith("/")}
+    files = {file.relative_to(package).as_posix() for file in package.rglob("*.py")}
+    modules = {
+        file
+        for file in files
+        if not file.endswith(("__init__.py", "__main__.py")) and not file.startswith(tuple(folders))
+    }
+    assert named - folders == modules
+    assert all((package / folder).is_dir() for folder in folders)
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = {re.split(r"[\[<>=]", line)[0] for lines in (project["dependencies"], *extras) for line in lines}
+    text = (ROOT / "docs" / "decisions.md").read_text().lower()
+    assert [name for name in sorted(wanted - {"mezzotint"}) if name not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_that_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_openapi_page_and_the_http_page_name_the_same_addresses(
+    server: tuple[str, Settings, str],
+) -> None:
+    url, _, _ = server
+    paths = json.loads(httpx2.get(f"{url}/openapi.json").content)["paths"]
+    text = (ROOT / "docs" / "http.md").read_text()
+    for path in paths:
+        first = path.split("{")[0].rstrip("/")
+        assert first in text, f"{path} is not on the page"
