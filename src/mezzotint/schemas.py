@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     MISSING,
@@ -43,6 +43,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
 DedicatedImageGenerationBodyResponseFormat = Literal["url", "raw", "png", "jpeg", "jpg"]
 _NOT_BLANK = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
 _NO_NUL = r"^[^\u0000]*$"
+_HALF_A_PAIR: Final = "must be valid Unicode; it has half of a surrogate pair"
 
 RequestStatus = Literal["queued", "running", "done", "failed", "cancelled"]
 
@@ -62,8 +63,10 @@ _Side = Annotated[int, _between("width")]
 def _plain_text(text: str) -> str:
     if "\0" in text:
         raise PydanticCustomError("invalid_value", "must not contain a NUL character; remove it")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise PydanticCustomError("invalid_value", "must be valid Unicode; it has half of a surrogate pair")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("invalid_value", _HALF_A_PAIR) from None
     text = text.strip()
     if len(text) > MAX_PROMPT:
         limit = {"most": MAX_PROMPT, "got": len(text)}
@@ -421,35 +424,35 @@ def _bad_json(message: str) -> InvalidRequestError:
     return InvalidRequestError(message, code="invalid_json")
 
 
-_TYPES: Mapping[str, str] = {
-    "int_type": "an integer",
-    "float_type": "a number",
-    "string_type": "a string",
+_RANGE = ("out_of_range", "must be between {low} and {high} (got {got})")
+_SENTENCES: Mapping[str, tuple[str, str]] = {
+    "missing": ("missing_field", "is required"),
+    "int_type": ("invalid_type", "must be an integer (got {got})"),
+    "float_type": ("invalid_type", "must be a number (got {got})"),
+    "string_type": ("invalid_type", "must be a string (got {got})"),
+    "greater_than_equal": _RANGE,
+    "less_than_equal": _RANGE,
+    "finite_number": _RANGE,
+    "none_required": ("not_supported", "is not supported by any endpoint yet; leave it out or send null"),
+    "string_unicode": ("invalid_value", _HALF_A_PAIR),
 }
-_OUT_OF_RANGE = ("greater_than_equal", "less_than_equal", "finite_number")
+"""Code and message by pydantic's name for the fault."""
 
 
 def _invalid(fault: ErrorDetails) -> InvalidRequestError:
     """pydantic's first complaint in the contract's words."""
-    kind, got, context = fault["type"], fault["input"], fault.get("ctx", {})
-    param = str(fault["loc"][0]) if fault["loc"] else str(context.get("param"))
-    if kind in ("out_of_range", "invalid_value"):
-        code, text = kind, fault["msg"]
-    elif kind == "missing":
-        code, text = "missing_field", "is required"
-    elif kind in _TYPES:
-        code, text = "invalid_type", f"must be {_TYPES[kind]} (got {shown(got)})"
-    elif kind in _OUT_OF_RANGE:
-        low, high = LIMITS[param]
-        code, text = "out_of_range", f"must be between {low} and {high} (got {shown(got)})"
+    kind, got = fault["type"], fault["input"]
+    param = str(fault["loc"][0]) if fault["loc"] else str(fault.get("ctx", {}).get("param"))
+    if kind in _SENTENCES:
+        code, sentence = _SENTENCES[kind]
+        low, high = LIMITS.get(param, (0, 0))
+        text = sentence.format(low=low, high=high, got=shown(got))
     elif kind == "literal_error":
         code, text = _no_such_format(got)
-    elif kind == "none_required":
-        code, text = "not_supported", "is not supported by any endpoint yet; leave it out or send null"
-    elif kind == "string_unicode":
-        code, text = "invalid_value", "must be valid Unicode; it has half of a surrogate pair"
-    else:
-        code, text = "invalid_value", _bad_model(got)
+    elif kind == "string_pattern_mismatch":
+        code, text = "invalid_value", _bad_model(str(got))
+    else:  # from our own validators
+        code, text = kind, fault["msg"]
     return InvalidRequestError(f"{param} {text}", code=code, param=param)
 
 
@@ -462,9 +465,9 @@ def _no_such_format(got: object) -> tuple[str, str]:
     return "invalid_value", f"{text}; did you mean {hint}?" if hint else text
 
 
-def _bad_model(got: object) -> str:
+def _bad_model(got: str) -> str:
     text = "must be ENDPOINT_ID or ENDPOINT_ID:ADAPTER_ROUTE"
-    if isinstance(got, str) and got.count(":") > 1:
+    if got.count(":") > 1:
         return f"{text}, with one colon at most (got {shown(got)})"
     form = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
     return f"{text}, each {form} (got {shown(got)})"
