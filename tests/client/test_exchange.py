@@ -53,6 +53,14 @@ def test_key_and_address_come_from_the_environment(
     assert script.seen[0].headers["authorization"] == "Bearer from-outside"
 
 
+def test_ones_own_headers_go_along_but_not_to_a_pictures_url(connect: Connect, script: Script) -> None:
+    link = {"seed": 5, "response_format": "url", "url": "/files/a.png"}
+    script.answers(answer(link), Reply(body=b"file"))
+    images = connect(script.url, headers={"X-Friendli-Team": "ours"})
+    images.fetch(images.generate(**CAT).data[0])
+    assert [seen.headers.get("x-friendli-team") for seen in script.seen] == ["ours", None]
+
+
 def test_a_bad_field_is_told_before_anything_is_sent(connect: Connect, script: Script) -> None:
     images = connect(script.url)
     for call in (images.generate, images.submit, lambda **fields: next(images.stream(**fields))):
@@ -126,6 +134,14 @@ def test_the_blocking_client_fetches_when_the_picture_is_looked_at(script: Scrip
         assert len(script.seen) == 1
         assert result.image.size == (8, 4)
     assert len(script.seen) == 2
+
+
+def test_a_picture_left_behind_a_url_by_a_closed_client_is_told(script: Script) -> None:
+    script.answers(answer({"seed": 5, "response_format": "url", "url": "/files/a.png"}))
+    with Client(base_url=script.url) as client:
+        result = client.images.generate(**CAT)
+    with pytest.raises(errors.MezzotintError, match="client is closed"):
+        _ = result.image
 
 
 def test_the_async_client_says_how_to_fetch(script: Script) -> None:
@@ -298,7 +314,7 @@ def test_no_server_at_the_address_is_told(connect: Connect) -> None:
 
 
 def test_neither_key_nor_signature_shows_in_messages_or_reprs() -> None:
-    options = exchange.Options.given("http://127.0.0.1:9", "secret-key", 1.0, 0)
+    options = exchange.Options.given("http://127.0.0.1:9", "secret-key", 1.0, 0, None)
     call = exchange.build_request(options, CAT)  # type: ignore[arg-type]
     assert call.headers["Authorization"] == "Bearer secret-key"
     lost = exchange.connection_error(

@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
@@ -75,7 +75,8 @@ class Client:
     """A blocking client; safe to share between threads. Close it, or use it in a `with` statement.
 
     `api_key` and `base_url` come from MEZZOTINT_API_KEY and MEZZOTINT_BASE_URL when not given. `timeout` is
-    in seconds and for one try; `max_retries` counts the tries after the first.
+    in seconds and for one try; `max_retries` counts the tries after the first; `headers` go with every
+    request to the server (`X-Friendli-Team`, say).
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Client:
         api_key: str | None = None,
         timeout: float = TIMEOUT_S,
         max_retries: int = MAX_RETRIES,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        options = Options.given(base_url, api_key, timeout, max_retries)
+        options = Options.given(base_url, api_key, timeout, max_retries, headers)
         self._options = replace(options, fetch=self._fetch)
         self._http = httpx2.Client(**options.http())
         self.images = Images(self)
@@ -101,6 +103,11 @@ class Client:
         self.close()
 
     def _fetch(self, url: str) -> bytes:
+        if self._http.is_closed:
+            raise MezzotintError(
+                "the client is closed and the picture still behind its URL; look at it before",
+                code="not_fetched",
+            )
         return self._run(exchange.fetch(self._options, url))
 
     def _run(self, steps: Steps[T]) -> T:
@@ -294,8 +301,9 @@ class AsyncClient:
         api_key: str | None = None,
         timeout: float = TIMEOUT_S,
         max_retries: int = MAX_RETRIES,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        self._options = Options.given(base_url, api_key, timeout, max_retries)
+        self._options = Options.given(base_url, api_key, timeout, max_retries, headers)
         self._http = httpx2.AsyncClient(**self._options.http())
         self.images = AsyncImages(self)
 

@@ -109,10 +109,18 @@ class Options:
     api_key: str | None = field(repr=False)
     timeout_s: float
     max_retries: int
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     fetch: Callable[[str], bytes] | None = None
 
     @classmethod
-    def given(cls, base_url: str | None, api_key: str | None, timeout_s: float, max_retries: int) -> Self:
+    def given(
+        cls,
+        base_url: str | None,
+        api_key: str | None,
+        timeout_s: float,
+        max_retries: int,
+        headers: Mapping[str, str] | None,
+    ) -> Self:
         """Arguments first, then MEZZOTINT_BASE_URL and MEZZOTINT_API_KEY, then a server on this machine."""
         base_url = base_url or os.environ.get("MEZZOTINT_BASE_URL") or DEFAULT_BASE_URL
         api_key = (api_key or os.environ.get("MEZZOTINT_API_KEY") or "").strip() or None
@@ -120,7 +128,7 @@ class Options:
             raise ConfigError(f"base_url must begin with http:// or https:// (got {echo(base_url)})")
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigError("the API key has characters that no key has; copy it again")
-        return cls(base_url.rstrip("/"), api_key, timeout_s, max_retries)
+        return cls(base_url.rstrip("/"), api_key, timeout_s, max_retries, headers or {})
 
     def http(self) -> dict[str, Any]:
         """Arguments of the HTTP client; the key is not among them, for not every URL may see it."""
@@ -144,7 +152,8 @@ class Options:
     def own(self, method: str, path: str, **more: Any) -> Send:
         """A call to the server itself, with the key."""
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        return Send(method, self.base_url + path, headers=key | more.pop("headers", {}), **more)
+        headers = {**key, **self.headers, **more.pop("headers", {})}
+        return Send(method, self.base_url + path, headers=headers, **more)
 
 
 @functools.cache
