@@ -32,6 +32,8 @@ class Rule:
     """How the arguments of one model class merge: from an argument's (dotted) name to its kind."""
 
     arguments: Mapping[str, Kind]
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    """For a list of tensors: the model pads each to a multiple of this; lengths that pad alike are equal."""
 
 
 class NotMergeable(Exception):
@@ -171,11 +173,20 @@ def _key(name: str, value: Any, rule: Rule, rows: int) -> Hashable:
     if isinstance(value, Tensor):
         return _tensor_key(name, value, kind, rows)
     if kind == "list" and isinstance(value, list):
-        entries = {_like(entry) if isinstance(entry, Tensor) else _freeze(entry) for entry in value}
-        if len(value) != rows or len(entries) != 1:
+        if len(value) != rows:
             raise NotMergeable(name)
-        return ("list", *entries)
+        return _list_key(value, rule.multiples.get(name, 1))
     return _freeze(value)
+
+
+def _list_key(entries: list[Any], multiple: int) -> Hashable:
+    """One entry's key where all are alike; else all in order, for then the model pads them to the longest."""
+    keys = [_entry_key(entry, multiple) if isinstance(entry, Tensor) else _freeze(entry) for entry in entries]
+    return ("list", *(keys if len(set(keys)) > 1 else keys[:1]))
+
+
+def _entry_key(entry: Tensor, multiple: int) -> Hashable:
+    return (-(-len(entry) // multiple), entry.shape[1:], entry.dtype, entry.device)
 
 
 def _tensor_key(name: str, value: Tensor, kind: Kind | None, rows: int) -> Hashable:

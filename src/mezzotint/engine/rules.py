@@ -75,5 +75,8 @@ RULES: Mapping[str, Rule] = {
             "img_shapes": "list",
         }
     ),
-    "ZImageTransformer2DModel": Rule({"x": "list", "t": "row", "cap_feats": "list"}),
+    "ZImageTransformer2DModel": Rule(
+        {"x": "list", "t": "row", "cap_feats": "list"},
+        multiples={"cap_feats": 32},  # SEQ_MULTI_OF
+    ),
 }
