@@ -7,6 +7,8 @@ from typing import Any, cast
 import pytest
 
 from mezzotint.client import AsyncClient, Client, exchange
+from mezzotint.config import EndpointSettings, Settings
+from mezzotint.server.app import create_app
 from tests.client.faces import AwaitedImages, Connect, Talks
 from tests.client.scripted import Script
 from tests.serving import serving
@@ -46,3 +48,18 @@ def scripted() -> Iterator[Script]:
 def script(scripted: Script) -> Script:
     scripted.reset()
     return scripted
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Address and key of our own server with fake workers."""
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("data"),
+        endpoints=(
+            EndpointSettings(id="emoji", model="fake:load_s=0.3"),
+            EndpointSettings(id="slow", model="fake:step_s=0.2"),
+        ),
+    )
+    app = create_app(settings, worker="mezzotint.fake_worker:run")
+    with serving(app) as url:
+        yield url, app.state.service.first_key

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -15,12 +14,9 @@ import pytest
 import mezzotint
 from mezzotint import MISSING, errors
 from mezzotint.client import Completed, Generation, Preview, Progress, exchange
-from mezzotint.config import EndpointSettings, Settings
 from mezzotint.images import Parameters, read_parameters
-from mezzotint.server.app import create_app
 from tests.client.faces import Connect, Talks
 from tests.client.scripted import CAT, Reply, Script, answer, error, item, sse
-from tests.serving import serving
 
 # ---------------------------------------------------------------- submitting and events
 
@@ -192,21 +188,6 @@ def test_the_progress_bar_can_be_switched_off(
 
 
 # ---------------------------------------------------------------- against the real server
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Address and key of our own server with fake workers."""
-    settings = Settings(
-        data_dir=tmp_path_factory.mktemp("data"),
-        endpoints=(
-            EndpointSettings(id="emoji", model="fake:load_s=0.3"),
-            EndpointSettings(id="slow", model="fake:step_s=0.2"),
-        ),
-    )
-    app = create_app(settings, worker="mezzotint.fake_worker:run")
-    with serving(app) as url:
-        yield url, app.state.service.first_key
 
 
 @pytest.fixture
