@@ -158,6 +158,7 @@ class Job:
             self._enter(lambda running: running.throw(GreenletExit))
         self._end()
         self.result = None
+        _forget_frames(self.error)
 
     def park(self, call: Call) -> Any:
         """Called inside the job: hands `call` to whoever resumed it and waits for the result."""
@@ -193,6 +194,13 @@ class Job:
         self.call = None
         self._greenlet = None
         self._before_step = None
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Lets go of the frames, and with them of the tensors, that a kept exception would keep."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
 
 
 def _nothing() -> None:

@@ -43,7 +43,8 @@ class Result:
 def pixels(result: Any) -> Image:
     """uint8 pixels of a pipeline's first image, by the rule by which diffusers makes its PIL images."""
     images = result[0] if isinstance(result, tuple) else result.images
-    return (np.asarray(images[0]) * 255).round().astype(np.uint8)  # type: ignore[no-any-return]
+    picture: Image = (np.asarray(images[0]) * 255).round().astype(np.uint8)
+    return picture
 
 
 def failure(job_id: str, error: Exception, *, size: str, refused: bool) -> Failed:

@@ -1,0 +1,31 @@
+"""What all tests of the engine share: one torch thread, and silence on what diffusers warns of by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+_DIFFUSERS_OWN = (
+    "ignore:__array__ implementation:DeprecationWarning",
+    "ignore:`FluxPosEmbed` is deprecated:FutureWarning",
+)
+_HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _HERE in item.path.parents:
+            for pattern in _DIFFUSERS_OWN:
+                item.add_marker(pytest.mark.filterwarnings(pattern))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The thread count is part of what the bytes depend on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,146 @@
+"""Forwards in the three batching modes, and failures that stay with the row that caused them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mezzotint.engine.batching import Call, Rule
+from mezzotint.engine.runner import Runner, is_out_of_memory
+
+RULE = Rule({"x": "row"})
+
+
+class Model:
+    """Doubles its rows, remembers how many came at once, and fails where a row is negative."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, x: Tensor) -> tuple[Tensor]:
+        self.batches.append(len(x))
+        if bool((x < -100).any()):
+            raise ZeroDivisionError("a bad row")
+        return (x * 2,)
+
+
+def call(model: Model, *values: float, rule: Rule | None = RULE) -> Call:
+    return Call("transformer", model, (), {"x": torch.tensor(values).reshape(-1, 1)}, rule)
+
+
+def values(outcome: Any) -> Any:
+    return outcome if isinstance(outcome, Exception) else outcome[0].flatten().tolist()
+
+
+def checked(runner: Runner, model: Model) -> Runner:
+    """The runner after it has settled that rows of this shape are independent."""
+    runner.run([call(model, 0.0)])
+    model.batches.clear()
+    runner.num_forwards = runner.num_real_rows = runner.num_padded_rows = 0
+    return runner
+
+
+def test_exact_runs_every_forward_with_the_same_number_of_rows() -> None:
+    model = Model()
+    runner = checked(Runner("exact", 4, "transformer"), model)
+    assert [values(each) for each in runner.run([call(model, 1.0), call(model, 2.0, 3.0)])] == [
+        [2.0],
+        [4.0, 6.0],
+    ]
+    assert values(runner.run([call(model, 5.0)])[0]) == [10.0]
+    assert model.batches == [4, 4]
+    assert (runner.num_forwards, runner.num_real_rows, runner.num_padded_rows) == (2, 4, 4)
+
+
+def test_exact_sends_a_call_with_many_rows_through_in_chunks() -> None:
+    model = Model()
+    runner = checked(Runner("exact", 2), model)
+    assert values(runner.run([call(model, 1.0, 2.0, 3.0, 4.0, 5.0)])[0]) == [2.0, 4.0, 6.0, 8.0, 10.0]
+    assert model.batches == [2, 2, 2]
+
+
+def test_exact_with_one_row_runs_each_call_as_it_came() -> None:
+    model = Model()
+    runner = Runner("exact", 1)
+    assert values(runner.run([call(model, 1.0, 2.0)])[0]) == [2.0, 4.0]
+    assert model.batches == [2]
+
+
+def test_exact_never_merges_rows_that_depend_on_each_other() -> None:
+    batches: list[int] = []
+
+    def mixing(x: Tensor) -> tuple[Tensor]:
+        batches.append(len(x))
+        return (x - x.mean(0),)
+
+    runner = Runner("exact", 4)
+    arguments = {"x": torch.tensor([[1.0], [3.0]])}
+    calls = [Call("transformer", mixing, (), arguments, RULE) for _ in range(2)]
+    assert [values(each) for each in runner.run(calls)] == [[-1.0, 1.0]] * 2
+    assert batches[-2:] == [2, 2]
+
+
+def test_a_shape_is_checked_once() -> None:
+    model = Model()
+    runner = checked(Runner("exact", 4), model)
+    for value in range(5):
+        runner.run([call(model, float(value))])
+    assert model.batches == [4] * 5
+
+
+def test_fast_merges_what_is_there_and_runs_one_call_as_it_came() -> None:
+    model = Model()
+    runner = Runner("fast", 8)
+    assert [values(each) for each in runner.run([call(model, 1.0), call(model, 2.0)])] == [[2.0], [4.0]]
+    runner.run([call(model, 1.0)])
+    assert model.batches == [2, 1]
+
+
+def test_off_has_room_for_one_row() -> None:
+    assert Runner("off", 16).num_rows == 1
+
+
+def test_a_class_without_a_rule_runs_as_it_came() -> None:
+    model = Model()
+    runner = Runner("exact", 4)
+    assert values(runner.run([call(model, 1.0, 2.0, rule=None)])[0]) == [2.0, 4.0]
+    assert model.batches == [2]
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_a_bad_row_fails_alone_and_the_others_keep_their_bytes(mode: Any) -> None:
+    model = Model()
+    runner = Runner(mode, 4)
+    outcomes = [
+        values(each) for each in runner.run([call(model, 1.0), call(model, -500.0), call(model, 3.0)])
+    ]
+    assert outcomes[0] == [2.0]
+    assert isinstance(outcomes[1], ZeroDivisionError)
+    assert outcomes[2] == [6.0]
+    if mode == "exact":
+        assert set(model.batches) == {4}
+
+
+def test_only_the_named_component_is_counted() -> None:
+    model = Model()
+    runner = Runner("exact", 1, "transformer")
+    runner.run([call(model, 1.0)])
+    runner.run([Call("text_encoder", model, (), {"x": torch.ones(1, 1)})])
+    assert runner.num_forwards == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_running_out_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
