@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +56,6 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
     `app.state.service` is the Service; its `first_key` is the secret of the key that a first start makes.
     ConfigError stops the start.
     """
-    _require_loopback_without_auth(settings)
     service = _service(settings, worker)
     app = FastAPI(
         title="Mezzotint",
@@ -198,20 +196,6 @@ def _listen(settings: Settings) -> socket.socket:
             f"host/port: cannot listen on {settings.host}:{settings.port} ({reason}); give another --port"
         ) from None
     return listener
-
-
-def _require_loopback_without_auth(settings: Settings) -> None:
-    if settings.auth:
-        return
-    try:
-        loopback = settings.host == "localhost" or ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise ConfigError(
-            f"auth: without API keys the server listens on loopback only (host is {settings.host}); "
-            "set host to 127.0.0.1, or leave authentication on"
-        )
 
 
 def _count(metrics: Metrics) -> Callable[[Scope, int], None]:

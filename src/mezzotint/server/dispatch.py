@@ -21,8 +21,8 @@ from mezzotint.server.facts import Facts
 from mezzotint.server.queueing import Job, JobQueue, Pace
 from mezzotint.server.supervisor import Replica
 
-MAX_LONE_DEATHS = 2
-"""A job that has killed this many workers on its own fails; its request would only kill more."""
+MAX_LONE_DEATHS = 4
+"""A job during which this many workers died that held nothing else is given up, wherever they died."""
 
 
 class Dispatcher:
@@ -206,12 +206,13 @@ class Dispatcher:
             if job.ended:
                 continue
             job.deaths += 1
-            job.lone_deaths += len(jobs) == 1
-            if job.lone_deaths < MAX_LONE_DEATHS:
+            if len(jobs) == 1:
+                job.lone_deaths.append(job.step)
+            if not _guilty(job):
                 self.queue.put(job, now)
                 job.on_progress(job)
                 continue
-            replica.forgive(job.deaths - 1)
+            replica.forgive(job.deaths)
             job.end(
                 GenerationError(
                     f"the request was given up: {job.deaths} workers died while they ran it; "
@@ -246,6 +247,12 @@ class Dispatcher:
             job.end(outcome)
             self.touch()
         self.pump()
+
+
+def _guilty(job: Job) -> bool:
+    """Whether a job kills its workers: a pure function does so at the same step each time, chance does not."""
+    steps = job.lone_deaths
+    return (len(steps) > 1 and steps[-1] == steps[-2]) or len(steps) >= MAX_LONE_DEATHS
 
 
 def failure(code: str, text: str, param: str | None) -> MezzotintError:

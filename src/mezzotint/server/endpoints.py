@@ -162,8 +162,9 @@ class Endpoint:
         """Estimated seconds until this job is done."""
         if not job.queued:
             return job.remaining_s
-        ahead = sum(other.work_s for other in self.dispatcher.queue.waiting() if other.work_s < job.work_s)
-        return self.start_left_s(now) + ahead / self.dispatcher.speed + job.work_s
+        queue = self.dispatcher.queue
+        ahead_s = queue.running_s() + sum(other.work_s for other in queue.ahead(job))
+        return self.start_left_s(now) + ahead_s / self.dispatcher.speed + job.work_s
 
     def require_route(self, route: str | None) -> None:
         """NotFoundError, with the nearest name, for an adapter that this endpoint has not."""
@@ -338,6 +339,8 @@ class Endpoint:
 
     def _settle(self) -> None:
         """Derives the endpoint's state from its replicas."""
+        if self.dispatcher.closed:
+            return
         if self.desired is Desired.RUNNING:
             if self.current.ready:
                 self._set(State.READY)

@@ -36,8 +36,8 @@ class Job:
     step: int = 0
     deaths: int = 0
     """Workers that died while they held this job."""
-    lone_deaths: int = 0
-    """Of those, the ones that held nothing else: this job's own doing, as far as anyone can tell."""
+    lone_deaths: list[int] = field(default_factory=list)
+    """The step that it had reached when a worker died that held nothing else."""
     queued: bool = False
     ended: bool = False
 
@@ -136,17 +136,19 @@ class JobQueue:
         share.served -= job.remaining_s / share.weight
         self._forget_idle(job.key_id)
 
-    def position(self, job: Job) -> int:
-        """How many waiting jobs go before this one, as things stand."""
+    def ahead(self, job: Job) -> list[Job]:
+        """The waiting jobs that go before this one, as things stand: its key's, and the other keys' share."""
         mine = self._shares[job.key_id]
-        ahead = sum(1 for other in mine.by_age if other.queued and other.work_s < job.work_s)
-        ahead += sum(
-            1
-            for other in mine.by_age
-            if other.queued and other.work_s == job.work_s and other.queued_at < job.queued_at
-        )
-        others = sum(min(share.waiting, ahead + 1) for share in self._shares.values() if share is not mine)
-        return ahead + others
+        rank = (job.work_s, job.queued_at)
+        before = [other for other in mine.by_age if other.queued and (other.work_s, other.queued_at) < rank]
+        for share in self._shares.values():
+            if share is not mine:
+                before += [other for other in share.by_age if other.queued][: len(before) + 1]
+        return before
+
+    def running_s(self) -> float:
+        """Work that workers have in hand."""
+        return sum(share.running_s for share in self._shares.values())
 
     def backlog_s(self) -> float:
         """Work that waits or runs, of all keys."""

@@ -271,6 +271,7 @@ def parameters_of(model: str, picture: Picture) -> images.Parameters:
         negative_prompt=asked.negative_prompt,
         width=picture.width,
         height=picture.height,
+        adapter_scale=asked.adapter_scale,
     )
 
 
@@ -432,7 +433,7 @@ def _state_json(ticket: Ticket, *, full: bool = False) -> bytes:
     if not ticket.ended:
         waiting = [job for job in ticket.jobs if job.queued]
         if ticket.status == "queued" and waiting:
-            values["position"] = min(ticket.endpoint.dispatcher.queue.position(job) for job in waiting)
+            values["position"] = min(len(ticket.endpoint.dispatcher.queue.ahead(job)) for job in waiting)
         values["seconds_left"] = seconds_left(ticket)
     if ticket.error is not None:
         values["error"] = ErrorBody.of(ticket.error).error

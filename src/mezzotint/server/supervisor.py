@@ -54,7 +54,7 @@ FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 30.0
 EXIT_GRACE_S = 1.0
 """How long a worker that has closed its pipe may take to exit before it is killed."""
-STOP_GRACE_S = 5.0
+STOP_GRACE_S = 2.0
 """How long a worker may take to exit after Shutdown before it is killed."""
 
 log = structlog.get_logger(__name__)
@@ -114,8 +114,12 @@ class WorkerProcess:
 
     def listen(self) -> None:
         """Starts the two threads; from now on callbacks come."""
-        threading.Thread(target=self._read, name=f"worker-{self.pid}-read", daemon=True).start()
-        threading.Thread(target=self._write, name=f"worker-{self.pid}-write", daemon=True).start()
+        writer = threading.Thread(target=self._write, name=f"worker-{self.pid}-write", daemon=True)
+        reader = threading.Thread(
+            target=self._read, args=(writer,), name=f"worker-{self.pid}-read", daemon=True
+        )
+        writer.start()
+        reader.start()
 
     def send(self, message: Message) -> None:
         """Hands the message to the writing thread; what a dead worker can no longer read is dropped."""
@@ -125,7 +129,7 @@ class WorkerProcess:
         with contextlib.suppress(OSError, ValueError):
             self.process.kill()
 
-    def _read(self) -> None:
+    def _read(self, writer: threading.Thread) -> None:
         while True:
             try:
                 ready = mp_connection.wait([self._pipe, self.process.sentinel])
@@ -143,6 +147,7 @@ class WorkerProcess:
         self.process.join()
         code = self.process.exitcode
         self._outbox.put(None)
+        writer.join()  # a write to a dead process ends at once
         self._pipe.close()
         self._post(self._on_exit, code)
 
@@ -189,6 +194,7 @@ class Replica:
         self._process: WorkerProcess | None = None
         self._wanted = False
         self._deaths: deque[float] = deque()
+        self._pardoned = False
         self._timers: list[asyncio.TimerHandle] = []
         self._starting: asyncio.Task[None] | None = None
         self._gone = asyncio.Event()
@@ -221,8 +227,9 @@ class Replica:
             self._process.kill()
 
     def forgive(self, deaths: int) -> None:
-        """Takes deaths off the restart budget that one job was found guilty of."""
-        for _ in range(min(deaths, len(self._deaths))):
+        """Takes deaths, the one being reported among them, off the restart budget: one job was guilty."""
+        self._pardoned = True
+        for _ in range(min(deaths - 1, len(self._deaths))):
             self._deaths.pop()
 
     async def stop(self) -> None:
@@ -348,7 +355,9 @@ class Replica:
     def _died(self, reason: str) -> None:
         now = asyncio.get_running_loop().time()
         self.failure = reason
-        self._deaths.append(now)
+        if not self._pardoned:
+            self._deaths.append(now)
+        self._pardoned = False
         while self._deaths and self._deaths[0] < now - RESTART_WINDOW_S:
             self._deaths.popleft()
         if len(self._deaths) > self._launcher.max_restarts:

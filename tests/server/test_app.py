@@ -1,0 +1,175 @@
+"""What holds for every request: keys, errors, headers, bodies, health."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mezzotint.errors import ConfigError
+from mezzotint.server.app import create_app
+from mezzotint.server.keys import create_key, list_keys, revoke_key
+from tests.server.hosting import FAKE, GENERATE, Host, client, endpoint, hosting, settings_for
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    settings = settings_for(tmp_path_factory.mktemp("server"), max_body_bytes=2000, body_timeout_s=0.3)
+    with hosting(settings) as running:
+        yield running
+
+
+def test_a_missing_and_an_unknown_key_are_401(host: Host) -> None:
+    for key, code in ((None, "missing_api_key"), ("mz_wrong", "invalid_api_key"), ("ü", "invalid_api_key")):
+        with client(host.url, None) as stranger:
+            headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+            answer = stranger.post(GENERATE, json=host.body(), headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, code)
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert "mz_wrong" not in answer.text
+
+
+def test_a_revoked_key_ends_with_the_next_request(host: Host) -> None:
+    _, secret = create_key(host.service.engine, "short-lived")
+    with client(host.url, secret) as http:
+        assert http.post(GENERATE, json=host.body()).status_code == 200
+        revoke_key(host.service.engine, "short-lived")
+        assert http.post(GENERATE, json=host.body()).status_code == 401
+
+
+def test_a_scoped_key_reaches_its_endpoints_only(host: Host) -> None:
+    _, secret = create_key(host.service.engine, "elsewhere", endpoints=["two"])
+    with client(host.url, secret) as http:
+        answer = http.post(GENERATE, json=host.body())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden_endpoint")
+        unknown = http.post(GENERATE, json=host.body(model="onne"))
+        assert unknown.status_code == 404
+        assert "did you mean" not in unknown.json()["detail"]
+
+
+def test_metrics_need_an_admin_key(host: Host) -> None:
+    _, secret = create_key(host.service.engine, "plain")
+    with client(host.url, secret) as http:
+        answer = http.get("/metrics")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+    text = host.client.get("/metrics").text
+    assert 'mezzotint_ready_replicas{endpoint="one"} 1.0' in text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("GET", GENERATE, 405, "method_not_allowed"),
+        ("GET", "/dedicated/v1/requests/req_none", 404, "request_not_found"),
+        ("DELETE", "/dedicated/v1/requests/req_none", 404, "request_not_found"),
+        ("GET", "/dedicated/v1/requests/req_none/events", 404, "request_not_found"),
+    ],
+)
+def test_every_refusal_has_the_one_error_body(
+    host: Host, method: str, path: str, status: int, code: str
+) -> None:
+    answer = host.client.request(method, path)
+    assert answer.status_code == status
+    values = answer.json()
+    assert set(values) == {"error", "detail", "request_id"}
+    assert set(values["error"]) == {"message", "type", "param", "code"}
+    assert values["error"]["code"] == code
+    assert values["request_id"] == answer.headers["x-request-id"]
+
+
+def test_request_id_and_security_headers_are_on_every_response(host: Host) -> None:
+    seen = set()
+    for path in ("/healthz", "/nowhere", "/openapi.json", "/readyz"):
+        answer = host.client.get(path)
+        assert answer.headers["x-request-id"].startswith("req_")
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        seen.add(answer.headers["x-request-id"])
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "status", "code"),
+    [
+        (b"{}", "text/plain", 415, "unsupported_media_type"),
+        (b"{}", None, 415, "unsupported_media_type"),
+        (b" " * 2001, "application/json", 413, "body_too_large"),
+        (b"", "application/json", 422, "invalid_json"),
+        (b"[1]", "application/json", 422, "invalid_type"),
+        (b'{"seed": NaN}', "application/json; charset=utf-8", 422, "invalid_json"),
+    ],
+)
+def test_bad_bodies(host: Host, content: bytes, content_type: str | None, status: int, code: str) -> None:
+    headers = {"content-type": content_type} if content_type else {}
+    answer = host.client.post(GENERATE, content=content, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def test_a_body_that_is_too_large_is_refused_without_its_length_being_told(host: Host) -> None:
+    answer = host.client.post(
+        GENERATE, content=(b" " * 500 for _ in range(5)), headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 413
+
+
+def test_a_body_that_does_not_arrive_is_408(host: Host) -> None:
+    whole = host.raw_post().replace(b"Host: x", b"Host: x\r\nConnection: close")
+    with host.connect() as raw:
+        raw.sendall(whole[:-5])
+        answer = b"".join(iter(lambda: raw.recv(65536), b"")).decode()
+    assert answer.startswith("HTTP/1.1 408")
+    assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["code"] == "body_timeout"
+
+
+def test_the_server_answers_while_the_endpoint_starts(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, endpoint("fake:hang_at_start=1")), ready=False) as host:
+        assert host.client.get("/healthz").status_code == 200
+        answer = host.client.get("/readyz")
+        assert (answer.status_code, answer.json()["not_ready"]) == (503, 1)
+
+
+def test_readiness_is_reported_once_all_endpoints_are_up(host: Host) -> None:
+    assert host.client.get("/readyz").json() == {"status": "ready", "not_ready": 0}
+
+
+def test_without_auth_anyone_may_ask(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, auth=False)) as host, client(host.url, None) as anyone:
+        assert anyone.post(GENERATE, json=host.body()).status_code == 200
+        assert host.service.first_key is None
+
+
+def test_the_first_start_makes_one_key_and_the_second_none(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path)
+    service = create_app(settings, worker=FAKE).state.service
+    assert service.first_key.startswith("mz_")
+    again = create_app(settings, worker=FAKE).state.service
+    assert again.first_key is None
+    assert [key.name for key in list_keys(again.engine)] == ["first"]
+    for one in (service, again):
+        one.engine.dispose()
+        one.pool.shutdown()
+
+
+def test_a_data_folder_that_is_a_file_stops_the_start_with_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="data_dir"):
+        create_app(settings_for(tmp_path, data_dir=tmp_path / "file"), worker=FAKE)
+
+
+def test_cors_is_off_unless_set(host: Host, tmp_path: Path) -> None:
+    origin = {"origin": "https://page.example"}
+    assert "access-control-allow-origin" not in host.client.get("/healthz", headers=origin).headers
+    with hosting(settings_for(tmp_path, cors_origins=("https://page.example",))) as open_host:
+        answer = open_host.client.get("/healthz", headers=origin)
+        assert answer.headers["access-control-allow-origin"] == "https://page.example"
+        assert answer.headers["x-request-id"]
+
+
+def test_the_data_folder_keeps_its_secrets_to_its_owner(host: Host) -> None:
+    folder = host.service.settings.data_dir
+    for name in ("signing-key", "mezzotint.db"):
+        assert (folder / name).stat().st_mode & 0o077 == 0, name
+    assert folder.stat().st_mode & 0o077 == 0
