@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
@@ -33,6 +33,7 @@ CAT = Parameters(
     negative_prompt="dog: no",
     width=17,
     height=5,
+    adapter_scale=-0.5,
 )
 
 
@@ -164,6 +165,7 @@ ANY = st.builds(
     negative_prompt=st.none() | WORDS,
     width=st.none() | st.integers(8, 16384),
     height=st.none() | st.integers(8, 16384),
+    adapter_scale=st.none() | st.floats(-10, 10),
 )
 
 
@@ -171,6 +173,16 @@ ANY = st.builds(
 def test_any_parameters_come_back_from_png_and_jpeg(parameters: Parameters) -> None:
     for name in ("png", "jpeg"):
         assert read_parameters(encode(name, bytes(3), 1, 1, parameters=parameters)) == parameters
+
+
+@given(ANY)
+def test_the_infotext_alone_gives_the_parameters_back_where_the_prompt_is_one_line(
+    parameters: Parameters,
+) -> None:
+    for text in (parameters.prompt, parameters.negative_prompt or ""):
+        assume(text == text.strip() and not {"\n", "\r"} & set(text))
+    assume((parameters.width is None) == (parameters.height is None))
+    assert parse_infotext(parameters.to_infotext()) == parameters
 
 
 def test_parameters_too_long_for_a_jpeg_segment_are_left_out_and_fit_into_a_png() -> None:

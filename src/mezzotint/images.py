@@ -48,6 +48,8 @@ class Parameters:
     negative_prompt: str | None = None
     width: int | None = None
     height: int | None = None
+    adapter_scale: float | None = None
+    """Strength of the adapter where the request named one itself."""
 
     def to_json(self) -> str:
         """The `mezzotint` text: the fields of a request, without those that are None."""
@@ -62,15 +64,20 @@ class Parameters:
         size = f"{self.width}x{self.height}" if self.width and self.height else None
         last = {
             "Steps": self.num_inference_steps,
-            "CFG scale": None if self.guidance_scale is None else str(self.guidance_scale).removesuffix(".0"),
+            "CFG scale": _number(self.guidance_scale),
             "Seed": self.seed,
             "Size": size,
             "Model": self.model,
+            "Adapter scale": _number(self.adapter_scale),
         }
         lines.append(
             ", ".join(f"{key}: {_quoted(value)}" for key, value in last.items() if value is not None)
         )
         return "\n".join(lines)
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else str(value).removesuffix(".0")
 
 
 def _quoted(value: object) -> str:
@@ -246,17 +253,21 @@ def parse_infotext(text: str) -> Parameters | None:
         return None
     prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
     size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", values.get("Size", ""))
-    guidance = re.fullmatch(r"\d{1,6}(\.\d{1,6})?", values.get("CFG scale", ""))
     return Parameters(
         model=values.get("Model", ""),
         prompt=prompt,
         num_inference_steps=int(values["Steps"]),
         seed=int(values["Seed"]),
-        guidance_scale=float(guidance[0]) if guidance else None,
+        guidance_scale=_parse_number(values.get("CFG scale", "")),
         negative_prompt=negative or None,
         width=int(size[1]) if size else None,
         height=int(size[2]) if size else None,
+        adapter_scale=_parse_number(values.get("Adapter scale", "")),
     )
+
+
+def _parse_number(text: str) -> float | None:
+    return float(text) if re.fullmatch(r"-?\d{1,6}(\.\d{1,20})?(e-\d{1,3})?", text) else None
 
 
 def _unquoted(value: str) -> str:
