@@ -3,7 +3,7 @@
     bank = AdapterBank(pipeline, byte_budget=...)   # once, after loading, before taps: prepares the layers
     info = bank.add(route, path, scale=...)         # reads and checks the file; ModelLoadError says why not
     bank.prefetch(route)                            # a request is on its way: read the file in the background
-    if bank.is_ready(route): ...                    # acquire() would not have to wait for a file
+    if bank.is_ready(route): ...                    # acquire() would not wait for what is being read
     lease = bank.acquire(route, scale)              # at a job's admission; None: the budget is full of those
                                                     # in use, ask again when a job has ended
     with bank.rows("transformer", [lease, None]):   # around every forward of a tapped module: its component's
@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from mezzotint.engine.lora_files import Adapter, read_adapter
+from mezzotint.engine.lora_files import read_adapter
 from mezzotint.engine.lora_layers import Layer, Packed, Plan, Row, RowCopies, prepare
 from mezzotint.errors import NotFoundError
 
@@ -80,13 +80,14 @@ class BankStats:
 class Resident:
     """An adapter in memory: its weights for each component of the pipeline."""
 
-    __slots__ = ("load_s", "num_bytes", "num_leases", "packed", "route", "serial")
+    __slots__ = ("num_bytes", "num_leases", "packed", "route", "serial", "wanted")
 
-    def __init__(self, route: str, serial: int, packed: Mapping[str, Packed], load_s: float) -> None:
+    def __init__(self, route: str, serial: int, packed: Mapping[str, Packed]) -> None:
         self.route = route
         self.serial = serial
         self.packed = packed
-        self.load_s = load_s
+        self.wanted = False
+        """Read ahead for a job that has not come for it yet."""
         self.num_bytes = sum(each.num_bytes for each in packed.values())
         self.num_leases = 0
 
@@ -102,13 +103,26 @@ class Lease:
         self.resident = resident
         self.scale = scale
         self.load_s = load_s
-        """Seconds that `acquire` spent until the adapter was resident; 0 for one that was."""
+        """Seconds that `acquire` took: next to nothing for an adapter that was resident."""
 
     def release(self) -> None:
         """Ends the hold; a second call does nothing."""
         if not self._released:
             self._released = True
             self._bank._released(self.resident)
+
+
+class _Loading:
+    """An adapter being read ahead; its bytes count from the start."""
+
+    def __init__(self, future: Future[dict[str, Packed]], num_bytes: int) -> None:
+        self.future = future
+        self._num_bytes = num_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        failed = self.future.done() and self.future.exception() is not None
+        return 0 if failed else self._num_bytes
 
 
 class AdapterBank:
@@ -123,7 +137,7 @@ class AdapterBank:
         self._known: dict[str, AdapterInfo] = {}
         self._resident: OrderedDict[str, Resident] = OrderedDict()
         self._detached: list[Resident] = []  # replaced or removed while leased
-        self._loading: dict[str, Future[Adapter]] = {}
+        self._loading: dict[str, _Loading] = {}
         self._copies: OrderedDict[tuple[str, Any, int], RowCopies] = OrderedDict()
         self._plans: dict[str, tuple[Any, Plan]] = {}
         self._serial = self._hits = self._loads = self._evictions = 0
@@ -173,15 +187,23 @@ class AdapterBank:
     # ------------------------------------------------------------ residency
 
     def prefetch(self, route: str) -> None:
-        """Starts to read a cold adapter in the background; does nothing for a resident or an unknown one."""
+        """Starts to read a cold adapter in the background, if it fits beside what is in use or read ahead."""
         info = self._known.get(route)
-        if info is not None and route not in self._resident and route not in self._loading:
-            self._loading[route] = self._reader.submit(self._read, info)
+        if info is None or route in self._loading:
+            return
+        resident = self._resident.get(route)
+        if resident is not None:
+            resident.wanted = True
+        elif self._make_room(info.file.num_bytes, spare_wanted=True):
+            self._loading[route] = _Loading(self._reader.submit(self._read, info), info.file.num_bytes)
 
     def is_ready(self, route: str) -> bool:
-        """Whether `acquire` would return without waiting for a file (an unknown route fails at once)."""
-        future = self._loading.get(route)
-        return route not in self._known or route in self._resident or (future is not None and future.done())
+        """False while the adapter is being read in the background, which this starts where it can."""
+        if route not in self._known or route in self._resident:
+            return True
+        self.prefetch(route)
+        loading = self._loading.get(route)
+        return loading is None or loading.future.done()
 
     def acquire(self, route: str, scale: float | None = None) -> Lease | None:
         """A hold on the adapter, loading it if it is cold; None when adapters in use leave no room for it.
@@ -193,16 +215,16 @@ class AdapterBank:
         start = time.monotonic()
         resident = self._resident.get(route)
         if resident is None:
-            if not self._make_room(info.file.num_bytes):
-                return None
             resident = self._load(info)
-            load_s = time.monotonic() - start
+            if resident is None:
+                return None
         else:
             self._hits += 1
             self._resident.move_to_end(route)
-            load_s = 0.0
+        resident.wanted = False
         resident.num_leases += 1
-        return Lease(self, resident, info.scale if scale is None else scale, load_s)
+        scale = info.scale if scale is None else scale
+        return Lease(self, resident, scale, time.monotonic() - start)
 
     def stats(self) -> BankStats:
         """Counters and residency, for the worker's Stats."""
@@ -212,23 +234,35 @@ class AdapterBank:
         """Stops the background reader."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, info: AdapterInfo) -> Adapter:
+    def _read(self, info: AdapterInfo) -> dict[str, Packed]:
         file = info.file
-        return read_adapter(
+        adapter = read_adapter(
             file.path, self._pipeline, self._layers, checksum=file.checksum, max_bytes=self.byte_budget
         )
-
-    def _load(self, info: AdapterInfo) -> Resident:
-        future = self._loading.pop(info.route, None)
-        start = time.monotonic()
-        adapter = self._read(info) if future is None else future.result()
         with torch.inference_mode(False), torch.no_grad():
-            packed = {name: Packed(self._layers[name], weights) for name, weights in adapter.weights.items()}
+            return {name: Packed(self._layers[name], weights) for name, weights in adapter.weights.items()}
+
+    def _load(self, info: AdapterInfo) -> Resident | None:
+        self._settle(but=info.route)
+        loading = self._loading.pop(info.route, None)
+        if loading is not None:
+            return self._install(info.route, loading.future.result())
+        if not self._make_room(info.file.num_bytes):
+            return None
+        return self._install(info.route, self._read(info))
+
+    def _install(self, route: str, packed: Mapping[str, Packed]) -> Resident:
         self._serial += 1
         self._loads += 1
-        resident = Resident(info.route, self._serial, packed, time.monotonic() - start)
-        self._resident[info.route] = resident
+        resident = self._resident[route] = Resident(route, self._serial, packed)
         return resident
+
+    def _settle(self, but: str = "") -> None:
+        """Makes resident what has been read ahead; a failure waits for the job that comes for the adapter."""
+        for route, loading in list(self._loading.items()):
+            if route != but and loading.future.done() and loading.future.exception() is None:
+                del self._loading[route]
+                self._install(route, loading.future.result()).wanted = True
 
     def _released(self, resident: Resident) -> None:
         resident.num_leases -= 1
@@ -247,14 +281,17 @@ class AdapterBank:
 
     def _used_bytes(self) -> int:
         held = sum(each.num_bytes for each in (*self._resident.values(), *self._detached))
+        held += sum(each.num_bytes for each in self._loading.values())
         return held + sum(copies.num_bytes for copies in self._copies.values())
 
-    def _make_room(self, num_bytes: int) -> bool:
-        """Evicts what is not in use, least recently used first, until `num_bytes` more fit."""
+    def _make_room(self, num_bytes: int, *, spare_wanted: bool = False) -> bool:
+        """Evicts what is not in use, least recently used first, until they fit; False if they never do."""
+        self._settle()
         excess = self._used_bytes() + num_bytes - self.byte_budget
         if excess <= 0:
             return True
         idle = [each for each in self._resident.values() if not each.num_leases]
+        idle = [each for each in idle if not each.wanted or not spare_wanted]
         copies = sum(each.num_bytes for each in self._copies.values())
         if sum(each.num_bytes for each in idle) + copies < excess:
             return False

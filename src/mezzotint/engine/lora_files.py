@@ -53,6 +53,8 @@ _OTHER_KINDS = {
 }
 _SUFFIX = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
 _ALPHA = ".alpha"
+_WRAPPER = "base_model.model."
+"""What PEFT's `save_pretrained` puts before every key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,13 @@ def read_adapter(
         raise _broken(path, f"its SHA-256 is {digest}, not the {checksum} of its registration")
     _refuse_other_kinds(path, state, metadata)
     config = _Config(path, metadata)
-    state = _without_wrapper(state)
-    if not _is_peft(state, layers):
+    state = {
+        key: tensor for key, tensor in state.items() if ".diff" not in key
+    }  # zeros, or they were refused
+    bare = {key.removeprefix(_WRAPPER): tensor for key, tensor in state.items()}
+    if _is_peft(bare, layers):
+        state = bare
+    else:
         _check_nothing_lost(path, state, pipeline)
         state = _convert(path, state, pipeline)
     found = _place(path, state, config, layers)
@@ -189,17 +196,6 @@ def _refuse_other_kinds(path: Path, state: State, metadata: Mapping[str, str]) -
             raise _broken(path, f"{name!r} holds NaN or infinite values")
 
 
-def _without_wrapper(state: State) -> State:
-    """Without the name that PEFT's `save_pretrained` puts before every key, and without zero differences."""
-    wrapper = "base_model.model."
-    wrapped = all(key.startswith(wrapper) for key in state)
-    return {
-        key.removeprefix(wrapper) if wrapped else key: tensor
-        for key, tensor in state.items()
-        if ".diff" not in key
-    }
-
-
 def _is_peft(state: State, layers: Mapping[str, Mapping[str, Layer]]) -> bool:
     """Whether every key is in PEFT's words and names a layer of this pipeline: nothing needs translating."""
     names = {name for entries in layers.values() for name in entries}
@@ -233,7 +229,7 @@ def _convert(path: Path, state: State, pipeline: Any) -> State:
 
 def _check_nothing_lost(path: Path, state: State, pipeline: Any) -> None:
     """Sends numbered stand-ins through the converter: each must come out, unless its tensor is all zeros."""
-    ranks = {_owner(key): tensor.shape[0] for key, tensor in state.items() if re.search(r"lora_A|down", key)}
+    ranks = {_owner(key): len(tensor) for key, tensor in state.items() if re.search(r"(lora_A|down)\.", key)}
     numbers: dict[float, str] = {}
     probe: State = {}
     for number, (key, tensor) in enumerate(state.items(), start=1):
@@ -242,6 +238,8 @@ def _check_nothing_lost(path: Path, state: State, pipeline: Any) -> None:
         else:
             numbers[number] = key
             probe[key] = torch.tensor(float(number)).expand(tensor.shape)
+            if "lora_te" in key:  # some of these are scaled in place
+                probe[key] = probe[key].clone()
     for tensor in _convert(path, probe, pipeline).values():
         if tensor.ndim > 1:
             for number in {*tensor.flatten(1)[:, 0].tolist(), *tensor[0].flatten().tolist()}:

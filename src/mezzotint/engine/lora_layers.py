@@ -261,11 +261,12 @@ class _Together:
 
     def __call__(self, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
         _check_rows(self.name, x, self.num_rows)
+        inner = self._inner(x)
         rows = base.reshape(self.num_rows, -1, base.shape[-1])
-        added = torch.baddbmm(rows, self._inner(x), self.up)
-        if self.mask is not None:
-            added = torch.where(self.mask, added, out.view_as(rows))
-        return added.view(base.shape)
+        if self.mask is None:
+            return rows.baddbmm_(inner, self.up).view(base.shape)
+        added = rows.clone().baddbmm_(inner, self.up)
+        return torch.where(self.mask, added, out.reshape(rows.shape)).view(base.shape)
 
     def _inner(self, x: Tensor) -> Tensor:
         if self.down.shape[2] == self.rank:
