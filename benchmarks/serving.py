@@ -108,7 +108,7 @@ def _wait_until_ready(child: subprocess.Popen[bytes], file: Path, until: float) 
             url = str(json.loads(file.read_text())["url"])
             if httpx2.get(f"{url}/readyz", timeout=5.0).status_code == 200:
                 return url
-        time.sleep(0.02)
+        time.sleep(0.1)
     raise SystemExit(f"the server was not ready after {START_TIMEOUT_S:g} s")
 
 
