@@ -425,6 +425,13 @@ def test_answers_of_other_servers_are_read() -> None:
     assert json.loads(answer.model_dump_json()) == {"data": [ITEM], "warnings": []}
 
 
+def test_additions_of_another_shape_count_as_absent() -> None:
+    item = ITEM | {"timings": {"inference": 1.2}, "width": "wide"}
+    answer = ImageGenerationAnswer.model_validate({"data": [item], "usage": {"tokens": 5}, "id": 7})
+    assert json.loads(answer.model_dump_json()) == {"data": [ITEM], "warnings": []}
+    assert answer.data[0].timings is answer.usage is MISSING
+
+
 def test_the_error_body_is_the_contracts() -> None:
     error = QueueFullError("too many", param="model", request_id="req_1")
     assert ErrorBody.of(error).model_dump() == {

@@ -20,6 +20,8 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -204,7 +206,7 @@ FIXED_FIELDS = KNOWN_FIELDS[:6]
 class _Answer(BaseModel):
     """Unknown fields are ignored and null counts as absent, so that answers of other servers can be read."""
 
-    model_config = ConfigDict(frozen=True, serialize_by_alias=True)
+    model_config = ConfigDict(frozen=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -212,6 +214,14 @@ class _Answer(BaseModel):
         if not isinstance(values, dict):
             return values
         return {name: value for name, value in values.items() if value is not None}
+
+
+def _or_absent(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """What we add to an answer may mean something else on another server: then it counts as absent."""
+    try:
+        return handler(value)
+    except ValidationError:
+        return MISSING
 
 
 class ImageTimings(_Answer):
@@ -247,6 +257,8 @@ class ImageItem(_Answer):
         default=MISSING, description="Only for `raw`: HWC, row-major red, green, blue."
     )
 
+    _optional = field_validator("width", "height", "mime_type", "timings", mode="wrap")(_or_absent)
+
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if (self.url is MISSING) == (self.b64_json is MISSING):
@@ -271,6 +283,8 @@ class ImageGenerationAnswer(_Answer):
     data: list[ImageItem] = Field(min_length=1)
     usage: Usage | MISSING = MISSING
     warnings: list[str] = []
+
+    _optional = field_validator("created", "id", "usage", mode="wrap")(_or_absent)
 
 
 class ErrorDetail(BaseModel):

@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
         data_dir=tmp_path_factory.mktemp("data"),
         endpoints=(
             EndpointSettings(id="emoji", model="fake:load_s=0.3"),
-            EndpointSettings(id="slow", model="fake:step_s=0.2"),
+            EndpointSettings(id="slow", model="fake:step_s=0.1"),
         ),
     )
     app = create_app(settings, worker="mezzotint.fake_worker:run")

@@ -223,7 +223,7 @@ def test_several_pictures_count_up_from_the_seed(images: Talks) -> None:
 
 
 def test_progress_and_previews_come_from_the_real_server(images: Talks) -> None:
-    events = list(images.stream(**CAT | {"model": "slow", "num_inference_steps": 4}, previews=2, seed=1))
+    events = list(images.stream(**CAT | {"model": "slow", "num_inference_steps": 6}, previews=2, seed=1))
     *earlier, last = events
     assert isinstance(last, Completed)
     steps = [event.step for event in earlier if isinstance(event, Progress) and event.step is not None]

@@ -24,6 +24,8 @@ def test_the_code_of_the_page_runs(
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL))
     assert "http://127.0.0.1:8000" in code
     assert "YOUR_KEY" in code
+    code = code.replace('model="emoji", prompt="an owl"', 'model="slow", prompt="an owl"')  # to see previews
+    assert '"slow"' in code
     scope: dict[str, object] = {}
     exec(code.replace("http://127.0.0.1:8000", url).replace("YOUR_KEY", key), scope)
     files = sorted(path.name for path in tmp_path.iterdir())
