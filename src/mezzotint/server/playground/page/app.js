@@ -1,0 +1,247 @@
+// The page: wires the parts to each other.
+
+import { Refused, Unreachable, key, pictureName, read } from "./api.js";
+import { readForm, setModels, wireForm, writeForm } from "./form.js";
+import * as gallery from "./gallery.js";
+import { readSettings } from "./png.js";
+import { recipes } from "./recipes.js";
+import { cancel, follow, keptRun, newRun } from "./run.js";
+import * as stage from "./stage.js";
+
+const $ = (id) => document.getElementById(id);
+const EXAMPLES = ["an owl on a yellow background", "a red apple on a teal background", "a rocket"];
+let running = null;
+
+// ---------------------------------------------------------------- what is said
+
+function say(text) {
+  $("status").textContent = text;
+}
+
+function showError(error) {
+  const box = $("error");
+  box.hidden = !error;
+  if (!error) return box.replaceChildren();
+  const line = Object.assign(document.createElement("span"), { textContent: error.message });
+  const facts = [error.code, error.requestId].filter(Boolean).join("  ");
+  const note = Object.assign(document.createElement("small"), { textContent: facts });
+  box.replaceChildren(line, ...(facts ? [note] : []));
+}
+
+/** Runs `work`; asks for the key where it is missing or wrong, shows every other error. */
+async function guarded(work) {
+  try {
+    showError(null);
+    return await work();
+  } catch (error) {
+    if (error.status === 401) askKey(key.get() ? error : null);
+    else if (error instanceof Refused || error instanceof Unreachable) showError(error);
+    else throw error;
+  }
+}
+
+// ---------------------------------------------------------------- the key
+
+function askKey(error) {
+  $("key-error").hidden = !error;
+  $("key-error").textContent = error?.message ?? "";
+  $("key").value = "";
+  if (!$("key-dialog").open) $("key-dialog").showModal();
+  $("key").focus();
+}
+
+async function enter() {
+  const models = await guarded(() => read("v1/models"));
+  if (!models) return;
+  if ($("key-dialog").open) $("key-dialog").close();
+  $("forget-key").hidden = !key.get();
+  setModels(models.data);
+  await guarded(() => gallery.load());
+  const kept = keptRun();
+  if (kept && !running) await watch(kept);
+}
+
+// ---------------------------------------------------------------- making pictures
+
+async function make() {
+  if (running) return;
+  await watch(newRun(readForm()));
+}
+
+async function watch(run) {
+  running = run;
+  const before = stage.lying();
+  stage.begin(run.fields);
+  gallery.pointAt(null);
+  $("warnings").hidden = true;
+  setRunning(true);
+  say("Sent");
+  let made = null;
+  await guarded(async () => {
+    for await (const { event, data } of follow(run)) {
+      if (event === "progress") showProgress(data);
+      else if (event === "preview") stage.preview(data.index, data.b64_json);
+      else if (event === "away") showAway();
+      else if (event === "failed") throw new Refused(0, data, data.request_id);
+      else if (event === "cancelled") say("Cancelled");
+      else if (event === "done") made = data;
+    }
+  });
+  running = null;
+  setRunning(false);
+  if (made) await showMade(made);
+  else stage.putBack(before);
+}
+
+function showProgress({ status, step = 0, num_steps: steps = 1, position, seconds_left: left }) {
+  const waiting = position ? `queued, ${position} ${position === 1 ? "goes" : "go"} first` : "queued, next in line";
+  const text = status === "queued" ? waiting : `step ${step} of ${steps}`;
+  $("progress-text").textContent = left ? `${text}, about ${duration(left)} left` : text;
+  $("progress").value = step / steps;
+  stage.grain(stage.shown()?.src ? 0.7 * (1 - step / steps) ** 2 : 1);
+  document.title = `${status === "queued" ? "queued" : `${step}/${steps}`} · Mezzotint`;
+  if ($("status").dataset.state !== status) say(status === "queued" ? waiting : "Running");
+  $("status").dataset.state = status;
+}
+
+const duration = (seconds) => (seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.round(seconds / 60)} min`);
+
+function showAway() {
+  const text = "the server is away; trying again";
+  $("progress-text").textContent = text;
+  say(text);
+}
+
+async function showMade(answer) {
+  stage.finish(answer);
+  say("Done");
+  $("warnings").hidden = answer.warnings.length === 0;
+  $("warnings").textContent = answer.warnings.join(" ");
+  await guarded(() => gallery.load());
+  gallery.pointAt(pictureName(answer.data[0].url));
+}
+
+
+function setRunning(on) {
+  $("make").disabled = on;
+  $("running").hidden = !on;
+  $("progress").value = 0;
+  $("progress-text").textContent = on ? "sending" : "";
+  $("status").dataset.state = "";
+  if (!on) document.title = "Mezzotint";
+}
+
+// ---------------------------------------------------------------- pictures and their settings
+
+function restore(fields) {
+  showError(null);
+  writeForm(fields);
+  say("Settings restored; the seed is kept");
+  $("prompt").focus();
+}
+
+async function restoreFrom(file) {
+  try {
+    restore(await readSettings(file));
+  } catch (error) {
+    showError(error);
+  }
+}
+
+/** A picture's fields as one sends them: without the sizes that are the endpoint's own anyway. */
+function sendable(fields) {
+  return { response_format: "url", ...fields };
+}
+
+function showRecipe(name) {
+  $("recipe").textContent = recipes[name](sendable(stage.shown().fields));
+  $("recipe-title").textContent = `The same picture with ${name === "python" ? "Python" : name}`;
+  $("copy").firstElementChild.textContent = "Copy";
+  $("recipe-dialog").showModal();
+}
+
+async function copy() {
+  const text = $("recipe").textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    getSelection().selectAllChildren($("recipe"));
+    document.execCommand("copy"); // the only way without https
+  }
+  $("copy").firstElementChild.textContent = "Copied";
+}
+
+function wireDropping() {
+  const isFile = (event) => event.dataTransfer?.types.includes("Files");
+  addEventListener("dragover", (event) => {
+    if (!isFile(event)) return;
+    event.preventDefault();
+    $("drop").hidden = false;
+  });
+  addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) $("drop").hidden = true;
+  });
+  addEventListener("drop", (event) => {
+    $("drop").hidden = true;
+    if (!isFile(event)) return;
+    event.preventDefault();
+    restoreFrom(event.dataTransfer.files[0]);
+  });
+}
+
+function wire() {
+  wireForm(make);
+  gallery.wireGallery((print) => {
+    if (running) return;
+    showError(null);
+    $("warnings").hidden = true;
+    stage.show([print]);
+    gallery.pointAt(print.name);
+    document.querySelector(".sheet").scrollIntoView({ block: "nearest" });
+  });
+  $("examples").replaceChildren(
+    ...EXAMPLES.map((text) => {
+      const button = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+      button.addEventListener("click", () => {
+        $("prompt").value = text;
+        $("form").requestSubmit();
+      });
+      const item = document.createElement("li");
+      item.append(button);
+      return item;
+    }),
+  );
+  $("cancel").addEventListener("click", () => guarded(() => cancel(running)));
+  $("use").addEventListener("click", () => restore(stage.shown().fields));
+  $("delete").addEventListener("click", () => guarded(async () => {
+    await gallery.remove(stage.shown().name);
+    stage.welcome();
+    say("Deleted");
+  }));
+  for (const button of document.querySelectorAll("[data-recipe]")) {
+    button.addEventListener("click", () => showRecipe(button.dataset.recipe));
+  }
+  for (const button of document.querySelectorAll("[data-close]")) {
+    button.addEventListener("click", () => button.closest("dialog").close());
+  }
+  $("copy").addEventListener("click", copy);
+  $("restore").addEventListener("click", () => $("file").click());
+  $("file").addEventListener("change", () => {
+    if ($("file").files[0]) restoreFrom($("file").files[0]);
+    $("file").value = "";
+  });
+  $("key-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    key.set($("key").value.trim());
+    enter();
+  });
+  $("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
+  $("forget-key").addEventListener("click", () => {
+    key.forget();
+    location.reload();
+  });
+  wireDropping();
+}
+
+wire();
+enter();

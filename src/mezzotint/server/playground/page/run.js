@@ -1,0 +1,78 @@
+// One request from its submission to its end, through lost connections and restarts of the server.
+
+import { Refused, Unreachable, call, events, read, stringify } from "./api.js";
+
+const KEPT = "mezzotint-run";
+const PREVIEWS = 4;
+const PATIENCE_MS = 180_000;
+const LONGEST_PAUSE_MS = 4_000;
+
+/** A request that has not been sent; `fields` are the body's, with the seed set, so sending it again is harmless. */
+export function newRun(fields) {
+  const chance = crypto.getRandomValues(new Uint8Array(12));
+  return { id: null, fields, sender: `playground-${Array.from(chance, (b) => b.toString(16).padStart(2, "0")).join("")}` };
+}
+
+/** The run that a reload of the page interrupted, if there is one. */
+export function keptRun() {
+  return JSON.parse(sessionStorage.getItem(KEPT) ?? "null");
+}
+
+export async function cancel(run) {
+  run.cancelled = true;
+  run.wake?.();
+  if (run.id) await call(`dedicated/v1/requests/${run.id}`, { method: "DELETE" });
+}
+
+/**
+ * Yields {event, data}: progress, preview, away (no connection; trying again), and as the last one done, failed or
+ * cancelled. Throws Refused where the server will not take the request, Unreachable where it stays away.
+ */
+export async function* follow(run) {
+  let lost = null;
+  try {
+    for (;;) {
+      try {
+        for await (const item of attempt(run)) {
+          lost = null;
+          if (item.event === "cancelled" && !run.cancelled) break; // the server is stopping, nobody asked for it
+          yield item;
+          if (["done", "failed", "cancelled"].includes(item.event)) return;
+        }
+        run.id = null;
+      } catch (error) {
+        if (error.code === "request_not_found") run.id = null;
+        else if (!(error instanceof Unreachable) && !(error instanceof Refused && error.status === 503)) throw error;
+        lost ??= { since: Date.now(), tries: 0 };
+        if (Date.now() - lost.since > PATIENCE_MS) throw error;
+      }
+      if (run.cancelled) return yield { event: "cancelled", data: {} };
+      yield { event: "away", data: {} };
+      const tries = lost ? lost.tries++ : 0;
+      await pause(run, Math.min(300 * 2 ** tries, LONGEST_PAUSE_MS));
+      if (run.cancelled) return yield { event: "cancelled", data: {} };
+    }
+  } finally {
+    sessionStorage.removeItem(KEPT);
+  }
+}
+
+async function* attempt(run) {
+  if (!run.id) {
+    const headers = { prefer: `respond-async, previews=${PREVIEWS}`, "idempotency-key": run.sender };
+    const state = await read("dedicated/v1/images/generations", { method: "POST", body: stringify(run.fields), headers });
+    run.id = state.id;
+    yield { event: "progress", data: state };
+    if (run.cancelled) await cancel(run);
+  }
+  sessionStorage.setItem(KEPT, JSON.stringify({ id: run.id, fields: run.fields, sender: run.sender }));
+  yield* events(`dedicated/v1/requests/${run.id}/events`);
+  throw new Unreachable(); // a stream that ends without an end
+}
+
+function pause(run, milliseconds) {
+  return new Promise((resolve) => {
+    run.wake = resolve;
+    setTimeout(resolve, milliseconds);
+  });
+}
