@@ -10,13 +10,15 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
+import transformers
 from diffusers.loaders import single_file_utils
 from safetensors import SafetensorError
 
@@ -138,14 +140,15 @@ def _read(
             return _read_file(path, dtype, free, total, offload=offload)
         plan = checks.check_folder(path, allow_remote_code=allow_remote_code)
         checks.check_memory(plan, dtype, free, total, offload=offload)
-        return diffusers.DiffusionPipeline.from_pretrained(
-            str(path),
-            dtype=dtype,
-            use_safetensors=True,
-            variant=plan.variant,
-            local_files_only=True,
-            trust_remote_code=allow_remote_code,
-        )
+        with _quiet():
+            return diffusers.DiffusionPipeline.from_pretrained(
+                str(path),
+                dtype=dtype,
+                use_safetensors=True,
+                variant=plan.variant,
+                local_files_only=True,
+                trust_remote_code=allow_remote_code,
+            )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise _failure(path, error) from error
     except SafetensorError as error:
@@ -174,7 +177,22 @@ def _read_file(path: Path, dtype: torch.dtype, free: int, total: int, *, offload
             f"{path} belongs to {pipeline.__name__}, which diffusers reads only from a folder; use that",
             code="unsupported_class",
         )
-    return pipeline.from_single_file(str(path), config=str(config), torch_dtype=dtype, local_files_only=True)
+    with _quiet():
+        return pipeline.from_single_file(str(path), config=str(config), dtype=dtype, local_files_only=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of the libraries: loading is told through `progress`, and logs stay logs."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _failure(path: Path, error: Exception) -> ModelLoadError:

@@ -88,7 +88,7 @@ def fetch(
     index = read_index(folder)
     sizes = _files(repository, folder)
     files = choose_files(sizes, index, code=code, weights=weights)
-    bar = _bar(progress, sum(sizes.get(file, 0) for file in files))
+    bar = _bar(progress, sum(sizes.get(file, 0) for file in files if not (folder / file).is_file()))
     return _snapshot(repository, folder.name, files, bar)
 
 
