@@ -246,8 +246,24 @@ def test_a_submitted_result_is_the_one_that_waiting_gives(images: Talks) -> None
     waited = images.generate(**CAT, seed=9, response_format="png")
     handle = images.submit(**CAT, seed=9, response_format="png")
     assert handle.result().b64_json == waited.b64_json
-    again = list(handle.events())
-    assert len(again) == 1
+
+
+def test_a_finished_request_is_found_again_by_its_id(images: Talks) -> None:
+    made = images.submit(**CAT, seed=9, response_format="png").result()
+    assert made.id is not None
+    handle = images.handle(made.id)
+    state = handle.status()
+    assert state.status == "done"
+    assert state.result is not MISSING
+    assert state.result.data[0].b64_json == made.b64_json
+    (only,) = handle.events()
+    assert isinstance(only, Completed)
+    assert only.result.b64_json == made.b64_json
+    with pytest.raises(errors.NotFoundError) as caught:
+        images.handle("req_gone").status()
+    assert caught.value.code == "request_not_found"
+    with pytest.raises(errors.NotFoundError):
+        images.handle("../../../healthz").status()
 
 
 def test_an_unknown_endpoint_and_a_wrong_key_are_told(

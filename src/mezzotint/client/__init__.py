@@ -157,6 +157,10 @@ class Images:
         send = exchange.build_request(self._options, fields, idempotency_key=idempotency_key, prefer=prefer)
         return Handle(self._client, self._client._run(exchange.submit(self._options, send)))
 
+    def handle(self, request_id: str) -> Handle:
+        """The handle of a request submitted earlier, perhaps by another process with the same key."""
+        return Handle(self._client, request_id)
+
     def stream(
         self, *, previews: int = 0, idempotency_key: str | None = None, **fields: Unpack[ImageFields]
     ) -> Iterator[Event]:
@@ -362,6 +366,10 @@ class AsyncImages:
         prefer = exchange.prefer_async(previews)
         send = exchange.build_request(self._options, fields, idempotency_key=idempotency_key, prefer=prefer)
         return AsyncHandle(self._client, await self._client._run(exchange.submit(self._options, send)))
+
+    def handle(self, request_id: str) -> AsyncHandle:
+        """As Images.handle."""
+        return AsyncHandle(self._client, request_id)
 
     async def stream(
         self, *, previews: int = 0, idempotency_key: str | None = None, **fields: Unpack[ImageFields]

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Required, Self, TypedDict, TypeVar
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 import httpx2
 from pydantic import MISSING, BaseModel, ValidationError
@@ -64,7 +64,6 @@ MAX_BACKOFF_S = 8.0
 MAX_RETRY_AFTER_S = 120.0
 """A server that asks for a longer wait is not waited for: the error says how long it would be."""
 GENERATIONS = "/dedicated/v1/images/generations"
-REQUESTS = "/dedicated/v1/requests/"
 
 T = TypeVar("T")
 
@@ -297,8 +296,12 @@ def submit(options: Options, call: Send) -> Steps[str | Generation]:
     return _generation(options, answer, response.headers.get("x-request-id"))
 
 
+def _request_path(request_id: str) -> str:
+    return f"/dedicated/v1/requests/{quote(request_id, safe='')}"
+
+
 def request_state(options: Options, method: str, request_id: str) -> Steps[RequestState]:
-    response = yield from exchange(options.own(method, REQUESTS + request_id), options.max_retries)
+    response = yield from exchange(options.own(method, _request_path(request_id)), options.max_retries)
     return _read(RequestState, response.content)
 
 
@@ -340,7 +343,7 @@ class Watch:
 
     def __init__(self, options: Options, request_id: str) -> None:
         self.send = options.own(
-            "GET", f"{REQUESTS}{request_id}/events", headers={"Accept": "text/event-stream"}
+            "GET", f"{_request_path(request_id)}/events", headers={"Accept": "text/event-stream"}
         )
         self._options = options
         self._request_id = request_id
