@@ -137,8 +137,8 @@ class Engine:
         """An engine for a built-in name, a folder, a repository id, a safetensors file or a ready pipeline.
 
         `rows` None measures how many rows a merged forward should have. A seed gives the same bytes only
-        under the same number (and dtype, device, threads, performance). Pictures above the model's default size
-        are not merged. ModelLoadError says why a model cannot load.
+        under the same number (and dtype, device, threads, performance). Pictures above the model's default
+        size are not merged. ModelLoadError says why a model cannot load.
         """
         loaded = load(
             source,
@@ -314,11 +314,18 @@ class Engine:
             job_id=active.job_id,
             key=job.call.key,
             rows=job.call.rows,
-            remaining_s=left * self.times.estimate(active.width, active.height),
+            remaining_s=0.0 if self._prepares(active) else left * self.times.estimate(active.width, active.height),
             waited_s=now - active.parked,
             priority=active.request.priority,
             arrival=active.arrival,
         )
+
+    def _prepares(self, active: _Active) -> bool:
+        """Whether a job has not reached the denoiser yet: where jobs merge it goes first, to fill the batch."""
+        assert active.job is not None, "an active job has started"
+        assert active.job.call is not None, "an active job is parked"
+        merges = self.runner.num_rows > 1 and self.facts.family.merges
+        return merges and active.num_forwards == 0 and active.job.call.name != self.facts.denoiser_name
 
     def _forward(self, batch: Sequence[_Active]) -> None:
         """Runs the parked calls of `batch` and takes each job to its next one."""
