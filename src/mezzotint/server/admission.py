@@ -278,6 +278,7 @@ class Admission:
         start_s = endpoint.start_left_s(now)
         alone_s = work_s / max(endpoint.dispatcher.speed, 1.0)
         if start_s > timeout_s:
+            endpoint.wake()
             raise UnavailableError(
                 f"endpoint {endpoint.id} is starting and should be ready in {start_s:.0f} s, "
                 f"after this request's deadline ({timeout_s:g} s); send it again then",

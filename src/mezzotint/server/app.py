@@ -28,7 +28,8 @@ from mezzotint.errors import (
     MezzotintError,
     NotFoundError,
 )
-from mezzotint.server import a1111, database, keys, openai, playground, routes
+from mezzotint.server import a1111, adapter_routes, database, keys, management, openai, playground, routes
+from mezzotint.server.adapters import AdapterStore
 from mezzotint.server.admission import Admission
 from mezzotint.server.gallery import Gallery
 from mezzotint.server.metrics import Metrics
@@ -67,7 +68,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
         openapi_url="/openapi.json",
     )
     app.state.service = service
-    for dialect in (routes, openai, a1111, playground):
+    for dialect in (routes, management, adapter_routes, openai, a1111, playground):
         dialect.install(app)
     app.add_middleware(Bodies, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     if settings.cors_origins:
@@ -133,6 +134,7 @@ def _service(settings: Settings, worker: str) -> Service:
         settings=settings,
         engine=engine,
         registry=Registry(engine, Launcher.of(settings, worker), metrics),
+        adapters=AdapterStore(engine, settings.data_dir / "adapters"),
         admission=Admission(settings, metrics, pool),
         storage=store,
         gallery=Gallery(engine, store, settings.gallery_size),
@@ -148,6 +150,7 @@ def _lifespan(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(service.registry.load, service.settings.endpoints, only)
+        await asyncio.to_thread(service.adapters.load, service.registry)
         service.registry.start()
         cleaning = asyncio.create_task(_clean(service))
         on_listening = getattr(app.state, "on_listening", None)
@@ -236,5 +239,6 @@ async def _answer_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = error.errors()[0]
     name = str(first["loc"][-1]) if first["loc"] else None
-    refused = InvalidRequestError(f"{name}: {first['msg']}", param=name)
+    code = {"missing": "missing_field", "extra_forbidden": "unknown_field", "json_invalid": "invalid_json"}
+    refused = InvalidRequestError(f"{name}: {first['msg']}", code=code.get(first["type"]), param=name)
     return error_response(refused, _request_id(request))

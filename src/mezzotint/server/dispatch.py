@@ -58,6 +58,11 @@ class Dispatcher:
     def num_running(self) -> int:
         return sum(len(jobs) for jobs in self._held.values())
 
+    def uses_adapter(self, route: str) -> bool:
+        """Whether a waiting or running job asked for this adapter."""
+        held = (job for jobs in self._held.values() for job in jobs.values())
+        return any(job.request.adapter == route for job in (*self.queue.waiting(), *held))
+
     def holds_jobs(self, replicas: list[Replica]) -> bool:
         return any(self._held.get(replica) for replica in replicas)
 
@@ -250,7 +255,7 @@ class Dispatcher:
 
 
 def _guilty(job: Job) -> bool:
-    """Whether a job kills its workers: a pure function does so at the same step each time, chance does not."""
+    """Whether a job kills its workers: a pure function does so at one step each time, chance does not."""
     steps = job.lone_deaths
     return (len(steps) > 1 and steps[-1] == steps[-2]) or len(steps) >= MAX_LONE_DEATHS
 

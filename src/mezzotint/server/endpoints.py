@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -95,12 +96,15 @@ class Endpoint:
         *,
         version: int = 1,
         desired: Desired = Desired.RUNNING,
+        created: float | None = None,
         calibration: Calibration | None = None,
         on_calibrated: Callable[[Endpoint, Calibration], None] = lambda endpoint, calibration: None,
     ) -> None:
         self.id = spec.id
         self.state = State.CREATED
         self.desired = desired
+        self.created = time.time() if created is None else created
+        self.updated = self.created
         self.current = Generation(version, spec)
         self.next: Generation | None = None
         self.update_failure = ""
@@ -112,10 +116,12 @@ class Endpoint:
         self._launcher = launcher
         self._metrics = metrics
         self._on_calibrated = on_calibrated
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._all_replicas: set[Replica] = set()
         self._adapter_waiters: dict[str, list[asyncio.Future[AdapterAdded | AdapterFailed]]] = {}
         self._idle_timer: asyncio.TimerHandle | None = None
+        self.awaking = False
+        """Whether the start in progress ends a sleep."""
 
     # ------------------------------------------------------------ facts
 
@@ -203,10 +209,15 @@ class Endpoint:
 
     def enqueue(self, job: Job, now: float) -> None:
         """Takes a job in; wakes the endpoint if it sleeps."""
-        if self.desired is Desired.SLEEPING:
-            log.info("a request wakes the endpoint", endpoint=self.id)
-            self.start()
+        self.wake()
         self.dispatcher.put(job, now)
+
+    def wake(self) -> None:
+        """Starts an endpoint that sleeps or is about to; does nothing to any other."""
+        if self.desired is Desired.SLEEPING:
+            log.info("endpoint wakes", endpoint=self.id)
+            self.awaking = True
+            self.start()
 
     # ------------------------------------------------------------ life cycle
 
@@ -343,6 +354,7 @@ class Endpoint:
             return
         if self.desired is Desired.RUNNING:
             if self.current.ready:
+                self.awaking = False
                 self._set(State.READY)
             elif self.current.failed:
                 self._set(State.FAILED)
@@ -355,12 +367,13 @@ class Endpoint:
 
     def _set(self, state: State) -> None:
         if state is not self.state:
+            self.updated = time.time()
             log.info("endpoint state", endpoint=self.id, was=str(self.state), now=str(state))
             self.state = state
         self.dispatcher.touch()
 
     def _retire(self, generation: Generation) -> None:
-        self._spawn(self._retire_when_idle(generation))
+        self.spawn(self._retire_when_idle(generation))
 
     async def _retire_when_idle(self, generation: Generation) -> None:
         while self.dispatcher.holds_jobs(generation.replicas):
@@ -384,11 +397,12 @@ class Endpoint:
         idle_s = asyncio.get_running_loop().time() - self.dispatcher.last_used
         if self.dispatcher.idle and idle_s >= self.spec.idle_sleep_s and self.next is None:
             log.info("endpoint falls asleep", endpoint=self.id, idle_s=round(idle_s, 1))
-            self._spawn(self.sleep())
+            self.spawn(self.sleep())
         else:
             self._watch_idleness()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def spawn(self, work: Coroutine[None, None, object]) -> None:
+        """Runs one of this endpoint's changes in the background."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

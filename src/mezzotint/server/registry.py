@@ -47,6 +47,7 @@ class Registry:
         self._metrics = metrics
         self._endpoints: dict[str, Endpoint] = {}
         self._writes: set[asyncio.Task[None]] = set()
+        self._from_file: set[str] = set()
 
     def __iter__(self) -> Iterator[Endpoint]:
         return iter(list(self._endpoints.values()))
@@ -68,6 +69,9 @@ class Registry:
         key.require_endpoint(endpoint_id)
         return endpoint
 
+    def is_from_file(self, endpoint_id: str) -> bool:
+        return endpoint_id in self._from_file
+
     # ------------------------------------------------------------ start and stop
 
     def load(self, from_file: tuple[EndpointSettings, ...], only: str | None = None) -> None:
@@ -77,6 +81,7 @@ class Registry:
         stands.
         `only` takes one endpoint alone and leaves what is remembered of the others as it is.
         """
+        self._from_file = {spec.id for spec in from_file}
         with self._engine.begin() as connection:
             known = {row["id"]: row for row in connection.execute(sa.select(_ENDPOINTS)).mappings()}
             for spec in from_file:
@@ -123,7 +128,7 @@ class Registry:
                 f"endpoint {spec.id} exists already; update it or take another id", param="id"
             )
         await asyncio.to_thread(self._transact, lambda c: self._insert(c, spec, comment, by, None))
-        endpoint = self._make(spec, 1, Desired.RUNNING, None)
+        endpoint = self._make(spec, 1, Desired.RUNNING)
         endpoint.start()
         return endpoint
 
@@ -230,10 +235,16 @@ class Registry:
                 "stored endpoint does not fit this program; left out", endpoint=row["id"], error=str(error)
             )
             return
-        self._make(spec, row["version"], Desired(row["desired"]), Calibration.from_json(row["calibration"]))
+        calibration = Calibration.from_json(row["calibration"])
+        self._make(spec, row["version"], Desired(row["desired"]), calibration, row["created"])
 
     def _make(
-        self, spec: EndpointSettings, version: int, desired: Desired, calibration: Calibration | None
+        self,
+        spec: EndpointSettings,
+        version: int,
+        desired: Desired,
+        calibration: Calibration | None = None,
+        created: float | None = None,
     ) -> Endpoint:
         endpoint = Endpoint(
             spec,
@@ -241,6 +252,7 @@ class Registry:
             self._metrics,
             version=version,
             desired=desired,
+            created=created,
             calibration=calibration,
             on_calibrated=self._calibrated,
         )
