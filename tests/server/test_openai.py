@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx2
+import jsonschema_rs
 import openai
 import pytest
 from PIL import Image
@@ -225,6 +226,36 @@ def test_a_bad_field_is_refused(
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == (code, param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "valid"),
+    [
+        ({}, True),
+        ({"size": "auto", "n": 2, "steps": 4, "seed": 1, "stream": False, "user": "me"}, True),
+        ({"size": "32x32", "output_format": "jpeg", "output_compression": 0, "response_format": "raw"}, True),
+        (dict.fromkeys(("size", "steps", "n", "seed", "stream", "quality")), True),
+        ({"model": 7}, False),
+        ({"prompt": None}, False),
+        ({"num_inference_step": 4}, False),
+        ({"steps": 99}, False),
+        ({"size": "big"}, False),
+        ({"response_format": "tiff"}, False),
+        ({"output_format": "webp"}, False),
+        ({"output_compression": 101}, False),
+        ({"stream": "yes"}, False),
+        ({"partial_images": 4}, False),
+        ({"n": 9}, False),
+    ],
+)
+def test_the_published_schema_says_what_the_route_takes(
+    host: Host, fields: dict[str, Any], valid: bool
+) -> None:
+    paths = host.client.get("/openapi.json").json()["paths"]
+    schema = paths[IMAGES]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    body = {"model": "one", "prompt": "a fox"} | fields
+    assert jsonschema_rs.Draft202012Validator(schema).is_valid(body) == valid
+    assert (host.client.post(IMAGES, json=body).status_code == 200) == valid
 
 
 def test_the_client_shows_the_contracts_words(ai: openai.OpenAI, host: Host) -> None:

@@ -76,6 +76,33 @@ class Wish:
     partial_images: int
 
 
+def _body_schema() -> dict[str, Any]:
+    """The JSON Schema of a body: shared fields as on the dedicated route, and null is as good as absent."""
+    fields = DedicatedImageGenerationBody.model_json_schema()["properties"]
+    own: dict[str, dict[str, Any]] = {
+        "model": {
+            "type": "string",
+            "description": "ENDPOINT_ID, ENDPOINT_ID:ADAPTER_ROUTE or ADAPTER_ROUTE.",
+        },
+        "size": {"type": "string", "pattern": f"^(auto|{_SIZE.pattern})$"},
+        "steps": fields["num_inference_steps"],
+        "response_format": {"enum": list(_FORMS)},
+        "output_format": {"enum": ["png", "jpeg"]},
+        "output_compression": {"type": "integer", "minimum": 0, "maximum": 100},
+        "stream": {"type": "boolean"},
+        "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
+    }
+    own |= {name: {"description": "Accepted and not used."} for name in _IGNORED}
+    own |= {name: fields[name] for name in _SHARED if name != "prompt"}
+    return {
+        "type": "object",
+        "required": ["prompt"],
+        "properties": {"prompt": fields["prompt"]}
+        | {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in own.items()},
+        "additionalProperties": False,
+    }
+
+
 # ---------------------------------------------------------------- pictures
 
 
@@ -89,12 +116,7 @@ class Wish:
             "required": True,
             "content": {
                 "application/json": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["prompt"],
-                        "properties": {name: {} for name in KNOWN},
-                        "additionalProperties": False,
-                    },
+                    "schema": _body_schema(),
                     "example": {"model": "emoji", "prompt": "an owl", "size": "auto", "seed": 7},
                 }
             },
