@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import subprocess
 import sys
@@ -72,6 +73,13 @@ def test_lost_events_are_taken_up_again(connect: Connect, script: Script) -> Non
     script.answers(ACCEPTED, sse(PROGRESS, cut=True), sse(PROGRESS), sse(DONE))
     assert connect(script.url).submit(**CAT).result().seed == 5
     assert len(script.seen) == 4
+
+
+def test_a_large_picture_fits_into_the_last_event(connect: Connect, script: Script) -> None:
+    pixels = np.zeros(2048 * 2048 * 3, np.uint8)
+    large = item("raw", b64_json=base64.b64encode(pixels).decode(), width=2048, height=2048)
+    script.answers(ACCEPTED, sse(("done", answer(large))))
+    assert connect(script.url).submit(**CAT).result().image.size == (2048, 2048)
 
 
 def test_events_that_stay_lost_are_given_up(connect: Connect, script: Script) -> None:
