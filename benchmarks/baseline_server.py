@@ -31,6 +31,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Request(BaseModel):
     prompt: str
     num_inference_steps: int
+    width: int
+    height: int
     guidance_scale: float | None = None
     seed: int = 0
 
@@ -45,6 +47,8 @@ def create_app(pipeline: Any) -> FastAPI:
         image = pipeline(
             request.prompt,
             num_inference_steps=request.num_inference_steps,
+            width=request.width,
+            height=request.height,
             generator=torch.Generator().manual_seed(request.seed),
             **guidance,
         ).images[0]
@@ -67,7 +71,7 @@ def create_app(pipeline: Any) -> FastAPI:
 def load(model: str, dtype: str) -> Any:
     """The pipeline as its documentation says to load it."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=DTYPES[dtype])
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -29,6 +29,8 @@ BUILT_IN = Path(mezzotint.__file__).parent / "models" / "emoji"
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 600.0
+SIZE = int(os.environ.get("BENCHMARK_SIZE", "128"))
+"""Width and height of every picture, always sent, for plain diffusers' own default may be another."""
 Body = dict[str, Any]
 
 
@@ -122,9 +124,9 @@ class Answer:
 
 
 def body(prompt: str, steps: int, seed: int, guidance: float | None = None) -> Body:
-    """A request for a PNG from the endpoint `emoji`."""
+    """A request for a PNG of SIZE x SIZE from the endpoint `emoji`."""
     fields = {"model": "emoji", "prompt": prompt, "num_inference_steps": steps, "seed": seed}
-    return {**fields, "guidance_scale": guidance, "response_format": "png"}
+    return {**fields, "guidance_scale": guidance, "response_format": "png", "width": SIZE, "height": SIZE}
 
 
 async def post(client: httpx2.AsyncClient, url: str, request: Body) -> Answer:
