@@ -76,7 +76,7 @@ def test_lost_events_are_taken_up_again(connect: Connect, script: Script) -> Non
 
 
 def test_a_large_picture_fits_into_the_last_event(connect: Connect, script: Script) -> None:
-    pixels = np.zeros(2048 * 2048 * 3, np.uint8)
+    pixels = bytes(2048 * 2048 * 3)
     large = item("raw", b64_json=base64.b64encode(pixels).decode(), width=2048, height=2048)
     script.answers(ACCEPTED, sse(("done", answer(large))))
     assert connect(script.url).submit(**CAT).result().image.size == (2048, 2048)
