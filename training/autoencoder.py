@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from training.data import Pictures, composite, load_pictures, random_colours, read_subjects, shuffled
+from training.data import STYLES, Pictures, composite, load_pictures, random_colours, read_subjects, shuffled
 from training.device import Setup, set_up
 from training.optim import build_optimizers, rate_at, set_rate
 from training.palette import BACKGROUNDS
@@ -110,8 +110,9 @@ def train(data: Path, out: Path, minutes: float, setup: Setup, decoder_only: boo
     """Trains for that long; with `decoder_only` it refines the decoder in `out` and leaves latents alone."""
     pictures = load_pictures(data)
     listed = {subject.name for subject in read_subjects()}
-    solid = list(pictures.rows["3d"].values())
-    drawn = [row for style in ("flat", "mono", "noto") for name, row in pictures.rows[style].items()]
+    kept = listed if decoder_only else set(pictures.keywords)  # at the end: only what the model draws
+    solid = [row for name, row in pictures.rows["3d"].items() if name in kept]
+    drawn = [row for style in STYLES[1:] for name, row in pictures.rows[style].items() if name in kept]
     checked = [row for name, row in pictures.rows["3d"].items() if name in listed][::10]
     model = AutoencoderKL.from_pretrained(out) if decoder_only else build_autoencoder()
     model = model.to(setup.device, memory_format=torch.channels_last)

@@ -66,7 +66,7 @@ def train_text(
     _, _, tokens, channels = table.latents.shape
     heads = PictureHeads(tokens, channels).to(setup.device)
     modules = [model.text.t5, model.text.clip]
-    optimizers = build_optimizers(modules, 2e-3)
+    optimizers = build_optimizers(modules, 2e-3, words_factor=5.0)  # each word is in few batches
     optimizers.append(torch.optim.AdamW(heads.parameters(), 2e-3, weight_decay=0.0))
     rng = random.Random(0)
     batches = shuffled(rng, list(range(len(table.subjects))), batch)
