@@ -324,23 +324,24 @@ class StatsKeeper:
             return None
         self._said, self._idle = now, not has_work
         before, self._last = self._last, self._now()
-        forwards, rows, padded, busy = (new - old for new, old in zip(self._last, before, strict=True))
+        new = [now - then for now, then in zip(self._last, before, strict=True)]
         bank = self._engine.bank_stats()
         return Stats(
             num_jobs=self._engine.num_jobs,
-            forwards=int(forwards),
-            rows=int(rows),
-            padded_rows=int(padded),
-            busy_s=busy,
+            forwards=int(new[0]),
+            rows=int(new[1]),
+            padded_rows=int(new[2]),
+            busy_s=new[3],
             step_s=self._engine.times.table(),
             adapters_resident=len(bank.resident_routes),
             adapter_bytes=bank.num_bytes,
-            adapter_hits=bank.hits,
-            adapter_loads=bank.loads,
-            adapter_evictions=bank.evictions,
+            adapter_hits=int(new[4]),
+            adapter_loads=int(new[5]),
+            adapter_evictions=int(new[6]),
             resident_routes=bank.resident_routes,
         )
 
     def _now(self) -> tuple[float, ...]:
-        runner = self._engine.runner
-        return (runner.num_forwards, runner.num_real_rows, runner.num_padded_rows, self._engine.busy_s)
+        runner, bank = self._engine.runner, self._engine.bank_stats()
+        forwards = (runner.num_forwards, runner.num_real_rows, runner.num_padded_rows)
+        return (*forwards, self._engine.busy_s, bank.hits, bank.loads, bank.evictions)

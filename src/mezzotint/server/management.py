@@ -149,6 +149,7 @@ router = APIRouter(
 async def create(body: EndpointCreate, service: TheService, admin: TheAdmin) -> EndpointStatus:
     spec = _changed(EndpointSettings.model_construct(id=body.name), body)
     endpoint = await service.registry.create(spec, admin.name, body.initial_version_comment or "")
+    await service.adapters.adopt(endpoint)
     return status_of(endpoint)
 
 

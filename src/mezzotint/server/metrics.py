@@ -105,6 +105,15 @@ class Metrics:
         self.adapter_loads = Counter(
             "mezzotint_adapter_loads_total", "Adapters loaded.", endpoint, registry=registry
         )
+        self.adapter_evictions = Counter(
+            "mezzotint_adapter_evictions_total",
+            "Adapters dropped to make room for others.",
+            endpoint,
+            registry=registry,
+        )
+        self.adapter_bytes = Gauge(
+            "mezzotint_adapter_bytes", "Memory that adapters take in workers.", endpoint, registry=registry
+        )
         self.stored_bytes = Gauge(
             "mezzotint_stored_bytes", "Bytes of pictures in storage.", registry=registry
         )
@@ -122,6 +131,8 @@ class Metrics:
         self.adapters_resident.labels(endpoint_id).set(stats.adapters_resident)
         self.adapter_hits.labels(endpoint_id).inc(stats.adapter_hits)
         self.adapter_loads.labels(endpoint_id).inc(stats.adapter_loads)
+        self.adapter_evictions.labels(endpoint_id).inc(stats.adapter_evictions)
+        self.adapter_bytes.labels(endpoint_id).set(stats.adapter_bytes)
         known = self._shapes.setdefault(endpoint_id, set())
         for shape, seconds in stats.step_s.items():
             if len(known) < MAX_SHAPES:
