@@ -11,6 +11,8 @@ from mezzotint.errors import InvalidRequestError, echo
 from mezzotint.families import Family, family
 
 MAX_STEPS = 50
+_TRUE_GUIDANCE = "true_cfg_scale"
+"""Lets some models that have no negative prompt use one after all."""
 _OURS = frozenset(
     (
         *("prompt", "negative_prompt", "num_inference_steps", "width", "height", "generator", "output_type"),
@@ -154,7 +156,7 @@ class PipelineFacts:
         if negative is None:
             return
         arguments["negative_prompt"] = negative
-        if request.negative_prompt and not self.supports_negative_prompt and not request.extra:
+        if not self.supports_negative_prompt and _TRUE_GUIDANCE not in request.extra:
             warnings.append("negative_prompt had no effect: this model does not use it")
             del arguments["negative_prompt"]
 

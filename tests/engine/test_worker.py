@@ -1,0 +1,284 @@
+"""The worker as a real process behind a real pipe."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pytest
+
+from mezzotint.engine import Engine, Request, worker
+from mezzotint.engine.worker import MAX_BACKLOG, Outbox
+from mezzotint.messages import (
+    EXIT_PERMANENT,
+    AdapterAdded,
+    AdapterFailed,
+    AddAdapter,
+    Cancel,
+    Cancelled,
+    Done,
+    Failed,
+    Generate,
+    LoadFailed,
+    Loading,
+    LoadModel,
+    Message,
+    Ping,
+    Pong,
+    PrefetchAdapter,
+    Preview,
+    Progress,
+    Ready,
+    RemoveAdapter,
+    Shutdown,
+    Stats,
+    decode,
+    encode,
+)
+from tests.engine import adapter_files, tiny
+
+DEADLINE_S = 120.0
+M = TypeVar("M", bound=Message)
+
+
+class Process:
+    """One worker, started by fork: what it imports is here already."""
+
+    def __init__(self) -> None:
+        self.pipe, theirs = Pipe()
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=self._run, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.seen: list[Message] = []
+
+    def _run(self, connection: Connection) -> None:
+        self.pipe.close()  # or the child would keep its own pipe open
+        worker.run(connection)
+
+    def send(self, *messages: Message) -> None:
+        for message in messages:
+            self.pipe.send_bytes(encode(message))
+
+    def wait_for(self, kind: type[M], job_id: str | None = None) -> M:
+        """The next message of this kind, of this job if one is named."""
+        deadline = time.monotonic() + DEADLINE_S
+        while self.pipe.poll(max(0.0, deadline - time.monotonic())):
+            message = decode(self.pipe.recv_bytes())
+            self.seen.append(message)
+            if isinstance(message, kind) and job_id in (None, getattr(message, "job_id", None)):
+                return message
+        raise AssertionError(f"no {kind.__name__} came")
+
+    def exit_status(self) -> int | None:
+        self.process.join(DEADLINE_S)
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join(DEADLINE_S)
+        self.pipe.close()
+
+
+def load_model(folder: Path | str, rows: int | None = 2) -> LoadModel:
+    return LoadModel(
+        "tiny", str(folder), dtype="fp32", device="cpu", num_threads=1, rows=rows, performance="reference"
+    )
+
+
+def generate(job_id: str, **fields: object) -> Generate:
+    arguments: dict[str, object] = {"prompt": "a red fox", "num_inference_steps": 3, "seed": 1, **fields}
+    return Generate(job_id, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("flux", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    started = Process()
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def ready(process: Process, folder: Path) -> Process:
+    process.send(load_model(folder))
+    process.wait_for(Ready)
+    process.seen.clear()
+    return process
+
+
+def test_a_model_loads_and_says_what_it_is(process: Process, folder: Path) -> None:
+    process.send(load_model(folder, rows=None))
+    info = process.wait_for(Ready).info
+    assert [message.stage for message in process.seen if isinstance(message, Loading)][-1] == "calibrating"
+    assert (info.pipeline_class, info.model_class) == ("FluxPipeline", "FluxTransformer2DModel")
+    assert (info.dtype, info.device, info.num_threads, info.batching) == ("fp32", "cpu", 1, "exact")
+    assert (info.width, info.height, info.size_multiple) == (32, 32, 8)
+    assert info.mergeable
+    assert info.rows >= 1
+    assert info.calibration[0]["rows"] == 1
+    assert info.step_s > 0
+    process.send(Shutdown())
+    assert process.exit_status() == 0
+
+
+def test_a_request_gives_the_bytes_of_the_library(ready: Process, folder: Path) -> None:
+    ready.send(generate("a", num_previews=1), generate("b", seed=2))
+    payloads = {job_id: ready.wait_for(Done, job_id).payload for job_id in ("a", "b")}
+    assert [
+        message.step for message in ready.seen if isinstance(message, Progress) and message.job_id == "a"
+    ] == [0, 1, 2, 3]
+    assert sum(isinstance(message, Preview) for message in ready.seen) == 1
+
+    engine = Engine.load(folder, dtype="fp32", device="cpu", num_threads=1, rows=2, performance="reference")
+    results = engine.generate(
+        [Request(prompt="a red fox", num_inference_steps=3, seed=seed) for seed in (1, 2)]
+    )
+    engine.close()
+    for payload, result in zip(payloads.values(), results, strict=True):
+        assert result.image is not None
+        assert np.array_equal(np.frombuffer(payload, np.uint8).reshape(32, 32, 3), result.image)
+
+
+def test_a_worker_after_a_crash_gives_the_same_bytes(ready: Process, folder: Path) -> None:
+    ready.send(generate("a"))
+    before = ready.wait_for(Done).payload
+    assert ready.process.pid is not None
+    os.kill(ready.process.pid, signal.SIGKILL)
+    assert ready.exit_status() == -signal.SIGKILL
+
+    again = Process()
+    again.send(load_model(folder), generate("x", seed=9), generate("a"))
+    after = again.wait_for(Done, "a").payload
+    again.kill()
+    assert after == before
+
+
+@pytest.mark.parametrize("source", ["missing-folder/model", ""])
+def test_a_model_that_can_never_load_ends_the_process_for_good(
+    process: Process, tmp_path: Path, source: str
+) -> None:
+    process.send(load_model(tmp_path / source))
+    failed = process.wait_for(LoadFailed)
+    assert failed.permanent
+    assert failed.message
+    assert process.exit_status() == EXIT_PERMANENT
+
+
+def test_a_worker_whose_server_is_gone_exits(ready: Process) -> None:
+    ready.send(generate("a", num_inference_steps=50))
+    ready.wait_for(Progress, "a")
+    ready.pipe.close()
+    assert ready.exit_status() == 0
+
+
+def test_an_idle_worker_whose_server_is_gone_exits(ready: Process) -> None:
+    ready.pipe.close()
+    assert ready.exit_status() == 0
+
+
+def test_cancel_ends_one_job_and_leaves_the_other(ready: Process) -> None:
+    ready.send(generate("long", num_inference_steps=50), generate("other", seed=2))
+    ready.send(Cancel("long"), Cancel("unknown"))
+    ready.wait_for(Cancelled, "long")
+    ready.wait_for(Done, "other")
+    ready.send(Shutdown())
+    assert ready.exit_status() == 0
+    assert not any(isinstance(message, Done) and message.job_id == "long" for message in ready.seen)
+
+
+def test_a_ping_is_answered_between_steps(ready: Process) -> None:
+    ready.send(generate("a", num_inference_steps=50))
+    ready.wait_for(Progress, "a")
+    ready.send(Ping(7))
+    assert ready.wait_for(Pong).number == 7
+    assert not any(isinstance(message, Done) for message in ready.seen)
+
+
+def test_a_bad_request_fails_alone(ready: Process) -> None:
+    ready.send(generate("bad", width=33), generate("good"))
+    failed = ready.wait_for(Failed)
+    assert (failed.job_id, failed.code, failed.param) == ("bad", "out_of_range", "width")
+    ready.wait_for(Done, "good")
+
+
+def test_turning_idle_is_told_with_what_was_done(ready: Process) -> None:
+    ready.send(generate("a"), generate("b", seed=2))
+    stats = ready.wait_for(Stats)
+    while stats.num_jobs:
+        stats = ready.wait_for(Stats)
+    total = [message for message in ready.seen if isinstance(message, Stats)]
+    assert sum(message.rows for message in total) == 6
+    assert sum(message.forwards for message in total) >= 3
+    assert stats.step_s["32x32"] > 0
+
+
+def test_a_request_may_name_an_adapter_right_after_it_was_added(ready: Process, tmp_path: Path) -> None:
+    state = adapter_files.LAYOUTS["flux", "peft"](tiny.build("flux"), 1)
+    path = adapter_files.write(state, tmp_path / "flat.safetensors")
+    ready.send(AddAdapter("flat", str(path)), generate("flat", adapter="flat"), generate("base"))
+    ready.send(PrefetchAdapter("flat"))
+    done: dict[str, bytes] = {}
+    while len(done) < 2:
+        message = ready.wait_for(Done)
+        done[message.job_id] = message.payload
+    added = next(message for message in ready.seen if isinstance(message, AdapterAdded))
+    assert added.route == "flat"
+    assert added.rank > 0
+    assert done["flat"] != done["base"]
+
+    ready.send(RemoveAdapter("flat"), generate("gone", adapter="flat"))
+    assert ready.wait_for(Failed).code == "adapter_not_found"
+
+
+def test_a_broken_adapter_is_refused_and_so_are_its_requests(ready: Process, tmp_path: Path) -> None:
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"not safetensors")
+    ready.send(AddAdapter("broken", str(path)), generate("a", adapter="broken"), generate("b"))
+    assert ready.wait_for(AdapterFailed).route == "broken"
+    assert ready.wait_for(Failed).job_id == "a"
+    ready.wait_for(Done, "b")
+
+
+def test_a_request_that_waits_for_its_adapter_can_be_cancelled(ready: Process, tmp_path: Path) -> None:
+    missing = AddAdapter("slow", str(tmp_path / "missing.safetensors"))
+    ready.send(missing, generate("a", adapter="slow"), Cancel("a"), Ping(1))
+    ready.wait_for(Pong)
+    ready.send(Shutdown())
+    assert ready.exit_status() == 0
+    while ready.pipe.poll():
+        try:
+            ready.seen.append(decode(ready.pipe.recv_bytes()))
+        except EOFError:
+            break
+    ends = [message for message in ready.seen if isinstance(message, (Cancelled, Failed, Done))]
+    assert [message.job_id for message in ends] == ["a"]
+    assert not isinstance(ends[0], Done)
+
+
+def test_a_reader_that_sleeps_never_holds_up_the_sender() -> None:
+    ours, theirs = Pipe()
+    outbox = Outbox(theirs)
+    picture = bytes(200_000)  # more than a pipe holds
+    outbox.send(Done("first", 1, 1, 0.0, picture))
+    for step in range(20 * MAX_BACKLOG):
+        outbox.send(Progress("a", step, 50))
+    outbox.send(Done("last", 1, 1, 0.0, picture))
+    received: list[Message] = []
+    while not received or getattr(received[-1], "job_id", "") != "last":
+        assert ours.poll(DEADLINE_S)
+        received.append(decode(ours.recv_bytes()))
+    outbox.close()
+    assert isinstance(received[0], Done)
+    assert len(received) <= MAX_BACKLOG + 2
