@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.engine.batching import Call, Rule
-from mezzotint.engine.calibration import Measurement, choose_rows, find_rows, measure, rows_are_independent
+from mezzotint.engine.calibration import Measurement, choose_rows, exact_row_counts, find_rows, measure
 
 RULE = Rule({"x": "row", "t": "scalar", "words": "list", "mask": "row"})
 
@@ -61,13 +61,20 @@ def by_position(x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor]:
 
 
 def test_rows_that_mind_their_own_business_pass_the_check() -> None:
-    assert rows_are_independent(call(clean), 4)
-    assert rows_are_independent(call(clean, rows=2), 3)
+    assert exact_row_counts(call(clean), 4) == (1, 2, 4)
+    assert exact_row_counts(call(clean, rows=2), 3) == (1, 2, 3)
+
+
+def test_a_smaller_forward_that_gives_other_bytes_is_not_used() -> None:
+    def by_size(x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return (x + (1e-6 if len(x) == 2 else 0.0),)
+
+    assert exact_row_counts(call(by_size), 8) == (1, 4, 8)
 
 
 @pytest.mark.parametrize("run", [by_neighbours, by_position])
 def test_rows_that_depend_on_others_or_on_their_place_are_found_out(run: Any) -> None:
-    assert not rows_are_independent(call(run), 4)
+    assert exact_row_counts(call(run), 4) == ()
     assert find_rows(call(run), measured((1, 1.0), (4, 1.0)), 1.4, 2.5) == 1
     assert find_rows(call(clean), measured((1, 1.0), (4, 1.0)), 1.4, 2.5) == 4
 
@@ -80,8 +87,8 @@ def test_lists_of_rows_take_part_in_the_check() -> None:
         return ([word * 2 for word in words],)
 
     words = {"words": [torch.ones(3)]}
-    assert not rows_are_independent(Call("transformer", mixing, (), words, RULE), 2)
-    assert rows_are_independent(Call("transformer", own, (), words, RULE), 2)
+    assert exact_row_counts(Call("transformer", mixing, (), words, RULE), 2) == ()
+    assert exact_row_counts(Call("transformer", own, (), words, RULE), 2) == (1, 2)
 
 
 def test_measuring_stops_where_a_forward_is_stretched_too_far() -> None:

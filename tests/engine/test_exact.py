@@ -244,7 +244,7 @@ def test_a_request_has_the_same_bytes_as_alone(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forwards_really_are_shared_and_padded(dtype: torch.dtype) -> None:
+def test_forwards_really_are_shared(dtype: torch.dtype) -> None:
     engine = Engine(pipeline("flux", dtype), rows=ROWS)
     run = Run(engine)
     run.submit(*range(16))
@@ -253,7 +253,6 @@ def test_forwards_really_are_shared_and_padded(dtype: torch.dtype) -> None:
     steps = sum(request.num_inference_steps for request in REQUESTS)
     assert engine.runner.num_real_rows == steps
     assert engine.runner.num_forwards < steps / 2
-    assert engine.runner.num_real_rows + engine.runner.num_padded_rows == ROWS * engine.runner.num_forwards
 
 
 @pytest.mark.parametrize(

@@ -191,13 +191,11 @@ def test_a_seed_gives_the_same_bytes_whoever_else_runs(name: str, dtype: torch.d
     engine = engine_for(case, dtype, batching="exact", rows=4)
     try:
         alone = [pictures(engine, [request])[0] for request in wanted]
-        padded = engine.runner.num_padded_rows
         backwards = pictures(engine, wanted[::-1])[::-1]
         among_others = pictures(engine, [*others[:2], wanted[0], others[2], *wanted[1:], others[3]])
     finally:
         engine.close()
 
-    assert padded > 0
     assert engine.runner.num_forwards < engine.runner.num_real_rows
     kept = [among_others[index] for index in (2, 4, 5, 6)]
     for index in range(len(wanted)):

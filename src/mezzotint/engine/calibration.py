@@ -1,7 +1,7 @@
 """How many rows a merged forward should have, measured with the arguments of a real job.
 
-Also the check behind the promise of `exact`: that in a forward of R rows a row's result depends on that row
-alone.
+Also the checks behind the promise of `exact`: that in a forward of R rows a row's result depends on that row
+alone, and which smaller forwards give a row the very same bytes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def choose_rows(measured: Sequence[Measurement], *, min_gain: float, max_stretch
 def find_rows(call: Call, measured: Sequence[Measurement], min_gain: float, max_stretch: float) -> int:
     """R for `exact` mode: what the measurements show, if the promise can be kept with it."""
     rows = choose_rows(measured, min_gain=min_gain, max_stretch=max_stretch)
-    return rows if rows == 1 or rows_are_independent(call, rows) else 1
+    return rows if rows == 1 or exact_row_counts(call, rows) else 1
 
 
 def first_call(pipe: Any, facts: PipelineFacts, request: Request) -> Call | None:
@@ -108,26 +108,35 @@ def _seconds(forward: Callable[[], Any], synchronize: Callable[[], None]) -> flo
     return min(times)
 
 
-def rows_are_independent(call: Call, num_rows: int) -> bool:
-    """Whether in forwards of `num_rows` rows, in the shapes of `call`, bytes depend on their own row alone.
+def exact_row_counts(call: Call, num_rows: int) -> tuple[int, ...]:
+    """Ascending row counts, `num_rows` the last, whose forwards give a row the same bytes; () if none do.
 
-    Runs three forwards on rows of noise: in some order, turned by one place, and the first row with copies
-    of itself. The noise is always the same, so the answer depends on the model and the shapes and not on
-    who asked first.
+    In forwards of `num_rows` rows, in the shapes of `call`, bytes must depend on their own row alone: three
+    forwards run on rows of noise: in some order, turned by one place, the first row with copies of itself.
+    A smaller count qualifies if its forwards give the first and the last rows the bytes they had in those.
+    Kernels are chosen by shape and never by values, so what is equal for noise is equal for every request.
+    The noise is always the same: the answer depends on model, machine and shapes, not on who asked first.
     """
     assert call.rule is not None, "only calls with a Rule merge"
-    part = Part(call, 0, min(call.rows, num_rows))
+    rule = call.rule
     noise = torch.Generator("cpu").manual_seed(0)
-    arguments = _map_rows(merge([part], num_rows), call.rule, lambda rows: _like_noise(rows, noise))
-    turned = _map_rows(arguments, call.rule, lambda rows: rows[1:] + rows[:1])
-    alone = _map_rows(arguments, call.rule, lambda rows: rows[:1] * num_rows)
-    ones = [1] * num_rows
-    first = split(call.run(**arguments), ones)
-    second = split(call.run(**turned), ones)
-    third = split(call.run(**alone), ones)
-    return all(_same(first[(index + 1) % num_rows], second[index]) for index in range(num_rows)) and all(
-        _same(first[0], row) for row in third
-    )
+    padded = merge([Part(call, 0, min(call.rows, num_rows))], num_rows)
+    arguments = _map_rows(padded, rule, lambda rows: _like_noise(rows, noise))
+
+    def rows_of(order: Sequence[int]) -> list[Any]:
+        chosen = _map_rows(arguments, rule, lambda rows: [rows[index] for index in order])
+        return split(call.run(**chosen), [1] * len(order))
+
+    everyone = list(range(num_rows))
+    wanted = rows_of(everyone)
+
+    def agrees(order: Sequence[int]) -> bool:
+        return all(_same(wanted[index], row) for index, row in zip(order, rows_of(order), strict=True))
+
+    if not (agrees(everyone[1:] + everyone[:1]) and agrees([0] * num_rows)):
+        return ()
+    smaller = [count for count in ROW_COUNTS if count < num_rows]
+    return (*(each for each in smaller if agrees(everyone[:each]) and agrees(everyone[-each:])), num_rows)
 
 
 def _map_rows(

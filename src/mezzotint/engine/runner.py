@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from mezzotint.engine.batching import Call, Part, join, merge, plan, split
-from mezzotint.engine.calibration import rows_are_independent
+from mezzotint.engine.calibration import exact_row_counts
 from mezzotint.engine.lora import AdapterBank, Lease
 
 Mode = Literal["exact", "fast", "off"]
@@ -21,10 +21,10 @@ _log = logging.getLogger(__name__)
 class Runner:
     """Runs calls in one batching mode.
 
-    `exact`: every merged forward has exactly `num_rows` rows, padded with copies; a call of more rows goes
-    through in chunks; with `num_rows` 1 every call runs as the pipeline asked for it. A shape whose rows
-    are found to depend on their neighbours on this machine is not merged. `fast`: what is there, up to
-    `num_rows`. `off`: never merged.
+    `exact`: every merged forward has `num_rows` rows, or fewer where this machine was seen to give a row the
+    same bytes in a forward of that many, padded with copies; a call of more rows goes through in chunks;
+    with `num_rows` 1 every call runs as the pipeline asked for it. A shape whose rows are found to depend on
+    their neighbours is not merged. `fast`: what is there, up to `num_rows`. `off`: never merged.
     """
 
     def __init__(self, mode: Mode, num_rows: int, counted: str = "") -> None:
@@ -36,7 +36,7 @@ class Runner:
         self.num_forwards = 0
         self.num_real_rows = 0
         self.num_padded_rows = 0
-        self._independent: dict[int, bool] = {}
+        self._row_counts: dict[int, tuple[int, ...]] = {}
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """For each call its result, or the exception that it alone caused. Several calls share one key."""
@@ -50,29 +50,29 @@ class Runner:
         return [self.run([call])[0] for call in calls]
 
     def _run(self, calls: Sequence[Call]) -> list[Any]:
-        if self.mode == "exact" and not self._merges(calls[0]):
+        exact = self.mode == "exact"
+        allowed = self._exact_row_counts(calls[0]) if exact else ()
+        if (exact and not allowed) or (not exact and len(calls) == 1):
             return [self._alone(call) for call in calls]
-        if self.mode != "exact" and len(calls) == 1:
-            return [self._alone(calls[0])]
         pieces: dict[int, list[Any]] = {id(call): [] for call in calls}
         for parts in plan(calls, self.num_rows):
             sizes = [part.stop - part.start for part in parts]
-            rows = self.num_rows if self.mode == "exact" else sum(sizes)
+            rows = next(count for count in allowed if count >= sum(sizes)) if exact else sum(sizes)
             result = self._merged(parts, sizes, rows)
             for part, piece in zip(parts, split(result, sizes), strict=True):
                 pieces[id(part.call)].append(piece)
         return [join(pieces[id(call)]) for call in calls]
 
-    def _merges(self, call: Call) -> bool:
-        """Whether `exact` mode may merge calls like this one; settled once for each shape."""
+    def _exact_row_counts(self, call: Call) -> tuple[int, ...]:
+        """Row counts that forwards of such calls may have, settled once for each shape; () for unmerged."""
         if self.num_rows == 1 or call.key is None:
-            return False
+            return ()
         shape = hash((call.key, self.num_rows))
-        known = self._independent.get(shape)
+        known = self._row_counts.get(shape)
         if known is None:
-            if len(self._independent) >= _MAX_SHAPES:
-                self._independent.clear()
-            known = self._independent[shape] = rows_are_independent(call, self.num_rows)
+            if len(self._row_counts) >= _MAX_SHAPES:
+                self._row_counts.clear()
+            known = self._row_counts[shape] = exact_row_counts(call, self.num_rows)
             if not known:
                 _log.warning("rows of %s depend on their neighbours in this shape: not merged", call.name)
         return known
