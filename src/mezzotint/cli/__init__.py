@@ -13,10 +13,13 @@ from typing import NoReturn
 
 import typer
 
+from mezzotint.cli.adapters import adapters
+from mezzotint.cli.endpoints import endpoints
 from mezzotint.cli.generate import generate
 from mezzotint.cli.keys import keys
 from mezzotint.cli.models import doctor, pull
 from mezzotint.cli.serve import serve
+from mezzotint.cli.top import top
 from mezzotint.errors import (
     ConfigError,
     ConnectionFailedError,
@@ -46,7 +49,10 @@ app.command()(serve)
 app.command()(generate)
 app.command()(pull)
 app.command()(doctor)
+app.add_typer(endpoints, name="endpoints")
+app.add_typer(adapters, name="adapters")
 app.add_typer(keys, name="keys")
+app.command()(top)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +15,11 @@ from mezzotint.cli.options import (
     ConfigFlag,
     DataDirFlag,
     JsonFlag,
+    ServerFlag,
     read_settings,
     require_engine,
-    running_server,
 )
+from mezzotint.cli.reach import passing_key, running_server
 from mezzotint.errors import InternalError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mezzotint.config import Settings
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "raw": ".rgb"}
+MAX_RETRIES = 2
+"""Fewer than a program would make: somebody is waiting at the terminal."""
 SLUG_LENGTH = 40
 """Most characters of a prompt in a file's name."""
 
@@ -51,10 +53,7 @@ def generate(
     number: Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures, 1 to 8.")] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels. [the endpoint's]")] = None,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to show.")] = None,
-    server: Annotated[
-        str | None,
-        typer.Option(envvar="MEZZOTINT_BASE_URL", metavar="URL", help="A server to ask. [this folder's]"),
-    ] = None,
+    server: ServerFlag = None,
     show: Annotated[bool, typer.Option(help="Draw the picture if stderr is a terminal.")] = True,
     config: ConfigFlag = None,
     data_dir: DataDirFlag = None,
@@ -164,7 +163,7 @@ def client_for(settings: Settings, model: str, server: str | None) -> Iterator[C
     from mezzotint.client import Client
 
     if server is not None:
-        with Client(base_url=server) as client:
+        with Client(base_url=server, max_retries=MAX_RETRIES) as client:
             yield client
         return
     with contextlib.ExitStack() as stack:
@@ -185,17 +184,3 @@ def server_for_one_job(settings: Settings, model: str) -> Iterator[str]:
     own = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "public_url": None, "auth": True})
     with hosted(own, model.partition(":")[0]) as url:
         yield url
-
-
-@contextlib.contextmanager
-def passing_key(settings: Settings) -> Iterator[str]:
-    """A key for this one command: whoever may write the data folder may make keys."""
-    from mezzotint.cli.keys import key_database
-    from mezzotint.server.keys import create_key, delete_key
-
-    with key_database(settings) as database:
-        key, secret = create_key(database, f"generate-{secrets.token_hex(4)}")
-        try:
-            yield secret
-        finally:
-            delete_key(database, key.id)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import typer
 
-from mezzotint.cli.options import SERVER_FILE
+from mezzotint.cli.reach import SERVER_FILE
 from mezzotint.config import Settings
 from mezzotint.errors import InternalError, MezzotintError
 from mezzotint.server import app as server
@@ -45,10 +45,10 @@ def serve(settings: Settings, *, worker: str = ENGINE_WORKER) -> None:
 
 
 @contextlib.contextmanager
-def hosted(settings: Settings, endpoint_id: str, *, worker: str = ENGINE_WORKER) -> Iterator[str]:
-    """A server of this one endpoint, in a thread for as long as the block runs; yields its URL."""
+def hosted(settings: Settings, only: str | None = None, *, worker: str = ENGINE_WORKER) -> Iterator[str]:
+    """A server, of one endpoint if it is named, in a thread for as long as the block runs; yields its URL."""
     logs.configure("error", "console")
-    app = server.create_app(settings, worker=worker, only=endpoint_id)
+    app = server.create_app(settings, worker=worker, only=only)
     started: Future[str] = Future()
 
     def run() -> None:

@@ -34,6 +34,15 @@ def create(
         list[str] | None,
         typer.Option(metavar="ID", help="May use this endpoint only; repeat for more. [every endpoint]"),
     ] = None,
+    requests_per_minute: Annotated[
+        float | None, typer.Option(metavar="N", min=0, help="Most requests a minute. [no limit]")
+    ] = None,
+    step_seconds_per_day: Annotated[
+        float | None, typer.Option(metavar="S", min=0, help="Most seconds of denoising a day. [no limit]")
+    ] = None,
+    weight: Annotated[
+        float, typer.Option(metavar="W", min=0.01, help="Share of a busy endpoint beside other keys.")
+    ] = 1.0,
     config: ConfigFlag = None,
     data_dir: DataDirFlag = None,
     as_json: JsonFlag = False,
@@ -42,10 +51,11 @@ def create(
 
     Example: `export MEZZOTINT_API_KEY=$(mezzotint keys create laptop)`
     """
-    from mezzotint.server.keys import create_key
+    from mezzotint.server.keys import Limits, create_key
 
+    limits = Limits(requests_per_minute, step_seconds_per_day, weight)
     with key_database(read_settings(config, data_dir=data_dir)) as database:
-        key, secret = create_key(database, name, admin=admin, endpoints=endpoint or ())
+        key, secret = create_key(database, name, admin=admin, endpoints=endpoint or (), limits=limits)
     typer.echo(json.dumps({**_facts(key), "key": secret}) if as_json else secret)
 
 

@@ -1,9 +1,8 @@
-"""What several commands share: their common flags, the settings those stand for, and where a server runs."""
+"""What several commands share: their common flags and the settings those stand for."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +25,10 @@ DataDirFlag = Annotated[
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
-SERVER_FILE = "server.json"
-"""In the data folder while a server runs on it: {"url", "pid"}."""
+ServerFlag = Annotated[
+    str | None,
+    typer.Option(envvar="MEZZOTINT_BASE_URL", metavar="URL", help="A server to ask. [this data folder's]"),
+]
 
 
 def read_settings(config: Path | None, **flags: Any) -> Settings:
@@ -41,15 +42,3 @@ def require_engine() -> None:
     """ModuleNotFoundError on a bare install; looks for torch without importing it."""
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
-
-
-def running_server(settings: Settings) -> str | None:
-    """The URL of the server that runs on this data folder; None when there is none."""
-    import httpx2
-
-    try:
-        url = json.loads((settings.data_dir / SERVER_FILE).read_text())["url"]
-        httpx2.get(f"{url}/healthz", timeout=5.0)
-    except (OSError, ValueError, KeyError, httpx2.HTTPError):
-        return None
-    return str(url)

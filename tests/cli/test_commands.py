@@ -5,49 +5,18 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from mezzotint.cli import main, picture
+from mezzotint.cli import picture
 from mezzotint.cli.generate import default_path, parse_size
 from mezzotint.cli.serve import endpoint_flags
 from mezzotint.errors import ConfigError, InvalidRequestError
+from tests.cli.conftest import Ended, Run
 
 BLOCKED = ("torch", "diffusers", "transformers", "fastapi", "starlette", "uvicorn", "sqlalchemy", "structlog")
-
-
-@pytest.fixture(autouse=True)
-def _empty_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("MEZZOTINT_")]:
-        monkeypatch.delenv(name)
-
-
-@dataclass(frozen=True)
-class Ended:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `mezzotint ARGUMENTS` in this process."""
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["mezzotint", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return Ended(int(ended.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 def run_python(*arguments: str) -> Ended:
@@ -137,7 +106,7 @@ def test_a_taken_port_is_a_sentence(run: Run) -> None:
         port = str(taken.getsockname()[1])
         done = run("serve", "--port", port, "--data-dir", "data")
     assert done.returncode == 2
-    assert f"127.0.0.1 port {port}" in done.stderr
+    assert f"127.0.0.1:{port}" in done.stderr
     assert "--port" in done.stderr
     assert "Traceback" not in done.stderr
 

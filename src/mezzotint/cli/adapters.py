@@ -1,0 +1,133 @@
+"""`mezzotint adapters`: the LoRA adapters of a running server; no restart, no request disturbed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, ServerFlag
+from mezzotint.cli.reach import ENDPOINTS, managed
+from mezzotint.cli.tables import print_facts, print_table
+from mezzotint.errors import InvalidRequestError, NotFoundError
+
+adapters = typer.Typer(help="Manage the adapters of a running server's endpoints.", no_args_is_help=True)
+
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The endpoint.")]
+NameArgument = Annotated[str, typer.Argument(metavar="ID:ROUTE", help="Endpoint and route.")]
+
+
+@adapters.command()
+def add(
+    name: NameArgument,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A safetensors file, a folder, or `owner/name[:file][@revision]`."
+        ),
+    ],
+    scale: Annotated[float, typer.Option(metavar="S", help="Strength; 1 is as trained.")] = 1.0,
+    replace: Annotated[bool, typer.Option("--replace", help="Take the place of a route there is.")] = False,
+    server: ServerFlag = None,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Adds an adapter; requests reach it at once as `ID:ROUTE`.
+
+    Example: `mezzotint adapters add emoji:ink loras/ink.safetensors --scale 0.8`
+    """
+    id, route = split_name(name)
+    if server is None and Path(source).exists():
+        source = str(Path(source).resolve())  # the server runs in another folder
+    body = {"route": route, "source": source, "scale": scale, "replace": replace}
+    with managed(server, config, data_dir) as running:
+        _print(running.ask("POST", f"{ENDPOINTS}/{id}/adapters", body), as_json)
+
+
+@adapters.command("list")
+def list_(
+    id: IdArgument,
+    server: ServerFlag = None,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Lists an endpoint's adapters.
+
+    Example: `mezzotint adapters list emoji`
+    """
+    with managed(server, config, data_dir) as running:
+        found = running.ask("GET", f"{ENDPOINTS}/{id}/adapters")["data"]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows = [
+        (
+            one["name"],
+            one["state"],
+            str(one["rank"] or ""),
+            f"{one['file_bytes'] / 1e6:.1f} MB",
+            one["source"],
+        )
+        for one in found
+    ]
+    print_table(("name", "state", "rank", "file", "source"), rows)
+
+
+@adapters.command()
+def show(
+    name: NameArgument,
+    server: ServerFlag = None,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Shows one adapter: source, scale, checksum, family, rank, modules, size.
+
+    Example: `mezzotint adapters show emoji:flat`
+    """
+    id, route = split_name(name)
+    with managed(server, config, data_dir) as running:
+        found = running.ask("GET", f"{ENDPOINTS}/{id}/adapters")["data"]
+    one = next((one for one in found if one["route"] == route), None)
+    if one is None:
+        routes = ", ".join(one["route"] for one in found) or "none"
+        raise NotFoundError(
+            f"endpoint {id} has no adapter {route}; it has {routes}", code="adapter_not_found"
+        )
+    if as_json:
+        typer.echo(json.dumps(one))
+    else:
+        print_facts(one)
+
+
+@adapters.command()
+def remove(
+    name: NameArgument,
+    server: ServerFlag = None,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Removes an adapter; requests that already use it finish.
+
+    Example: `mezzotint adapters remove emoji:ink`
+    """
+    id, route = split_name(name)
+    with managed(server, config, data_dir) as running:
+        _print(running.ask("DELETE", f"{ENDPOINTS}/{id}/adapters/{route}"), as_json)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Endpoint and route of `ID:ROUTE`; InvalidRequestError for anything else."""
+    id, _, route = name.partition(":")
+    if not id or not route or ":" in route or "/" in name:
+        raise InvalidRequestError(f"an adapter is named ID:ROUTE, like emoji:flat (got {name})", param="name")
+    return id, route
+
+
+def _print(adapter: dict[str, Any], as_json: bool) -> None:
+    typer.echo(json.dumps(adapter) if as_json else f"{adapter['name']} {adapter['state']}")

@@ -1,0 +1,189 @@
+"""`mezzotint endpoints`: the life cycle of a running server's endpoints."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from typing import Annotated, Any
+
+import typer
+
+from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, ServerFlag
+from mezzotint.cli.reach import ENDPOINTS, managed
+from mezzotint.cli.tables import print_facts, print_table
+from mezzotint.errors import InvalidRequestError
+
+endpoints = typer.Typer(help="Manage a running server's endpoints.", no_args_is_help=True)
+
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The endpoint.")]
+SetFlag = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A setting of `[[endpoints]]`; repeat for more."),
+]
+CommentFlag = Annotated[str, typer.Option(metavar="TEXT", help="Stands in the endpoint's history.")]
+
+
+@endpoints.command("list")
+def list_(
+    server: ServerFlag = None,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Lists the endpoints and how they are.
+
+    Example: `mezzotint endpoints list`
+    """
+    with managed(server, config, data_dir) as running:
+        found = running.ask("GET", ENDPOINTS)["data"]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows = [(id, status["status"], status["message"] or "") for id, status in found.items()]
+    print_table(("id", "status", "message"), rows)
+
+
+@endpoints.command()
+def show(
+    id: IdArgument,
+    server: ServerFlag = None,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Shows one endpoint: state, model, queue, workers, settings, and its adapters as `ID:ROUTE`.
+
+    Example: `mezzotint endpoints show emoji`
+    """
+    with managed(server, config, data_dir) as running:
+        spec = running.ask("GET", f"{ENDPOINTS}/{id}")["mezzotint"]
+    if as_json:
+        typer.echo(json.dumps(spec))
+        return
+    replicas = {replica.pop("name"): replica for replica in spec.pop("replicas")}
+    info = spec.pop("info") or {}
+    calibration = {
+        f"{int(row['rows'])} rows": f"{row['rows_per_s']:.1f} rows/s" for row in info.pop("calibration", [])
+    }
+    adapters = [f"{id}:{route}" for route in spec.pop("adapters")]
+    shown = {
+        "state": spec.pop("state"),
+        "adapters": adapters,
+        "queue": spec.pop("queue"),
+        "workers": replicas,
+    }
+    settings = {name: value for name, value in spec.pop("settings").items() if name != "adapters"}
+    print_facts({**shown, "model": info, "calibration": calibration, **spec, "settings": settings})
+
+
+@endpoints.command()
+def create(
+    id: IdArgument,
+    model: Annotated[str, typer.Option(metavar="SOURCE", help="`emoji`, folder, repository or file.")],
+    settings: SetFlag = None,
+    comment: CommentFlag = "",
+    server: ServerFlag = None,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Makes an endpoint on the running server and starts it; it is there after a restart too.
+
+    Example: `mezzotint endpoints create flux --model black-forest-labs/FLUX.1-schnell --set device=cuda:1`
+    """
+    body = {
+        "name": id,
+        "settings": {**parse_settings(settings), "model": model},
+        "initialVersionComment": comment,
+    }
+    with managed(server, config, data_dir) as running:
+        _print_status(running.ask("POST", ENDPOINTS, body), as_json)
+
+
+@endpoints.command()
+def update(
+    id: IdArgument,
+    settings: SetFlag = None,
+    comment: CommentFlag = "",
+    server: ServerFlag = None,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Changes an endpoint: new workers start beside the old ones, and no request fails.
+
+    Example: `mezzotint endpoints update emoji --set replicas=2 --set max_queue_s=60`
+    """
+    body = {"settings": parse_settings(settings), "newVersionComment": comment}
+    with managed(server, config, data_dir) as running:
+        running.ask("PUT", f"{ENDPOINTS}/{id}", body)
+        _print_status(running.ask("GET", f"{ENDPOINTS}/{id}/status"), as_json)
+
+
+@endpoints.command()
+def history(
+    id: IdArgument,
+    server: ServerFlag = None,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Lists the versions of an endpoint, the newest first.
+
+    Example: `mezzotint endpoints history emoji`
+    """
+    with managed(server, config, data_dir) as running:
+        found = running.ask("GET", f"{ENDPOINTS}/{id}/version")["data"]
+    if as_json:
+        typer.echo(json.dumps({number: spec["mezzotint"] for number, spec in found.items()}))
+        return
+    rows = [(number, spec["creatorId"], spec["mezzotint"]["comment"]) for number, spec in found.items()]
+    print_table(("version", "by", "comment"), rows)
+
+
+def _action(name: str, help: str) -> None:
+    """Adds a command that asks for one change of state."""
+    method, path = ("DELETE", "") if name == "delete" else ("PUT", f"/{name}")
+
+    def act(
+        id: IdArgument,
+        server: ServerFlag = None,
+        config: ConfigFlag = None,
+        data_dir: DataDirFlag = None,
+        as_json: JsonFlag = False,
+    ) -> None:
+        with managed(server, config, data_dir) as running:
+            _print_status(running.ask(method, f"{ENDPOINTS}/{id}{path}"), as_json)
+
+    endpoints.command(name, help=f"{help}\n\nExample: `mezzotint endpoints {name} emoji`")(act)
+
+
+for _name, _help in {
+    "sleep": "Lets running requests finish and gives the memory back; the next request wakes it.",
+    "wake": "Starts the workers of a sleeping endpoint.",
+    "restart": "Starts new workers; also the way out of FAILED and TERMINATED.",
+    "terminate": "Takes no new request, gives running ones the server's drain_s, then ends the workers.",
+    "delete": "Ends an endpoint's requests and workers and forgets it.",
+}.items():
+    _action(_name, _help)
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """`name=value` as in the configuration file; what is no TOML value is text."""
+    values: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, found, text = pair.partition("=")
+        if not found or not name:
+            raise InvalidRequestError(f"--set takes NAME=VALUE (got {pair})", param="set")
+        try:
+            values[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[name] = text
+    return values
+
+
+def _print_status(status: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(status))
+    else:
+        typer.echo(f"{status['id']} {status['status']}")
