@@ -1,4 +1,4 @@
-"""The pages are true: code runs, examples parse, every module and dependency is named, links lead somewhere."""
+"""The pages are true: code runs, examples parse, modules and dependencies are named, links lead somewhere."""
 
 from __future__ import annotations
 
