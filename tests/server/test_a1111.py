@@ -141,6 +141,9 @@ def test_models_samplers_and_loras_are_listed(http: httpx2.Client) -> None:
     assert [model["title"] for model in http.get("/sd-models").json()] == ["one", "two"]
     assert [sampler["name"] for sampler in http.get("/samplers").json()] == ["Automatic"]
     assert [lora["name"] for lora in http.get("/loras").json()] == ["glow"]
+    assert [scheduler["name"] for scheduler in http.get("/schedulers").json()] == ["automatic"]
+    for name in ("upscalers", "latent-upscale-modes", "sd-vae"):
+        assert http.get(f"/{name}").json() == []
 
 
 def test_progress_is_seen_and_an_interrupt_cancels(tmp_path: Path) -> None:

@@ -252,6 +252,19 @@ async def samplers(key: TheKey) -> list[dict[str, Any]]:
     return [{"name": SAMPLER, "aliases": [], "options": {}}]
 
 
+@router.get("/schedulers", summary="Schedulers: the model's own", responses=_ANSWERS)
+async def schedulers(key: TheKey) -> list[dict[str, Any]]:
+    return [{"name": SAMPLER.lower(), "label": SAMPLER}]
+
+
+@router.get("/upscalers", summary="None", responses=_ANSWERS)
+@router.get("/latent-upscale-modes", summary="None", responses=_ANSWERS)
+@router.get("/sd-vae", summary="None", responses=_ANSWERS)
+async def nothing(key: TheKey) -> list[dict[str, Any]]:
+    """Clients ask for these lists at their start; there is nothing to choose."""
+    return []
+
+
 @router.get("/loras", summary="The adapters of the endpoint in use", responses=_ANSWERS)
 async def loras(request: Request, service: TheService, key: TheKey) -> list[dict[str, Any]]:
     chosen = _chosen(request, service, key)

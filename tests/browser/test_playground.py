@@ -1,0 +1,380 @@
+"""The playground from a visitor's side, in a real browser against a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Error, Request
+
+from mezzotint import images
+from mezzotint.images import read_parameters
+from tests.browser.conftest import Visit, new_key, open_page
+from tests.server.hosting import Host, endpoint, hosting, settings_for
+
+MAX_PAGE_BYTES = 150_000
+SERIOUS = ("serious", "critical")
+
+
+# ---------------------------------------------------------------- coming in
+
+
+def test_the_first_picture_is_two_clicks_away(browser: Browser, host: Host) -> None:
+    visit = open_page(browser, host)
+    visit.see("#key-dialog")
+    visit.page.fill("#key", new_key(host))
+    visit.page.click("#key-form button")
+    assert visit.page.locator("#examples button").count() == 3
+    visit.page.click("#examples button >> nth=0")
+    visit.see("#actions")
+    assert visit.text("#caption") == visit.page.locator("#prompt").input_value()
+    assert read_parameters(visit.shown_bytes()) is not None
+    visit.page.context.close()
+
+
+def test_a_wrong_key_is_told_in_the_servers_words_and_asked_again(browser: Browser, host: Host) -> None:
+    visit = open_page(browser, host)
+    visit.page.fill("#key", "mz_wrong")
+    visit.page.click("#key-form button")
+    visit.see("#key-error")
+    assert "unknown or has been revoked" in visit.text("#key-error")
+    visit.page.fill("#key", new_key(host))
+    visit.page.click("#key-form button")
+    visit.gone("#key-dialog")
+    visit.page.context.close()
+
+
+def test_the_key_lasts_for_the_session_and_can_be_forgotten(visit: Visit) -> None:
+    visit.page.reload()
+    visit.see("#forget-key")
+    assert not visit.page.locator("#key-dialog").is_visible()
+    assert visit.page.evaluate("localStorage.length") == 0
+    visit.page.click("#forget-key")
+    visit.see("#key-dialog")
+
+
+def test_a_server_without_keys_asks_for_none(browser: Browser, tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, auth=False)) as open_host:
+        visit = open_page(browser, open_host)
+        visit.make("a cat")
+        assert not visit.page.locator("#forget-key").is_visible()
+        visit.page.context.close()
+
+
+# ---------------------------------------------------------------- making pictures
+
+
+def test_progress_and_previews_are_seen_before_the_picture(visit: Visit) -> None:
+    visit.page.evaluate(
+        """() => {
+            window.seen = { texts: new Set(), previews: 0 };
+            const note = () => seen.texts.add(document.getElementById("progress-text").textContent);
+            new MutationObserver(note).observe(document.getElementById("progress-text"), { childList: true });
+            const picture = document.getElementById("picture");
+            const count = () => (seen.previews += picture.src.startsWith("data:"));
+            new MutationObserver(count).observe(picture, { attributeFilter: ["src"] });
+        }"""
+    )
+    visit.make("an owl", endpoint="slow", steps=20)
+    texts = visit.page.evaluate("[...seen.texts]")
+    assert any(text.startswith("step ") and "of 20" in text and "left" in text for text in texts)
+    assert visit.page.evaluate("seen.previews") == 4
+    assert visit.page.title() == "Mezzotint"
+
+
+def test_a_place_in_the_queue_is_seen(visit: Visit, host: Host) -> None:
+    first = host.submit(model="slow", num_inference_steps=50)
+    host.wait_until(first, "running")
+    second = host.submit(model="slow", num_inference_steps=50)
+    visit.ask("an owl", endpoint="slow", steps=50)
+    visit.hear("queued, 1 goes first")
+    for request_id in (first, second):
+        host.client.delete(f"/dedicated/v1/requests/{request_id}")
+    visit.page.click("#cancel")
+    visit.gone("#running")
+
+
+def test_cancel_ends_the_request_on_the_server(visit: Visit, host: Host) -> None:
+    visit.ask("an owl", endpoint="slow", steps=50)
+    visit.hear("step")
+    request_id = visit.page.evaluate("JSON.parse(sessionStorage.getItem('mezzotint-run')).id")
+    visit.page.click("#cancel")
+    visit.gone("#running")
+    assert host.service.admission._tickets[request_id].status == "cancelled"
+    assert visit.text("#status") == "Cancelled"
+    assert visit.page.locator("#welcome").is_visible()
+    assert not visit.page.locator("#error").is_visible()
+
+
+def test_several_pictures_come_as_a_strip(visit: Visit) -> None:
+    visit.make("an owl", count=3, seed=10)
+    assert visit.page.locator("#strip button").count() == 3
+    visit.page.click("#strip button >> nth=2")
+    assert (visit.text("#edition"), visit.text("#signature")) == ("3/3", "seed 12")
+    made = read_parameters(visit.shown_bytes())
+    assert made is not None
+    assert made.seed == 12
+
+
+def test_the_largest_seed_stays_exact(visit: Visit, host: Host) -> None:
+    seed = 2**63 - 1
+    visit.make("an owl", seed=seed)
+    made = read_parameters(visit.shown_bytes())
+    assert made is not None
+    assert made.seed == seed
+    assert visit.text("#signature") == f"seed {seed}"
+    visit.page.reload()
+    visit.see("#prints .show")
+    assert f"seed {seed}" in visit.text("#prints small")
+
+
+def test_a_failure_is_shown_in_the_contracts_words(visit: Visit) -> None:
+    visit.ask("an owl !fail@2")
+    visit.see("#error")
+    assert "the fake job failed at step 2, as its prompt asked" in visit.text("#error")
+    assert "generation_failed" in visit.text("#error small")
+    visit.make("an owl")
+    assert not visit.page.locator("#error").is_visible()
+
+
+def test_a_refusal_is_shown_in_the_contracts_words(visit: Visit) -> None:
+    visit.page.evaluate("document.getElementById('form').noValidate = true")
+    visit.ask("an owl", width=33)
+    visit.see("#error")
+    assert "width must be a multiple of 8 for endpoint one (got 33)" in visit.text("#error")
+
+
+def test_a_picture_can_be_made_by_keyboard_alone(visit: Visit) -> None:
+    for _ in range(4):
+        visit.page.keyboard.press("Tab")
+        if visit.page.evaluate("document.activeElement.id") == "prompt":
+            break
+    visit.page.keyboard.type("an owl")
+    visit.page.keyboard.press("Control+Enter")
+    visit.see("#actions")
+    reached = set()
+    for _ in range(30):
+        visit.page.keyboard.press("Tab")
+        reached.add(visit.page.evaluate("document.activeElement.id || document.activeElement.className"))
+    assert {"make", "endpoint", "steps", "seed", "dice", "lock", "use", "download", "show", "mark"} <= reached
+
+
+# ---------------------------------------------------------------- coming back
+
+
+def test_the_gallery_is_there_after_a_reload_and_gives_its_settings(visit: Visit) -> None:
+    visit.make("an owl", steps=7, guidance=3.5, seed=5)
+    before = visit.shown_bytes()
+    visit.make("a rocket")
+    visit.page.reload()
+    visit.see("#prints .show")
+    assert visit.page.locator("#prints .show em").all_inner_texts() == ["a rocket", "an owl"]
+    visit.page.click("#prints .show >> nth=1")
+    visit.page.click("#use")
+    values = [
+        visit.page.locator(f"#{name}").input_value() for name in ("prompt", "steps", "guidance", "seed")
+    ]
+    assert values == ["an owl", "7", "3.5", "5"]
+    assert visit.page.locator("#lock").get_attribute("aria-pressed") == "true"
+    visit.page.click("#make")
+    visit.done()
+    assert visit.shown_bytes() == before
+
+
+def test_the_gallery_is_ones_own(visit: Visit, browser: Browser, host: Host) -> None:
+    visit.make("an owl")
+    other = open_page(browser, host, new_key(host))
+    other.see("#empty")
+    other.page.context.close()
+
+
+def test_a_png_gives_its_settings_back(visit: Visit, tmp_path: Path) -> None:
+    visit.make('an "owl" – ünïcode', steps=9, seed=2**60 + 1)
+    file = tmp_path / "picture.png"
+    file.write_bytes(visit.shown_bytes())
+    visit.page.fill("#prompt", "something else")
+    visit.page.set_input_files("#file", file)
+    visit.hear("restored", selector="#status")
+    values = [visit.page.locator(f"#{name}").input_value() for name in ("prompt", "steps", "seed")]
+    assert values == ['an "owl" – ünïcode', "9", str(2**60 + 1)]
+
+
+def test_a_png_can_be_dropped_on_the_page(visit: Visit) -> None:
+    visit.make("an owl", seed=5)
+    visit.page.fill("#prompt", "something else")
+    visit.page.evaluate(
+        """async () => {
+            const answer = await fetch(document.getElementById("picture").src);
+            const carried = new DataTransfer();
+            carried.items.add(new File([await answer.blob()], "owl.png", { type: "image/png" }));
+            for (const type of ["dragover", "drop"]) {
+                const options = { dataTransfer: carried, bubbles: true, cancelable: true };
+                document.body.dispatchEvent(new DragEvent(type, options));
+            }
+        }"""
+    )
+    visit.hear("restored", selector="#status")
+    assert visit.page.locator("#prompt").input_value() == "an owl"
+
+
+def test_a_file_without_settings_is_told_so(visit: Visit, tmp_path: Path) -> None:
+    bare = images.encode("png", bytes(8 * 8 * 3), 8, 8)
+    for name, data in (("notes.txt", b"hello"), ("bare.png", bare)):
+        file = tmp_path / name
+        file.write_bytes(data)
+        visit.page.set_input_files("#file", file)
+        visit.see("#error")
+        assert name in visit.text("#error")
+
+
+def test_two_pictures_are_compared_side_by_side(visit: Visit) -> None:
+    visit.make("an owl", seed=5)
+    visit.make("an owl", seed=6)
+    for number in (0, 1):
+        visit.page.locator("#prints .mark").nth(number).click()
+    visit.page.click("#compare")
+    visit.see("#compare-dialog")
+    assert visit.page.locator("#pair img").count() == 2
+    assert visit.page.locator("#differences tr.differs th").all_inner_texts() == ["Seed"]
+    visit.page.keyboard.press("Escape")
+    visit.gone("#compare-dialog")
+
+
+def test_a_picture_can_be_deleted(visit: Visit) -> None:
+    visit.make("an owl")
+    address = visit.page.locator("#picture").get_attribute("src") or ""
+    visit.page.click("#delete")
+    visit.see("#empty")
+    assert visit.page.request.get(address).status == 410
+
+
+@pytest.mark.parametrize("recipe", ["curl", "python", "openai"])
+def test_a_recipe_gives_the_same_picture(visit: Visit, host: Host, tmp_path: Path, recipe: str) -> None:
+    visit.make('an owl\'s "hoot"', seed=5, guidance=2.5)
+    before = visit.shown_bytes()
+    visit.page.click(f"[data-recipe={recipe}]")
+    code = visit.text("#recipe")
+    assert "mz_" not in code
+    environment = os.environ | {"MEZZOTINT_API_KEY": new_key(host), "OMP_NUM_THREADS": "1"}
+    curl = ["sh", "-c", f"{code} --fail --silent"]
+    command = curl if recipe == "curl" else [sys.executable, "-c", code]
+    made = subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60, capture_output=True)
+    if recipe == "curl":
+        again = visit.page.request.get(json.loads(made.stdout)["data"][0]["url"]).body()
+    else:
+        again = (tmp_path / "picture.png").read_bytes()
+    assert again == before
+
+
+# ---------------------------------------------------------------- when things break
+
+
+def test_a_reload_in_the_middle_goes_on_watching(visit: Visit) -> None:
+    visit.ask("an owl", endpoint="slow", steps=50)
+    visit.hear("step")
+    visit.page.reload()
+    visit.see("#running")
+    visit.see("#actions")
+    assert visit.text("#caption") == "an owl"
+    assert visit.page.locator("#prints .show").count() == 1
+
+
+def test_a_restart_of_the_server_costs_no_picture(browser: Browser, tmp_path: Path) -> None:
+    one = endpoint("fake:step_s=0.02,size=32")
+    with hosting(settings_for(tmp_path, one)) as first:
+        secret = str(first.service.first_key)
+        visit = open_page(browser, first, secret)
+        visit.ask("an owl", steps=50)
+        visit.hear("step")
+        port = int(first.url.rpartition(":")[2])
+    visit.hear("away")
+    with hosting(settings_for(tmp_path, one, port=port), key=secret):
+        visit.see("#actions")
+        assert visit.text("#caption") == "an owl"
+        assert read_parameters(visit.shown_bytes()) is not None
+        visit.page.context.close()
+
+
+def test_a_server_that_is_not_there_is_told(visit: Visit) -> None:
+    visit.page.route("**/dedicated/**", lambda route: route.abort())
+    visit.ask("an owl")
+    visit.hear("away")
+    visit.page.click("#cancel")
+    visit.gone("#running")
+
+
+# ---------------------------------------------------------------- what the page itself must be
+
+
+def test_the_page_is_light_and_asks_nobody_else(visit: Visit, host: Host) -> None:
+    sizes: dict[str, int] = {}
+
+    def weigh(request: Request) -> None:
+        path = request.url.removeprefix(host.url)
+        if path == "/" or path.startswith("/playground/"):
+            answer = request.response()
+            sizes[path] = len(answer.body()) if answer else 0
+
+    visit.page.on("requestfinished", weigh)
+    visit.page.reload()
+    visit.make("an owl")
+    assert "/playground/style.css" in sizes
+    assert sum(sizes.values()) < MAX_PAGE_BYTES
+    foreign = [url for url in visit.requests if not url.startswith((host.url, "data:", "blob:"))]
+    assert foreign == []
+
+
+def test_scripts_and_styles_in_the_page_itself_are_refused(visit: Visit) -> None:
+    with pytest.raises(Error, match="Content Security Policy"):
+        visit.page.add_script_tag(content="window.inlineRan = true")
+    assert visit.page.evaluate("window.inlineRan") is None
+    visit.complaints.clear()  # the browser's own note of the refusal
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_no_serious_accessibility_fault(
+    browser: Browser, host: Host, axe_source: str, scheme: str, width: int
+) -> None:
+    options: dict[str, Any] = {
+        "color_scheme": scheme,
+        "viewport": {"width": width, "height": 900},
+        "bypass_csp": True,
+    }
+    visit = open_page(browser, host, **options)
+    visit.page.evaluate(axe_source)
+    visit.see("#key-dialog")
+    faults = check(visit)
+    visit.page.fill("#key", new_key(host))
+    visit.page.click("#key-form button")
+    visit.gone("#key-dialog")
+    faults += check(visit)
+    for seed in (1, 2):
+        visit.make("an owl", seed=seed)
+    visit.page.set_input_files("#file", {"name": "no.png", "mimeType": "image/png", "buffer": b"no"})
+    visit.see("#error")
+    faults += check(visit)
+    for number in (0, 1):
+        visit.page.locator("#prints .mark").nth(number).click()
+    visit.page.click("#compare")
+    faults += check(visit)
+    assert faults == []
+    assert visit.page.evaluate("document.scrollingElement.scrollWidth") <= width, (
+        "nothing sticks out sideways"
+    )
+    visit.page.context.close()
+
+
+def check(visit: Visit) -> list[str]:
+    """The serious faults that axe-core finds in what is on the screen."""
+    found = visit.page.evaluate("axe.run()")
+    return [
+        f"{fault['id']}: {node['html']} {node['failureSummary']}"
+        for fault in found["violations"]
+        if fault["impact"] in SERIOUS
+        for node in fault["nodes"]
+    ]
