@@ -37,6 +37,7 @@ from mezzotint.server.endpoints import Endpoint
 from mezzotint.server.keys import Key
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.queueing import Job
+from mezzotint.server.quotas import Quotas
 from mezzotint.server.sse import or_gone
 
 MAX_TIMEOUT_S = 3600.0
@@ -163,17 +164,16 @@ class Ticket:
 class Admission:
     """Every request of the server. All methods run in the event loop."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, pool: Executor) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, quotas: Quotas, pool: Executor) -> None:
         self._settings = settings
         self._metrics = metrics
+        self._quotas = quotas
         self._pool = pool
         self._tickets: dict[str, Ticket] = {}
         self._by_idempotency: dict[tuple[str, str], Ticket] = {}
         self._vanished: dict[tuple[str, str], list[Ticket]] = {}
         self._kept_bytes = 0
         self._finishing: set[asyncio.Task[None]] = set()
-        self.on_used: Callable[[Key, float, int], None] = lambda key, step_s, images: None
-        """Told the step-seconds and pictures that a key has used."""
 
     # ------------------------------------------------------------ in
 
@@ -248,6 +248,7 @@ class Admission:
         for job in jobs:
             endpoint.facts.check(job.request)
         ticket.warnings = endpoint.facts.warnings(guidance=request.guidance_scale)
+        self._quotas.require(key, now)
         self._require_room(endpoint, key, sum(job.work_s for job in jobs), timeout_s, now)
         ticket.jobs = jobs
         self._tickets[ticket.id] = ticket
@@ -409,7 +410,7 @@ class Admission:
 
     def _job_ended(self, ticket: Ticket, job: Job, outcome: Done | MezzotintError) -> None:
         steps = job.step / job.request.num_inference_steps
-        self.on_used(ticket.key, job.work_s * steps, int(isinstance(outcome, Done)))
+        self._quotas.used(ticket.key, job.work_s * steps, int(isinstance(outcome, Done)))
         if ticket.ended:
             return
         if isinstance(outcome, MezzotintError):

@@ -34,6 +34,7 @@ from mezzotint.server.admission import Admission
 from mezzotint.server.gallery import Gallery
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.middleware import Bodies, Envelope, error_response
+from mezzotint.server.quotas import Quotas
 from mezzotint.server.registry import Registry
 from mezzotint.server.routes import Service
 from mezzotint.server.storage import Storage, load_secret
@@ -89,6 +90,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
     app.add_exception_handler(MezzotintError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.add_exception_handler(SQLAlchemyError, _answer_database)
     return app
 
 
@@ -128,6 +130,7 @@ def _service(settings: Settings, worker: str) -> Service:
         ) from None
     engine = database.open_database(database.database_url(settings.data_dir, settings.database_url))
     metrics = Metrics()
+    quotas = Quotas(engine)
     pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
     first = keys.create_first_key(engine) if settings.auth else None
     return Service(
@@ -135,10 +138,11 @@ def _service(settings: Settings, worker: str) -> Service:
         engine=engine,
         registry=Registry(engine, Launcher.of(settings, worker), metrics),
         adapters=AdapterStore(engine, settings.data_dir / "adapters"),
-        admission=Admission(settings, metrics, pool),
+        admission=Admission(settings, metrics, quotas, pool),
         storage=store,
         gallery=Gallery(engine, store, settings.gallery_size),
         metrics=metrics,
+        quotas=quotas,
         pool=pool,
         first_key=first[1] if first else None,
     )
@@ -166,21 +170,24 @@ def _lifespan(
             await service.admission.settle()
             await service.registry.stop()
             service.pool.shutdown()
+            with contextlib.suppress(SQLAlchemyError):
+                await asyncio.to_thread(service.quotas.store)
             service.engine.dispose()
 
     return lifespan
 
 
 async def _clean(service: Service) -> None:
-    """Removes expired pictures now and then."""
+    """Removes expired pictures and writes down what was used, now and then."""
     while True:
         try:
             gone, left = await asyncio.to_thread(service.gallery.clean)
             service.metrics.stored_bytes.set(left)
+            await asyncio.to_thread(service.quotas.store)
             if gone:
                 log.info("expired pictures removed", num=gone)
         except (OSError, SQLAlchemyError) as error:
-            log.error("picture folder could not be cleaned", error=str(error))
+            log.error("cleaning up failed; the next try is in a minute", error=str(error))
         await asyncio.sleep(CLEAN_EVERY_S)
 
 
@@ -232,6 +239,12 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response
+
+
+async def _answer_database(request: Request, error: Exception) -> Response:
+    assert isinstance(error, SQLAlchemyError)
+    log.error("database does not answer", error=str(error).splitlines()[0])
+    return error_response(database.failure(error), _request_id(request))
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:

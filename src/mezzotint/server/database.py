@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 from mezzotint.errors import ConfigError, MezzotintError, UnavailableError
 
 SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 5.0
+BUSY_TIMEOUT_S = 2.0
 """How long a write waits for another process's write (the command line beside the server)."""
 
 metadata = sa.MetaData()

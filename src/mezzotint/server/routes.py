@@ -35,12 +35,14 @@ from mezzotint.schemas import (
     parse_body,
     split_model,
 )
-from mezzotint.server import database, keys, sse, storage
+from mezzotint.server import keys, sse, storage
+from mezzotint.server.adapters import AdapterStore
 from mezzotint.server.admission import Admission, Answer, Finish, ImageRequest, Picture, Ticket, parse_timeout
 from mezzotint.server.endpoints import Desired, Endpoint, State
 from mezzotint.server.gallery import Gallery
 from mezzotint.server.keys import Key
 from mezzotint.server.metrics import CONTENT_TYPE, Metrics
+from mezzotint.server.quotas import Quotas
 from mezzotint.server.registry import Registry
 from mezzotint.server.storage import Storage
 
@@ -55,10 +57,12 @@ class Service:
     settings: Settings
     engine: sa.Engine
     registry: Registry
+    adapters: AdapterStore
     admission: Admission
     storage: Storage
     gallery: Gallery
     metrics: Metrics
+    quotas: Quotas
     pool: ThreadPoolExecutor
     first_key: str | None = None
     """The secret of the key that this start made, for the command line to print once."""
@@ -72,10 +76,12 @@ class Service:
             raise AuthenticationError(
                 "no API key was sent; send the header Authorization: Bearer YOUR_KEY", code="missing_api_key"
             )
-        try:
-            return await asyncio.to_thread(keys.authenticate, self.engine, secret.strip())
-        except sa.exc.SQLAlchemyError as error:
-            raise database.failure(error) from None
+        return await asyncio.to_thread(self._find_key, secret.strip())
+
+    def _find_key(self, secret: str) -> Key:
+        key = keys.authenticate(self.engine, secret)
+        self.quotas.load(key)
+        return key
 
     def base_url(self, request: Request) -> str:
         return self.settings.public_url or str(request.base_url)

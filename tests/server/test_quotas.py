@@ -1,0 +1,84 @@
+"""Limits per key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from mezzotint.errors import RateLimitError
+from mezzotint.server import database
+from mezzotint.server.keys import Key, Limits, create_key
+from mezzotint.server.quotas import Quotas
+from tests.server.hosting import GENERATE, client, endpoint, hosting, settings_for
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[sa.Engine]:
+    engine = database.open_database(database.database_url(tmp_path, None))
+    yield engine
+    engine.dispose()
+
+
+def test_requests_per_minute_refill_with_time(engine: sa.Engine) -> None:
+    quotas, key = Quotas(engine), Key("k", "k", limits=Limits(requests_per_minute=3))
+    for _ in range(3):
+        quotas.require(key, 100.0)
+    with pytest.raises(RateLimitError) as caught:
+        quotas.require(key, 105.0)
+    assert caught.value.retry_after == pytest.approx(15.0)
+    with pytest.raises(RateLimitError):
+        quotas.require(key, 119.0)
+    quotas.require(key, 120.1)
+    quotas.require(Key("other", "other", limits=Limits(requests_per_minute=3)), 120.1)
+
+
+def test_step_seconds_of_a_day_are_counted_and_kept(engine: sa.Engine) -> None:
+    key = Key("k", "k", limits=Limits(step_seconds_per_day=10))
+    quotas = Quotas(engine)
+    quotas.load(key)
+    quotas.used(key, 6.0, 1)
+    quotas.require(key, 0.0)
+    quotas.store()
+    quotas.used(key, 3.0, 1)
+    assert quotas.today(key) == pytest.approx(9.0)
+    quotas.store()
+    again = Quotas(engine)
+    again.load(key)
+    assert again.today(key) == pytest.approx(9.0)
+    again.used(key, 1.0, 1)
+    with pytest.raises(RateLimitError) as caught:
+        again.require(key, 0.0)
+    assert caught.value.code == "quota_exceeded"
+    assert 0 < (caught.value.retry_after or 0) <= 86_400
+
+
+def test_what_is_used_while_it_is_written_is_not_forgotten(engine: sa.Engine) -> None:
+    key, quotas = Key("k", "k", limits=Limits(step_seconds_per_day=10)), Quotas(engine)
+    for _ in range(5):
+        quotas.used(key, 1.0, 1)
+        quotas.store()
+    again = Quotas(engine)
+    again.load(key)
+    assert again.today(key) == pytest.approx(5.0)
+
+
+def test_both_limits_over_http_and_across_a_restart(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, endpoint("fake:step_s=0.01"))
+    with hosting(settings) as host:
+        engine = host.service.engine
+        _, fast = create_key(engine, "fast", limits=Limits(requests_per_minute=2))
+        with client(host.url, fast) as http:
+            answers = [http.post(GENERATE, json=host.body()) for _ in range(3)]
+            assert [answer.status_code for answer in answers] == [200, 200, 429]
+            assert answers[2].json()["error"]["code"] == "rate_limited"
+            assert 1 <= int(answers[2].headers["retry-after"]) <= 30
+        _, poor = create_key(engine, "poor", limits=Limits(step_seconds_per_day=0.02))
+        with client(host.url, poor) as http:
+            assert http.post(GENERATE, json=host.body()).status_code == 200
+            refused = http.post(GENERATE, json=host.body())
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "quota_exceeded")
+    with hosting(settings, key=poor) as host:
+        assert host.post().json()["error"]["code"] == "quota_exceeded"
