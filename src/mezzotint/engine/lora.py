@@ -231,8 +231,11 @@ class AdapterBank:
         return BankStats(self._hits, self._loads, self._evictions, self._used_bytes(), list(self._resident))
 
     def close(self) -> None:
-        """Stops the background reader."""
+        """Stops the background reader and gives the layers back as they were."""
         self._reader.shutdown(wait=True, cancel_futures=True)
+        for layers in self._layers.values():
+            for layer in layers.values():
+                layer.close()
 
     def _read(self, info: AdapterInfo) -> dict[str, Packed]:
         file = info.file

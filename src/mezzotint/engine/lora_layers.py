@@ -48,7 +48,7 @@ class Weights:
 class Layer:
     """A prepared Linear or Conv2d: stands in for its `forward`; does nothing more while `parts` is empty."""
 
-    __slots__ = ("base", "group", "module", "name", "parts")
+    __slots__ = ("_previous", "base", "group", "module", "name", "parts")
 
     def __init__(self, name: str, module: nn.Linear | nn.Conv2d, group: str) -> None:
         self.name = name
@@ -57,7 +57,16 @@ class Layer:
         """Layers of one group read the same input, so that their first product can be shared."""
         self.base: Callable[[Tensor], Tensor] = module.forward
         self.parts: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = ()
+        self._previous = module.__dict__.get("forward")
         setattr(module, "forward", self.forward)  # noqa: B010
+
+    def close(self) -> None:
+        """Restores the module, unless somebody else has patched it since."""
+        if self.module.__dict__.get("forward") != self.forward:
+            return
+        del self.module.__dict__["forward"]
+        if self._previous is not None:
+            self.module.__dict__["forward"] = self._previous
 
     def forward(self, x: Tensor) -> Tensor:
         out = base = self.base(x)
