@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +69,60 @@ def test_exact_takes_the_smallest_forward_that_gives_the_same_bytes() -> None:
     runner.run([call(model, 1.0), call(model, 2.0), call(model, 3.0)])
     assert model.batches == [1, 4]
     assert (runner.num_real_rows, runner.num_padded_rows) == (4, 1)
+
+
+class Adapters:
+    """Adds a little to the rows that have an adapter: a different little in forwards of `odd_rows` rows."""
+
+    def __init__(self, odd_rows: int) -> None:
+        self.odd_rows = odd_rows
+        self.model = Model()
+
+    @contextlib.contextmanager
+    def rows(self, name: str, leases: Sequence[object]) -> Iterator[None]:
+        little = 0.5 if len(leases) == self.odd_rows else 0.25
+        self.added = torch.tensor([[little if lease else 0.0] for lease in leases])
+        yield
+        del self.added
+
+    def __call__(self, x: Tensor) -> tuple[Tensor]:
+        return (self.model(x)[0] + self.added,)
+
+    def call(self, value: float, layout: str = "") -> Any:
+        lease: Any = SimpleNamespace(
+            resident=SimpleNamespace(packed={"transformer": SimpleNamespace(layout=layout)})
+        )
+        arguments = {"x": torch.tensor([[value]])}
+        return Call("transformer", self, (), arguments, RULE, lease=lease if layout else None)
+
+
+@pytest.mark.parametrize(("odd_rows", "expected"), [(8, [1]), (1, [2])])
+def test_rows_with_adapters_are_checked_with_their_adapters(odd_rows: int, expected: list[int]) -> None:
+    adapters = Adapters(odd_rows)
+    runner = Runner("exact", 4)
+    runner.adapters = adapters  # type: ignore[assignment]
+    runner.run([adapters.call(0.0)])
+    runner.run([adapters.call(0.0, "a")])
+    adapters.model.batches.clear()
+    runner.run([adapters.call(1.0)])
+    assert adapters.model.batches == [1]
+    adapters.model.batches.clear()
+    assert values(runner.run([adapters.call(1.0, "a")])[0]) == [2.25]
+    assert adapters.model.batches == expected
+    together = runner.run([adapters.call(1.0), adapters.call(1.0, "a"), adapters.call(2.0)])
+    assert [values(each) for each in together] == [[2.0], [2.25], [4.0]]
+
+
+def test_calls_that_may_not_merge_run_beside_those_that_may() -> None:
+    adapters = Adapters(odd_rows=4)
+    runner = Runner("exact", 4)
+    runner.adapters = adapters  # type: ignore[assignment]
+    runner.run([adapters.call(0.0)])
+    runner._row_counts[hash((adapters.call(0.0, "b").key, 4, "b"))] = ()
+    adapters.model.batches.clear()
+    together = runner.run([adapters.call(1.0), adapters.call(1.0, "b"), adapters.call(3.0)])
+    assert [values(each) for each in together] == [[2.0], [2.25], [6.0]]
+    assert sorted(adapters.model.batches) == [1, 2]
 
 
 def test_exact_sends_a_call_with_many_rows_through_in_chunks() -> None:

@@ -6,6 +6,7 @@ alone, and which smaller forwards give a row the very same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ def choose_rows(measured: Sequence[Measurement], *, min_gain: float, max_stretch
     if best < min_gain * single.rows_per_s:
         return 1
     return min(each.rows for each in allowed if each.rows_per_s >= NEAR_BEST * best)
+
+
+def _bare(order: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 def find_rows(call: Call, measured: Sequence[Measurement], min_gain: float, max_stretch: float) -> int:
@@ -108,7 +113,11 @@ def _seconds(forward: Callable[[], Any], synchronize: Callable[[], None]) -> flo
     return min(times)
 
 
-def exact_row_counts(call: Call, num_rows: int) -> tuple[int, ...]:
+Around = Callable[[Sequence[int]], contextlib.AbstractContextManager[None]]
+"""What a forward of these rows (by index) must run in: their adapters."""
+
+
+def exact_row_counts(call: Call, num_rows: int, around: Around = _bare) -> tuple[int, ...]:
     """Ascending row counts, `num_rows` the last, whose forwards give a row the same bytes; () if none do.
 
     In forwards of `num_rows` rows, in the shapes of `call`, bytes must depend on their own row alone: three
@@ -125,7 +134,8 @@ def exact_row_counts(call: Call, num_rows: int) -> tuple[int, ...]:
 
     def rows_of(order: Sequence[int]) -> list[Any]:
         chosen = _map_rows(arguments, rule, lambda rows: [rows[index] for index in order])
-        return split(call.run(**chosen), [1] * len(order))
+        with around(order):
+            return split(call.run(**chosen), [1] * len(order))
 
     everyone = list(range(num_rows))
     wanted = rows_of(everyone)

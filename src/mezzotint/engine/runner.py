@@ -50,29 +50,49 @@ class Runner:
         return [self.run([call])[0] for call in calls]
 
     def _run(self, calls: Sequence[Call]) -> list[Any]:
-        exact = self.mode == "exact"
-        allowed = self._exact_row_counts(calls[0]) if exact else ()
-        if (exact and not allowed) or (not exact and len(calls) == 1):
-            return [self._alone(call) for call in calls]
+        if self.mode != "exact":
+            return [self._alone(calls[0])] if len(calls) == 1 else self._together(calls, ())
+        counts = [self._exact_row_counts(call) for call in calls]
+        merging = [call for call, allowed in zip(calls, counts, strict=True) if allowed]
+        common = [
+            count for count in range(1, self.num_rows + 1) if all(count in each for each in counts if each)
+        ]
+        together = iter(self._together(merging, common))
+        return [
+            next(together) if allowed else self._alone(call)
+            for call, allowed in zip(calls, counts, strict=True)
+        ]
+
+    def _together(self, calls: Sequence[Call], allowed: Sequence[int]) -> list[Any]:
+        """Results of calls in shared forwards of `allowed` row counts; () allows whatever there is."""
         pieces: dict[int, list[Any]] = {id(call): [] for call in calls}
-        for parts in plan(calls, self.num_rows):
+        for parts in plan(calls, self.num_rows) if calls else ():
             sizes = [part.stop - part.start for part in parts]
-            rows = next(count for count in allowed if count >= sum(sizes)) if exact else sum(sizes)
+            rows = next((count for count in allowed if count >= sum(sizes)), sum(sizes))
             result = self._merged(parts, sizes, rows)
             for part, piece in zip(parts, split(result, sizes), strict=True):
                 pieces[id(part.call)].append(piece)
         return [join(pieces[id(call)]) for call in calls]
 
     def _exact_row_counts(self, call: Call) -> tuple[int, ...]:
-        """Row counts that forwards of such calls may have, settled once for each shape; () for unmerged."""
+        """Row counts that forwards of such calls may have; () for unmerged.
+
+        Settled once for each shape and each set of adapted layers, by forwards of noise in which every other
+        row has the call's adapter.
+        """
         if self.num_rows == 1 or call.key is None:
             return ()
-        shape = hash((call.key, self.num_rows))
+        packed = None if call.lease is None else call.lease.resident.packed.get(call.name)
+        shape = hash((call.key, self.num_rows, packed and packed.layout))
         known = self._row_counts.get(shape)
         if known is None:
             if len(self._row_counts) >= _MAX_SHAPES:
                 self._row_counts.clear()
-            known = self._row_counts[shape] = exact_row_counts(call, self.num_rows)
+
+            def around(order: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+                return self._adapted(call.name, [None if index % 2 else call.lease for index in order])
+
+            known = self._row_counts[shape] = exact_row_counts(call, self.num_rows, around)
             if not known:
                 _log.warning("rows of %s depend on their neighbours in this shape: not merged", call.name)
         return known
