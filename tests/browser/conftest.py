@@ -69,11 +69,12 @@ def axe_source(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """Endpoint `one` is quick, `slow` takes 20 ms a step and one job at a time."""
+    """Endpoint `one` is quick, `slow` can be watched, `still` stands still until it is cancelled."""
     folder = tmp_path_factory.mktemp("server")
     one = endpoint("fake:step_s=0.002,size=32")
-    slow = endpoint("fake:step_s=0.02,size=32", id="slow", max_jobs=1)
-    with hosting(settings_for(folder, one, slow)) as running:
+    slow = endpoint("fake:step_s=0.05,size=32", id="slow")
+    still = endpoint("fake:step_s=0.5,size=32", id="still", max_jobs=1)
+    with hosting(settings_for(folder, one, slow, still)) as running:
         yield running
 
 

@@ -9,6 +9,8 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +88,32 @@ def results(url: str, key: str) -> list[dict[str, str]]:
     return found
 
 
+def recipes() -> Iterator[tuple[str, str, str]]:
+    """Client, language and code of each recipe in docs/clients.md; a section is one program."""
+    for section in PAGE.read_text().split("\n## ")[1:]:
+        client = section.partition("\n")[0].partition(" (")[0]
+        blocks = re.findall(r"^```(python|js)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+        if blocks:
+            yield client, blocks[0][0], "\n".join(code for _, code in blocks)
+
+
+def recipe_results(url: str, key: str, folder: Path) -> list[dict[str, str]]:
+    """One entry for each recipe, run as it stands but for the server's port."""
+    found = []
+    port = url.rpartition(":")[2]
+    for client, language, code in recipes():
+        file = (CLIENTS / "node" / "recipe.mjs") if language == "js" else (folder / "recipe.py")
+        file.write_text(code.replace(":8000", f":{port}").replace("port=8000", f"port={port}"))
+        program = "node" if language == "js" else str(CLIENTS / "bin" / "python")
+        environment = os.environ | {"MEZZOTINT_API_KEY": key}
+        made = subprocess.run(
+            [program, str(file)], cwd=folder, env=environment, capture_output=True, text=True, timeout=RUN_S
+        )
+        fault = made.stderr if made.returncode else ""
+        found.append({"client": client, "version": "this page", "check": "the recipe above", "fault": fault})
+    return found
+
+
 def table(found: list[dict[str, str]]) -> str:
     lines = ["| client | version | what is checked | result |", "|---|---|---|---|"]
     for one in found:
@@ -113,8 +141,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     source, worker = ("fake:size=128", FAKE_WORKER) if options.fake else (options.model, ENGINE_WORKER)
-    with running(source, worker) as (url, key):
-        found = results(url, key)
+    with running(source, worker) as (url, key), tempfile.TemporaryDirectory() as folder:
+        found = results(url, key) + recipe_results(url, key, Path(folder))
     text = table(found)
     print(text)
     if options.write:
