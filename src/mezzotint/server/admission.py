@@ -43,6 +43,8 @@ from mezzotint.server.sse import or_gone
 MAX_TIMEOUT_S = 3600.0
 MAX_KEPT_BYTES = 256 * 2**20
 """Most bytes of finished answers kept for retries; the oldest go first."""
+STOPPING_RETRY_S = 5.0
+"""Retry-After of a server that stops: another, or the same one restarted, may be there by then."""
 DRAWN_SEEDS = 2**32
 
 log = structlog.get_logger(__name__)
@@ -339,11 +341,16 @@ class Admission:
         """Ends a request at its owner's wish."""
         self._end(ticket, RequestCancelledError("the request was cancelled"))
 
-    def cancel_all(self) -> list[str]:
+    def end_all(self) -> list[str]:
         """Ends whatever is left when the server stops; answers the ids of what was dropped."""
         left = [ticket for ticket in self._tickets.values() if not ticket.ended]
         for ticket in left:
-            self._end(ticket, RequestCancelledError("the server is stopping; send the request again"))
+            error = UnavailableError(
+                "the server is stopping; send the request again in a moment",
+                code="server_stopping",
+                retry_after=STOPPING_RETRY_S,
+            )
+            self._end(ticket, error)
         return [ticket.id for ticket in left]
 
     async def settle(self) -> None:

@@ -43,6 +43,8 @@ from mezzotint.server.supervisor import ENGINE_WORKER, Launcher
 CLEAN_EVERY_S = 60.0
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
+LAST_WORDS_S = 5
+"""How long answers may take to go out once the draining is over."""
 UNMATCHED = "unmatched"
 """Route label of requests for no known path, which anyone could make up."""
 
@@ -94,6 +96,20 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
     return app
 
 
+class _Server(uvicorn.Server):
+    """uvicorn, but what is not done `drain_s` after the signal is answered instead of cut off."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        ending = loop.call_later(self._service.settings.drain_s, _drop_requests, self._service)
+        await super().shutdown(sockets)
+        ending.cancel()
+
+
 async def serve(
     app: FastAPI, settings: Settings, *, on_started: Callable[[str], None] = lambda url: None
 ) -> None:
@@ -108,14 +124,14 @@ async def serve(
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        timeout_graceful_shutdown=round(settings.drain_s) + LAST_WORDS_S,
         lifespan="on",
     )
     listener = _listen(settings)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     app.state.on_listening = lambda: on_started(f"http://{shown}:{port}")
-    app.state.server = uvicorn.Server(config)
+    app.state.server = _Server(config, app.state.service)
     await app.state.server.serve(sockets=[listener])
 
 
@@ -164,9 +180,7 @@ def _lifespan(
             yield
         finally:
             cleaning.cancel()
-            dropped = service.admission.cancel_all()
-            if dropped:
-                log.warning("requests dropped, the server stops", num=len(dropped), ids=dropped[:20])
+            _drop_requests(service)
             await service.admission.settle()
             await service.registry.stop()
             service.pool.shutdown()
@@ -175,6 +189,12 @@ def _lifespan(
             service.engine.dispose()
 
     return lifespan
+
+
+def _drop_requests(service: Service) -> None:
+    dropped = service.admission.end_all()
+    if dropped:
+        log.warning("requests dropped, the server stops", num=len(dropped), ids=dropped[:20])
 
 
 async def _clean(service: Service) -> None:
