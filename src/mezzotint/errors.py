@@ -16,7 +16,7 @@
     ├── RequestCancelledError    499  request_cancelled
     ├── GenerationError          500  generation_failed, out_of_memory, worker_crashed
     ├── InternalError            500  internal_error
-    ├── UnavailableError         503  endpoint_starting, endpoint_failed, ...  retryable
+    ├── UnavailableError         503  endpoint_starting, endpoint_failed, endpoint_stopped, server_stopping, database_unavailable
     ├── StorageFullError         507  storage_full
     ├── DeadlineError            504  deadline_exceeded
     ├── ModelLoadError           the worker could not build the model (never an HTTP answer of its own)
