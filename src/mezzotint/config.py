@@ -155,8 +155,8 @@ class Settings(_Table):
     gallery_size: int = Field(
         100,
         ge=0,
-        description="Newest stored pictures of each key that outlive their URLs, for the playground's gallery; "
-        "0 keeps none.",
+        description="Newest stored pictures of each key that outlive their URLs, for the playground's "
+        "gallery; 0 keeps none.",
     )
     max_body_bytes: Bytes = Field(2**20, description="Largest request body.")
     body_timeout_s: Seconds = Field(
