@@ -9,7 +9,10 @@ from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from mezzotint.messages import PrefetchAdapter
+from mezzotint.server import supervisor
 from mezzotint.server.admission import Ticket
 from mezzotint.server.endpoints import State
 from mezzotint.server.facts import load_message
@@ -168,6 +171,19 @@ def test_a_hung_worker_is_killed_and_its_jobs_run_again(tmp_path: Path) -> None:
         answer = waiting.result()
         assert answer.json()["data"][0]["b64_json"] == quiet
         assert pid(host) != stopped
+
+
+def test_a_worker_that_had_run_for_a_while_is_replaced_without_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "STEADY_S", 0.0)
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 1e6)
+    with hosting(settings_for(tmp_path, max_restarts=50)) as host:
+        for number in range(4):
+            before = pid(host)
+            kill(host)
+            host.until(lambda before=before: host.endpoint().current.replicas[0].pid not in (None, before))
+            assert host.post(seed=number).status_code == 200
 
 
 def test_a_busy_worker_is_not_taken_for_a_hung_one(tmp_path: Path) -> None:

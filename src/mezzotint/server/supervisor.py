@@ -52,6 +52,8 @@ PRELOAD = "mezzotint.server.preload"
 RESTART_WINDOW_S = 600.0
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 30.0
+STEADY_S = 10.0
+"""A worker that was ready for this long is no sign of a crash loop: the next starts without a pause."""
 EXIT_GRACE_S = 1.0
 """How long a worker that has closed its pipe may take to exit before it is killed."""
 STOP_GRACE_S = 2.0
@@ -194,6 +196,8 @@ class Replica:
         self._process: WorkerProcess | None = None
         self._wanted = False
         self._deaths: deque[float] = deque()
+        self._early_deaths = 0
+        """Deaths in a row before a worker had been ready for STEADY_S."""
         self._pardoned = False
         self._timers: list[asyncio.TimerHandle] = []
         self._starting: asyncio.Task[None] | None = None
@@ -214,6 +218,7 @@ class Replica:
         """Begins to start a worker in the background; also the way out of FAILED."""
         self._wanted = True
         self._deaths.clear()
+        self._early_deaths = 0
         self.failure = ""
         self._spawn_soon(0.0)
 
@@ -350,11 +355,14 @@ class Replica:
             self._set(ReplicaState.STOPPED)
         else:
             log.warning("worker died", replica=self.name, pid=process.pid, exit=_cause(code), state=str(was))
-            self._died(self.failure or f"the worker process ended ({_cause(code)})")
+            now = asyncio.get_running_loop().time()
+            steady = was is ReplicaState.READY and now - self.ready_at >= STEADY_S
+            self._died(self.failure or f"the worker process ended ({_cause(code)})", steady=steady)
 
-    def _died(self, reason: str) -> None:
+    def _died(self, reason: str, *, steady: bool = False) -> None:
         now = asyncio.get_running_loop().time()
         self.failure = reason
+        self._early_deaths = 0 if steady else self._early_deaths + 1
         if not self._pardoned:
             self._deaths.append(now)
         self._pardoned = False
@@ -367,7 +375,7 @@ class Replica:
             self._set(ReplicaState.FAILED)
             return
         self.num_restarts += 1
-        exponent = len(self._deaths) - 2  # the first restart is at once
+        exponent = min(self._early_deaths, len(self._deaths)) - 2  # the first restart is at once
         self._spawn_soon(0.0 if exponent < 0 else min(FIRST_PAUSE_S * 2**exponent, LONGEST_PAUSE_S))
 
     # ------------------------------------------------------------ small parts
