@@ -1,28 +1,23 @@
 """The server process with workers that paint without a model, for what does not depend on one.
 
-    python -m benchmarks.fake_server FOLDER
+    python -m benchmarks.fake_server --config FILE
 
-On a free port of 127.0.0.1, without keys; FOLDER is its data folder, and FOLDER/server.json has its address.
+As `mezzotint serve`, but that the models it hosts are `fake:...` (see fake_worker.py).
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from mezzotint.cli import hosting
-from mezzotint.config import EndpointSettings, Settings
+from mezzotint.config import load_settings
 
 
 def main() -> None:
-    settings = Settings(
-        port=0,
-        auth=False,
-        data_dir=Path(sys.argv[1]),
-        log_level="error",
-        endpoints=(EndpointSettings(id="emoji", model="fake:step_s=0.0001,size=16"),),
-    )
-    hosting.serve(settings, worker="mezzotint.fake_worker:run")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    hosting.serve(load_settings(parser.parse_args().config), worker="mezzotint.fake_worker:run")
 
 
 if __name__ == "__main__":

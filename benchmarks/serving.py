@@ -24,6 +24,8 @@ import httpx2
 import psutil
 
 import mezzotint
+from mezzotint.server.database import database_url, open_database
+from mezzotint.server.keys import create_key
 
 BUILT_IN = Path(mezzotint.__file__).parent / "models" / "emoji"
 START_TIMEOUT_S = 300.0
@@ -32,6 +34,7 @@ REQUEST_TIMEOUT_S = 600.0
 SIZE = int(os.environ.get("BENCHMARK_SIZE", "128"))
 """Width and height of every picture, always sent, for plain diffusers' own default may be another."""
 Body = dict[str, Any]
+Value = str | int | float | bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +50,59 @@ class Running:
         """The worker processes: children of the server's forkserver."""
         return [child for child in self.process.children(recursive=True) if child.ppid() != self.process.pid]
 
+    def new_key(self, name: str, *, admin: bool = False) -> tuple[str, str]:
+        """The id and the secret of a new key, for a server that runs with `auth`."""
+        engine = open_database(database_url(self.data_dir, None))
+        try:
+            key, secret = create_key(engine, name, admin=admin)
+        finally:
+            engine.dispose()
+        return key.id, secret
+
+    def stop(self) -> None:
+        """Ends the server before its block does, for what is to be read afterwards."""
+        self.process.terminate()
+        self.process.wait(STOP_TIMEOUT_S)
+
 
 @contextlib.contextmanager
 def mezzotint_server(
-    model: str = "emoji", *, num_threads: int = 1, endpoint: Mapping[str, str | int | float] | None = None
+    model: str = "emoji",
+    *,
+    num_threads: int = 1,
+    endpoint: Mapping[str, Value] | None = None,
+    adapters: Mapping[str, str] | None = None,
+    server: Mapping[str, Value] | None = None,
+    data_dir: Path | None = None,
+    log: Path | None = None,
 ) -> Iterator[Running]:
-    """`mezzotint serve` on a free port without keys, hosting `model` as the endpoint `emoji`."""
+    """`mezzotint serve` on a free port without keys, hosting `model` as the endpoint `emoji`.
+
+    A model `fake:...` is painted by workers without a model (fake_worker.py says what follows the colon).
+    `adapters` has sources by route; `server` and `endpoint` are further settings; `log` takes the log lines.
+    """
     with tempfile.TemporaryDirectory(prefix="mezzotint-benchmark-") as folder:
-        values = {"id": "emoji", "model": model, "num_threads": num_threads, **(endpoint or {})}
+        data_dir = data_dir or Path(folder) / "data"
+        fields = {
+            "data_dir": str(data_dir),
+            "port": 0,
+            "auth": False,
+            "log_level": "warning",
+            **(server or {}),
+        }
+        hosted = {"id": "emoji", "model": model, "num_threads": num_threads, **(endpoint or {})}
+        lines = ["[server]", *_toml(fields), "[[endpoints]]", *_toml(hosted)]
+        for route, source in (adapters or {}).items():
+            lines += ["[[endpoints.adapters]]", *_toml({"route": route, "source": source})]
         config = Path(folder) / "mezzotint.toml"
-        lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
-        config.write_text("\n".join(["[server]", 'log_level = "warning"', "[[endpoints]]", *lines]))
-        data_dir = Path(folder) / "data"
-        command = ["-m", "mezzotint", "serve", "--config", str(config), "--data-dir", str(data_dir)]
-        with _started([*command, "--port", "0", "--no-auth"], data_dir, num_threads) as running:
+        config.write_text("\n".join(lines))
+        program = ["benchmarks.fake_server"] if model.startswith("fake") else ["mezzotint", "serve"]
+        with _started(["-m", *program, "--config", str(config)], data_dir, num_threads, log) as running:
             yield running
+
+
+def _toml(values: Mapping[str, Value]) -> list[str]:
+    return [f"{name} = {json.dumps(value)}" for name, value in values.items()]
 
 
 @contextlib.contextmanager
@@ -75,21 +116,22 @@ def baseline_server(
             yield running
 
 
-@contextlib.contextmanager
-def fake_server() -> Iterator[Running]:
-    """The server process with workers that paint without a model."""
-    with (
-        tempfile.TemporaryDirectory(prefix="mezzotint-benchmark-") as folder,
-        _started(["-m", "benchmarks.fake_server", folder], Path(folder), 1) as running,
-    ):
-        yield running
+def fake_server() -> contextlib.AbstractContextManager[Running]:
+    """The server process with workers that paint in no time."""
+    return mezzotint_server("fake:step_s=0.0001,size=16", server={"log_level": "error"})
 
 
 @contextlib.contextmanager
-def _started(arguments: Sequence[str], data_dir: Path, num_threads: int) -> Iterator[Running]:
+def _started(
+    arguments: Sequence[str], data_dir: Path, num_threads: int, log: Path | None = None
+) -> Iterator[Running]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "MEZZOTINT_CONFIG": ""}
     began = time.perf_counter()
-    child = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL)
+    with contextlib.ExitStack() as stack:
+        lines = stack.enter_context(log.open("ab")) if log else None
+        child = subprocess.Popen(
+            [sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=lines
+        )
     try:
         url = _wait_until_ready(child, data_dir / "server.json", began + START_TIMEOUT_S)
         yield Running(url, psutil.Process(child.pid), data_dir, time.perf_counter() - began)
@@ -144,9 +186,10 @@ async def post(client: httpx2.AsyncClient, url: str, request: Body) -> Answer:
     return Answer(200, seconds, base64.b64decode(response.json()["data"][0]["b64_json"]))
 
 
-def many_connections() -> httpx2.AsyncClient:
+def many_connections(key: str | None = None) -> httpx2.AsyncClient:
     """A client that queues nothing on its own side."""
-    return httpx2.AsyncClient(limits=httpx2.Limits(max_connections=None))
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx2.AsyncClient(limits=httpx2.Limits(max_connections=None), headers=headers)
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
