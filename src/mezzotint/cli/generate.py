@@ -34,7 +34,7 @@ SLUG_LENGTH = 40
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to show.")],
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to show.")] = None,
     endpoint: Annotated[
         str | None, typer.Option(metavar="ID[:ROUTE]", help="Endpoint and adapter. [the first endpoint]")
     ] = None,
@@ -50,6 +50,10 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write. [from the prompt, in this folder]")
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One prompt, or JSON object, a line; --out is then a folder."),
+    ] = None,
     number: Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures, 1 to 8.")] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels. [the endpoint's]")] = None,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to show.")] = None,
@@ -62,12 +66,15 @@ def generate(
     """Makes pictures and prints their paths.
 
     Asks the server that runs on this data folder; without one, starts it for this job. A server elsewhere
-    needs `--server` and a key in `MEZZOTINT_API_KEY`.
+    needs `--server` and a key in `MEZZOTINT_API_KEY`. A run with `--prompts` that was stopped goes on where
+    it was: finished requests stand in the folder's `manifest.jsonl`.
 
     Example: `mezzotint generate "a red apple on a teal background" --steps 8 --seed 7 --out apple.png`
     """
+    if (prompt is None) == (prompts is None):
+        raise InvalidRequestError("give either a PROMPT or --prompts FILE", param="prompt")
     width, height = parse_size(size)
-    fields = {
+    fields: dict[str, Any] = {
         "prompt": prompt,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
@@ -80,26 +87,43 @@ def generate(
     }
     settings = read_settings(config, data_dir=data_dir)
     model = endpoint or settings.endpoints[0].id
+    fields = {"model": model} | {name: value for name, value in fields.items() if value is not None}
     with client_for(settings, model, server) as client:
-        result = with_progress(client, {"model": model} | {k: v for k, v in fields.items() if v is not None})
-        paths = [] if format == "url" else save(result, out or default_path(prompt, result.seed, format))
-        if show:
-            from mezzotint.cli.picture import show as draw
+        if prompts is not None:
+            from mezzotint.cli import batch
 
-            for picture in result.data:
-                draw(picture.image)
+            entries = batch.read_prompts(prompts, fields)
+            suffix = SUFFIXES.get(format, ".png")
+            if batch.run(client, entries, out or prompts.with_suffix(""), suffix, as_json=as_json):
+                raise typer.Exit(1)
+            return
+        result = with_progress(client, fields)
+        places = [picture.url or "" for picture in result.data]
+        if format != "url":
+            path = out or default_path(str(prompt), result.seed, format)
+            places = [str(path) for path in save(result, path)]
+        if show:
+            from mezzotint.cli import picture
+
+            for made in result.data:
+                picture.show(made.image)
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    places = [str(path) for path in paths] or [str(picture.url) for picture in result.data]
-    if not as_json:
-        typer.echo("\n".join(places))
-        return
+    typer.echo(as_text(result, places) if as_json else "\n".join(places))
+
+
+def as_text(result: Generation, places: list[str]) -> str:
+    """What `--json` prints: paths or URLs, seeds, sizes and warnings."""
     pictures = [
-        {"url" if format == "url" else "path": place, "seed": picture.seed, "width": picture.width}
-        | {"height": picture.height}
-        for place, picture in zip(places, result.data, strict=True)
+        {
+            "url" if "://" in place else "path": place,
+            "seed": made.seed,
+            "width": made.width,
+            "height": made.height,
+        }
+        for place, made in zip(places, result.data, strict=True)
     ]
-    typer.echo(json.dumps({"id": result.id, "pictures": pictures, "warnings": list(result.warnings)}))
+    return json.dumps({"id": result.id, "pictures": pictures, "warnings": list(result.warnings)})
 
 
 def parse_size(size: str | None) -> tuple[int | None, int | None]:
