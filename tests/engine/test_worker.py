@@ -110,6 +110,22 @@ def process() -> Iterator[Process]:
     started.kill()
 
 
+@pytest.fixture(scope="module")
+def serving(folder: Path) -> Iterator[Process]:
+    """One worker for all tests that leave it serving."""
+    started = Process()
+    started.send(load_model(folder))
+    started.wait_for(Ready)
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def shared(serving: Process) -> Process:
+    serving.seen.clear()
+    return serving
+
+
 @pytest.fixture
 def ready(process: Process, folder: Path) -> Process:
     process.send(load_model(folder))
@@ -133,13 +149,13 @@ def test_a_model_loads_and_says_what_it_is(process: Process, folder: Path) -> No
     assert process.exit_status() == 0
 
 
-def test_a_request_gives_the_bytes_of_the_library(ready: Process, folder: Path) -> None:
-    ready.send(generate("a", num_previews=1), generate("b", seed=2))
-    payloads = {job_id: ready.wait_for(Done, job_id).payload for job_id in ("a", "b")}
+def test_a_request_gives_the_bytes_of_the_library(shared: Process, folder: Path) -> None:
+    shared.send(generate("a", num_previews=1), generate("b", seed=2))
+    payloads = {job_id: shared.wait_for(Done, job_id).payload for job_id in ("a", "b")}
     assert [
-        message.step for message in ready.seen if isinstance(message, Progress) and message.job_id == "a"
+        message.step for message in shared.seen if isinstance(message, Progress) and message.job_id == "a"
     ] == [0, 1, 2, 3]
-    assert sum(isinstance(message, Preview) for message in ready.seen) == 1
+    assert sum(isinstance(message, Preview) for message in shared.seen) == 1
 
     engine = Engine.load(folder, dtype="fp32", device="cpu", num_threads=1, rows=2, performance="reference")
     results = engine.generate(
@@ -198,19 +214,21 @@ def test_cancel_ends_one_job_and_leaves_the_other(ready: Process) -> None:
     assert not any(isinstance(message, Done) and message.job_id == "long" for message in ready.seen)
 
 
-def test_a_ping_is_answered_between_steps(ready: Process) -> None:
-    ready.send(generate("a", num_inference_steps=50))
-    ready.wait_for(Progress, "a")
-    ready.send(Ping(7))
-    assert ready.wait_for(Pong).number == 7
-    assert not any(isinstance(message, Done) for message in ready.seen)
+def test_a_ping_is_answered_between_steps(shared: Process) -> None:
+    shared.send(generate("a", num_inference_steps=50))
+    shared.wait_for(Progress, "a")
+    shared.send(Ping(7))
+    assert shared.wait_for(Pong).number == 7
+    assert not any(isinstance(message, Done) for message in shared.seen)
+    shared.send(Cancel("a"))
+    shared.wait_for(Cancelled, "a")
 
 
-def test_a_bad_request_fails_alone(ready: Process) -> None:
-    ready.send(generate("bad", width=33), generate("good"))
-    failed = ready.wait_for(Failed)
+def test_a_bad_request_fails_alone(shared: Process) -> None:
+    shared.send(generate("bad", width=33), generate("good"))
+    failed = shared.wait_for(Failed)
     assert (failed.job_id, failed.code, failed.param) == ("bad", "out_of_range", "width")
-    ready.wait_for(Done, "good")
+    shared.wait_for(Done, "good")
 
 
 def test_turning_idle_is_told_with_what_was_done(ready: Process) -> None:
@@ -224,31 +242,31 @@ def test_turning_idle_is_told_with_what_was_done(ready: Process) -> None:
     assert stats.step_s["32x32"] > 0
 
 
-def test_a_request_may_name_an_adapter_right_after_it_was_added(ready: Process, tmp_path: Path) -> None:
+def test_a_request_may_name_an_adapter_right_after_it_was_added(shared: Process, tmp_path: Path) -> None:
     state = adapter_files.LAYOUTS["flux", "peft"](tiny.build("flux"), 1)
     path = adapter_files.write(state, tmp_path / "flat.safetensors")
-    ready.send(AddAdapter("flat", str(path)), generate("flat", adapter="flat"), generate("base"))
-    ready.send(PrefetchAdapter("flat"))
+    shared.send(AddAdapter("flat", str(path)), generate("flat", adapter="flat"), generate("base"))
+    shared.send(PrefetchAdapter("flat"))
     done: dict[str, bytes] = {}
     while len(done) < 2:
-        message = ready.wait_for(Done)
+        message = shared.wait_for(Done)
         done[message.job_id] = message.payload
-    added = next(message for message in ready.seen if isinstance(message, AdapterAdded))
+    added = next(message for message in shared.seen if isinstance(message, AdapterAdded))
     assert added.route == "flat"
     assert added.rank > 0
     assert done["flat"] != done["base"]
 
-    ready.send(RemoveAdapter("flat"), generate("gone", adapter="flat"))
-    assert ready.wait_for(Failed).code == "adapter_not_found"
+    shared.send(RemoveAdapter("flat"), generate("gone", adapter="flat"))
+    assert shared.wait_for(Failed).code == "adapter_not_found"
 
 
-def test_a_broken_adapter_is_refused_and_so_are_its_requests(ready: Process, tmp_path: Path) -> None:
+def test_a_broken_adapter_is_refused_and_so_are_its_requests(shared: Process, tmp_path: Path) -> None:
     path = tmp_path / "broken.safetensors"
     path.write_bytes(b"not safetensors")
-    ready.send(AddAdapter("broken", str(path)), generate("a", adapter="broken"), generate("b"))
-    assert ready.wait_for(AdapterFailed).route == "broken"
-    assert ready.wait_for(Failed).job_id == "a"
-    ready.wait_for(Done, "b")
+    shared.send(AddAdapter("broken", str(path)), generate("a", adapter="broken"), generate("b"))
+    assert shared.wait_for(AdapterFailed).route == "broken"
+    assert shared.wait_for(Failed).job_id == "a"
+    shared.wait_for(Done, "b")
 
 
 def test_a_request_that_waits_for_its_adapter_can_be_cancelled(ready: Process, tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ class Engine:
         self.times = StepTimes()
         self.runner = Runner(batching, rows if batching == "exact" else max_rows, self.facts.denoiser_name)
         self.max_merge_pixels = max_merge_pixels
+        self._device: torch.device = pipe._execution_device  # with offloading, not the device of the weights
         self._preview = LatentPreview()
         self._taps = self._tap()
         self._queue: deque[_Active] = deque()
@@ -288,9 +289,9 @@ class Engine:
                 active.job = Job(
                     self.pipe, active.arguments, seed=active.seed, lease=active.lease, before_step=hook
                 )
-            except MezzotintError as error:
+            except Exception as error:
                 self._queue.remove(active)
-                self._end(active, Failed(active.job_id, error.code, error.message, error.param))
+                self._end(active, self._failed(active, error))
                 continue
             self._queue.remove(active)
             self._active[active.job_id] = active
@@ -314,14 +315,16 @@ class Engine:
             job_id=active.job_id,
             key=job.call.key,
             rows=job.call.rows,
-            remaining_s=0.0 if self._prepares(active) else left * self.times.estimate(active.width, active.height),
+            remaining_s=0.0
+            if self._prepares(active)
+            else left * self.times.estimate(active.width, active.height),
             waited_s=now - active.parked,
             priority=active.request.priority,
             arrival=active.arrival,
         )
 
     def _prepares(self, active: _Active) -> bool:
-        """Whether a job has not reached the denoiser yet: where jobs merge it goes first, to fill the batch."""
+        """Whether a job has yet to reach the denoiser: where jobs merge it goes first, to fill the batch."""
         assert active.job is not None, "an active job has started"
         assert active.job.call is not None, "an active job is parked"
         merges = self.runner.num_rows > 1 and self.facts.family.merges
@@ -365,8 +368,11 @@ class Engine:
         if job.error is None:
             self._end(active, self._done(active, job.result))
             return
+        self._end(active, self._failed(active, job.error))
+
+    def _failed(self, active: _Active, error: Exception) -> Failed:
         size = f"{active.width}x{active.height}"
-        self._end(active, failure(active.job_id, job.error, size=size, refused=active.num_forwards == 0))
+        return failure(active.job_id, error, size=size, refused=active.num_forwards == 0)
 
     def _done(self, active: _Active, result: Any) -> Done:
         picture = pixels(result)
@@ -413,8 +419,8 @@ class Engine:
 
     def _synchronize(self) -> None:
         """Waits for the device, so that times are true and an error shows in the forward that caused it."""
-        if self.pipe.device.type == "cuda":
-            torch.cuda.synchronize(self.pipe.device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _tap(self) -> list[Tap]:
         """Taps on everything that computes: denoiser and text encoders by `forward`, VAEs by `decode`."""
