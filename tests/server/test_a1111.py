@@ -163,7 +163,7 @@ def test_progress_is_seen_and_an_interrupt_cancels(tmp_path: Path) -> None:
 
 
 async def until_a_step_is_done(host: Host) -> None:
-    tickets = host.service.admission._tickets
+    tickets = host.service.admission.tickets.by_id
     while not any(ticket.step for ticket in tickets.values()):
         if tickets:
             ticket = next(iter(tickets.values()))
@@ -178,5 +178,7 @@ def test_png_info_reads_what_made_a_picture(http: httpx2.Client) -> None:
         read = http.post("/png-info", json={"image": text}).json()
         assert read["info"] == json.loads(made["info"])["infotexts"][0]
         assert read["parameters"]["seed"] == 7
+    large = http.post("/png-info", json={"image": made["images"][0], "padding": "x" * 2**21})
+    assert large.status_code == 200, "a body with a picture may be larger than others"
     bad = http.post("/png-info", json={"image": "no base64!"})
     assert (bad.status_code, bad.json()["error"]["code"]) == (422, "invalid_image")

@@ -35,6 +35,9 @@ SECURITY_HEADERS = {
     "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
 }
 BODY_METHODS = ("POST", "PUT", "PATCH")
+IMAGE_PATHS = ("/sdapi/v1/png-info",)
+"""Where a body holds a picture, and so may be larger."""
+MAX_IMAGE_BODY = 32 * 2**20
 
 log = structlog.get_logger(__name__)
 
@@ -115,15 +118,16 @@ class Bodies:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        body = await self._read(headers, receive)
+        most = max(self._max_bytes, MAX_IMAGE_BODY) if scope["path"] in IMAGE_PATHS else self._max_bytes
+        body = await self._read(headers, receive, most)
         if body:
             _require_json(headers.get("content-type"))
         await self._app(scope, _replay(body, receive), send)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+    async def _read(self, headers: Headers, receive: Receive, most: int) -> bytes:
         announced = headers.get("content-length", "")
-        if announced.isdigit() and int(announced) > self._max_bytes:
-            raise self._too_large()
+        if announced.isdigit() and int(announced) > most:
+            raise _too_large(most)
         parts: list[bytes] = []
         size, more = 0, True
         try:
@@ -134,8 +138,8 @@ class Bodies:
                         raise ClientGone
                     part = message.get("body", b"")
                     size, more = size + len(part), message.get("more_body", False)
-                    if size > self._max_bytes:
-                        raise self._too_large()
+                    if size > most:
+                        raise _too_large(most)
                     parts.append(part)
         except TimeoutError:
             raise BodyTimeoutError(
@@ -143,8 +147,9 @@ class Bodies:
             ) from None
         return b"".join(parts)
 
-    def _too_large(self) -> BodyTooLargeError:
-        return BodyTooLargeError(f"the body is larger than {self._max_bytes} bytes; send a smaller one")
+
+def _too_large(most: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is larger than {most} bytes; send a smaller one")
 
 
 def _require_json(content_type: str | None) -> None:
