@@ -230,6 +230,8 @@ class ImageTimings(_Answer):
     queue_ms: float
     generate_ms: float
     encode_ms: float
+    adapter_load_ms: float | MISSING = MISSING
+    """What of `generate_ms` it took to load the adapter; absent where it was in memory."""
 
 
 class ImageItem(_Answer):

@@ -557,6 +557,16 @@ def test_the_least_recently_used_goes_first_and_never_one_in_use(pipe: Any, many
     assert held.resident.num_leases == 0
 
 
+def test_the_time_of_a_cold_load_is_told_to_the_job_that_caused_it(pipe: Any, many: list[Path]) -> None:
+    bank, _ = filled(pipe, many[:2], room=2)
+    cold, warm = leased(bank, "0"), leased(bank, "0")
+    assert cold.load_s > 0
+    assert warm.load_s == 0
+    bank.prefetch("1")
+    assert leased(bank, "1").load_s > 0, "read ahead for this job"
+    assert leased(bank, "1").load_s == 0
+
+
 def test_a_route_that_is_removed_or_replaced_stays_for_those_who_hold_it(pipe: Any, many: list[Path]) -> None:
     bank, one = filled(pipe, many[:3], room=3)
     lease = leased(bank, "0")

@@ -80,12 +80,14 @@ class BankStats:
 class Resident:
     """An adapter in memory: its weights for each component of the pipeline."""
 
-    __slots__ = ("num_bytes", "num_leases", "packed", "route", "serial", "wanted")
+    __slots__ = ("load_s", "num_bytes", "num_leases", "packed", "route", "serial", "wanted")
 
-    def __init__(self, route: str, serial: int, packed: Mapping[str, Packed]) -> None:
+    def __init__(self, route: str, serial: int, packed: Mapping[str, Packed], load_s: float) -> None:
         self.route = route
         self.serial = serial
         self.packed = packed
+        self.load_s = load_s
+        """Seconds that its loading took; 0 once a job has been told of them."""
         self.wanted = False
         """Read ahead for a job that has not come for it yet."""
         self.num_bytes = sum(each.num_bytes for each in packed.values())
@@ -103,7 +105,7 @@ class Lease:
         self.resident = resident
         self.scale = scale
         self.load_s = load_s
-        """Seconds that `acquire` took: next to nothing for an adapter that was resident."""
+        """Seconds that loading the adapter for this job took; 0 for one that was resident."""
 
     def release(self) -> None:
         """Ends the hold; a second call does nothing."""
@@ -112,10 +114,18 @@ class Lease:
             self._bank._released(self.resident)
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """An adapter's weights, ready to be installed."""
+
+    packed: dict[str, Packed]
+    load_s: float
+
+
 class _Loading:
     """An adapter being read ahead; its bytes count from the start."""
 
-    def __init__(self, future: Future[dict[str, Packed]], num_bytes: int) -> None:
+    def __init__(self, future: Future[_Read], num_bytes: int) -> None:
         self.future = future
         self._num_bytes = num_bytes
 
@@ -212,7 +222,6 @@ class AdapterBank:
         changed or vanished since it was added.
         """
         info = self.info(route)
-        start = time.monotonic()
         resident = self._resident.get(route)
         if resident is None:
             resident = self._load(info)
@@ -224,7 +233,8 @@ class AdapterBank:
         resident.wanted = False
         resident.num_leases += 1
         scale = info.scale if scale is None else scale
-        return Lease(self, resident, scale, time.monotonic() - start)
+        load_s, resident.load_s = resident.load_s, 0.0
+        return Lease(self, resident, scale, load_s)
 
     def stats(self) -> BankStats:
         """Counters and residency, for the worker's Stats."""
@@ -237,13 +247,14 @@ class AdapterBank:
             for layer in layers.values():
                 layer.close()
 
-    def _read(self, info: AdapterInfo) -> dict[str, Packed]:
-        file = info.file
+    def _read(self, info: AdapterInfo) -> _Read:
+        file, start = info.file, time.monotonic()
         adapter = read_adapter(
             file.path, self._pipeline, self._layers, checksum=file.checksum, max_bytes=self.byte_budget
         )
         with torch.inference_mode(False), torch.no_grad():
-            return {name: Packed(self._layers[name], weights) for name, weights in adapter.weights.items()}
+            packed = {name: Packed(self._layers[name], part) for name, part in adapter.weights.items()}
+        return _Read(packed, time.monotonic() - start)
 
     def _load(self, info: AdapterInfo) -> Resident | None:
         self._settle(but=info.route)
@@ -254,10 +265,10 @@ class AdapterBank:
             return None
         return self._install(info.route, self._read(info))
 
-    def _install(self, route: str, packed: Mapping[str, Packed]) -> Resident:
+    def _install(self, route: str, read: _Read) -> Resident:
         self._serial += 1
         self._loads += 1
-        resident = self._resident[route] = Resident(route, self._serial, packed)
+        resident = self._resident[route] = Resident(route, self._serial, read.packed, read.load_s)
         return resident
 
     def _settle(self, but: str = "") -> None:

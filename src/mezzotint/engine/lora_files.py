@@ -262,6 +262,8 @@ def _place(
     by_component: dict[str, State] = {name: {} for name in layers}
     for key, tensor in state.items():
         component, _, rest = key.partition(".")
+        if component not in layers and component in ("unet", "transformer", "prior"):
+            raise _unfit(path, f"{key} belongs to a {component}, and this model has a {main}")
         if component not in layers and re.match(r"text_encoder(_\d)?$", component):
             raise _unsupported(
                 path, f"a LoRA of {component}, which this pipeline does not adapt (it has {key!r})"

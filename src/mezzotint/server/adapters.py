@@ -4,9 +4,7 @@
     store.load(endpoints)                # at the start (blocking): settings, package and earlier calls
     await store.add(endpoint, adapter)   # the admin API; a running worker checks the adapter
     await store.remove(endpoint, route)
-    store.registered(endpoint_id)        # blocking, these need no server: the command line may use them
-    store.register(spec, adapter)        # on the data folder of a server that is not running
-    store.forget(endpoint_id, route)
+    store.registered(endpoint_id)        # blocking, needs no running server
 
 A new route works at once and a removed one refuses new requests at once; those that were taken in before
 finish with the adapter that they asked for.
@@ -124,19 +122,6 @@ class AdapterStore:
             )
         return known[route]
 
-    def register(
-        self,
-        spec: EndpointSettings,
-        adapter: AdapterSettings,
-        *,
-        origin: str = CALLED,
-        overwrite: bool = False,
-    ) -> Adapter:
-        """Fetches, copies and records an adapter; a worker looks at it when one runs next."""
-        self._require_free(spec.id, adapter.route, overwrite)
-        kept = keep(adapter.source, self.folder, _max_file_bytes(spec))
-        return self._record(_new(spec.id, adapter, kept, origin))
-
     def forget(self, endpoint_id: str, route: str) -> Adapter:
         """Takes an adapter out of the database; its file goes when the server starts next."""
         adapter = self.get(endpoint_id, route)
@@ -202,7 +187,8 @@ class AdapterStore:
         try:
             added = await endpoint.add_adapter(new.message())
         except ModelLoadError as error:
-            raise InvalidRequestError(error.message, code=error.code, param="source") from None
+            message = error.message.replace(kept.path.name, Path(adapter.source).name)
+            raise InvalidRequestError(message, code=error.code, param="source") from None
         if added is not None:
             new = _checked(new, added, endpoint)
         log.info("adapter added", endpoint=endpoint.id, route=new.route, checksum=new.checksum)
