@@ -75,7 +75,7 @@ class Host:
         """Waits for one of these statuses by the request's own changes."""
 
         async def watch() -> None:
-            ticket = self.service.admission._tickets[request_id]
+            ticket = self.service.admission.tickets.by_id[request_id]
             seen = ticket.changes
             while ticket.status not in statuses:
                 assert not ticket.ended, f"{request_id} ended as {ticket.status}: {ticket.error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from mezzotint.server.endpoints import State
 from mezzotint.server.keys import Limits
+from mezzotint.server.tickets import Ticket
 from tests.server.hosting import GENERATE, Host, endpoint, hosting, settings_for
 
 
@@ -29,18 +31,18 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 def hang_up(host: Host, **fields: object) -> str:
     """Sends a request, waits until it runs, and drops the connection; its id."""
-    known = set(host.service.admission._tickets)
+    known = set(host.service.admission.tickets.by_id)
     with host.connect() as raw:
         raw.sendall(host.raw_post(**fields))
-        host.until(lambda: set(host.service.admission._tickets) - known)
-        (request_id,) = set(host.service.admission._tickets) - known
+        host.until(lambda: set(host.service.admission.tickets.by_id) - known)
+        (request_id,) = set(host.service.admission.tickets.by_id) - known
         host.wait_until(request_id, "running")
     return request_id
 
 
 def join_and_hang_up(host: Host, request_id: str, **fields: object) -> None:
     """Joins a request that was left, and leaves it once more."""
-    ticket = host.service.admission._tickets[request_id]
+    ticket = host.service.admission.tickets.by_id[request_id]
     host.until(lambda: ticket.clients == 0)
     with host.connect() as raw:
         raw.sendall(host.raw_post(**fields))
@@ -278,3 +280,29 @@ def test_64_concurrent_requests_give_the_bytes_that_each_gives_alone(host: Host)
         assert together[number].result().json()["data"][0]["b64_json"] == alone
     assert host.endpoint().state is State.READY
     assert {one.result().status_code for one in together} == {200}
+
+
+def test_one_request_among_200_of_another_key_waits_for_two_at_most(tmp_path: Path) -> None:
+    spec = endpoint("fake:step_s=0.005", batching="off")
+    with hosting(settings_for(tmp_path, spec)) as host:
+        greedy = [host.submit(f"job {number}", num_inference_steps=50) for number in range(200)]
+        tickets = [host.service.admission.tickets.by_id[request_id] for request_id in greedy]
+        with host.new_client() as modest:
+            before = sum(ticket.ended for ticket in tickets)
+            body, headers = host.body("one", num_inference_steps=50), {"prefer": "respond-async"}
+            answer = modest.post(GENERATE, json=body, headers=headers)
+            mine = host.service.admission.tickets.by_id[answer.json()["id"]]
+            order: list[str] = []
+            host.run(ended_in_order([*tickets, mine], mine, order))
+        assert before < 150, "the other key's requests must still be waiting"
+        assert order.index(mine.id) <= 3, "two that ran already, and one whose turn it was"
+
+
+async def ended_in_order(tickets: list[Ticket], last: Ticket, order: list[str]) -> None:
+    """Notes the tickets that end from now until `last` has."""
+    living = [ticket for ticket in tickets if not ticket.ended]
+    while not last.ended:
+        await asyncio.sleep(0.001)
+        for ticket in [one for one in living if one.ended]:
+            living.remove(ticket)
+            order.append(ticket.id)

@@ -91,4 +91,4 @@ def test_the_bodies_reach_both_outcomes(host: Host) -> None:
 def test_ten_thousand_bodies_leave_nothing_behind(host: Host, body: bytes) -> None:
     check(host, body)
     assert host.endpoint().dispatcher.idle
-    assert len(host.service.admission._tickets) <= MANY + EXAMPLES + 10
+    assert len(host.service.admission.tickets.by_id) <= MANY + EXAMPLES + 10

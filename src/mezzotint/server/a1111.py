@@ -24,10 +24,10 @@ from mezzotint import images
 from mezzotint.errors import InvalidRequestError, echo
 from mezzotint.schemas import DedicatedImageGenerationBody, make_body, parse_json, shown, split_model
 from mezzotint.server import openai, routes
-from mezzotint.server.admission import Answer, Picture, Ticket
 from mezzotint.server.endpoints import Endpoint
 from mezzotint.server.keys import Key
 from mezzotint.server.routes import Service, TheService
+from mezzotint.server.tickets import Answer, Picture, Ticket
 
 SAMPLER = "Automatic"
 """The one sampler there is to choose: the model's own. What clients send instead is ignored."""

@@ -11,9 +11,8 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
 
 import structlog
 from starlette.types import Receive
@@ -32,135 +31,20 @@ from mezzotint.errors import (
     echo,
 )
 from mezzotint.messages import Done, Generate, Preview
-from mezzotint.schemas import RequestStatus
 from mezzotint.server.endpoints import Endpoint
 from mezzotint.server.keys import Key
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.queueing import Job
 from mezzotint.server.quotas import Quotas
 from mezzotint.server.sse import or_gone
+from mezzotint.server.tickets import Answer, Finish, ImageRequest, Picture, Ticket, Tickets
 
 MAX_TIMEOUT_S = 3600.0
-MAX_KEPT_BYTES = 256 * 2**20
-"""Most bytes of finished answers kept for retries; the oldest go first."""
 STOPPING_RETRY_S = 5.0
 """Retry-After of a server that stops: another, or the same one restarted, may be there by then."""
 DRAWN_SEEDS = 2**32
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRequest:
-    """What a dialect asks for. `seed` None draws one; image i of n uses seed + i."""
-
-    prompt: str
-    num_inference_steps: int
-    route: str | None = None
-    guidance_scale: float | None = None
-    seed: int | None = None
-    n: int = 1
-    width: int | None = None
-    height: int | None = None
-    negative_prompt: str | None = None
-    adapter_scale: float | None = None
-    num_previews: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """One finished image: uint8 RGB pixels and what made them."""
-
-    request: Generate
-    width: int
-    height: int
-    pixels: bytes
-    queue_s: float
-    generate_s: float
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The bytes of a finished request's JSON answer, and what the Server-Timing header says."""
-
-    body: bytes
-    queue_s: float = 0.0
-    generate_s: float = 0.0
-    encode_s: float = 0.0
-
-
-Finish = Callable[["Ticket", list[Picture]], Answer]
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One request on its way to exactly one of done, failed, cancelled."""
-
-    id: str
-    key: Key
-    endpoint: Endpoint
-    finish: Finish
-    fingerprint: str
-    idempotency_key: str | None
-    deadline: float
-    warnings: list[str]
-    created: float = field(default_factory=time.time)
-    status: RequestStatus = "queued"
-    jobs: list[Job] = field(default_factory=list)
-    pictures: dict[int, Picture] = field(default_factory=dict)
-    previews: list[tuple[int, Preview]] = field(default_factory=list)
-    """Image number and preview, in the order in which they came."""
-    answer: Answer | None = None
-    error: MezzotintError | None = None
-    clients: int = 0
-    """Connections that wait for the answer."""
-    held: bool = False
-    """Runs to its end, and keeps its answer, without any connection."""
-    vanished_at: float = 0.0
-    changes: int = 0
-    """Counts up with every change; see `changed`."""
-    _waiters: set[asyncio.Future[None]] = field(default_factory=set)
-
-    @property
-    def ended(self) -> bool:
-        return self.status in ("done", "failed", "cancelled")
-
-    @property
-    def step(self) -> int:
-        return sum(min(job.step, job.request.num_inference_steps) for job in self.jobs)
-
-    @property
-    def num_steps(self) -> int:
-        return sum(job.request.num_inference_steps for job in self.jobs)
-
-    async def changed(self, seen: int) -> int:
-        """Waits until `changes` differs from `seen` and answers it; several changes may come as one."""
-        while self.changes == seen:
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters.add(waiter)
-            try:
-                await waiter
-            finally:
-                self._waiters.discard(waiter)
-        return self.changes
-
-    async def outcome(self) -> Answer:
-        """The answer, or the error raised."""
-        seen = -1
-        while not self.ended:
-            seen = await self.changed(seen)
-        if self.error is not None:
-            raise self.error
-        if self.answer is None:
-            raise NotFoundError("the answer of this request is no longer kept", code="request_not_found")
-        return self.answer
-
-    def touch(self) -> None:
-        self.changes += 1
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
 
 
 class Admission:
@@ -171,10 +55,8 @@ class Admission:
         self._metrics = metrics
         self._quotas = quotas
         self._pool = pool
-        self._tickets: dict[str, Ticket] = {}
-        self._by_idempotency: dict[tuple[str, str], Ticket] = {}
+        self.tickets = Tickets(settings.idempotency_ttl_s)
         self._vanished: dict[tuple[str, str], list[Ticket]] = {}
-        self._kept_bytes = 0
         self._finishing: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------ in
@@ -212,7 +94,7 @@ class Admission:
 
     def _to_join(self, key: Key, fingerprint: str, idempotency_key: str | None) -> Ticket | None:
         if idempotency_key is not None:
-            ticket = self._by_idempotency.get((key.id, idempotency_key))
+            ticket = self.tickets.by_idempotency.get((key.id, idempotency_key))
             if ticket is not None and ticket.fingerprint != fingerprint:
                 raise ConflictError(
                     f"Idempotency-Key {echo(idempotency_key)} was used for another body; "
@@ -253,11 +135,9 @@ class Admission:
         self._quotas.require(key, now)
         self._require_room(endpoint, key, sum(job.work_s for job in jobs), timeout_s, now)
         ticket.jobs = jobs
-        self._tickets[ticket.id] = ticket
-        if idempotency_key is not None:
-            self._by_idempotency[key.id, idempotency_key] = ticket
+        self.tickets.add(ticket)
         loop = asyncio.get_running_loop()
-        loop.call_at(ticket.deadline, self._out_of_time, ticket)
+        ticket.deadline_timer = loop.call_at(ticket.deadline, self._out_of_time, ticket)
         for job in jobs:
             endpoint.enqueue(job, now)
         return ticket
@@ -328,7 +208,8 @@ class Admission:
 
     def find(self, request_id: str, key: Key) -> Ticket:
         """The ticket of this id, for the key that made it and for nobody else."""
-        ticket = self._tickets.get(request_id)
+        self.sweep()
+        ticket = self.tickets.by_id.get(request_id)
         if ticket is None or ticket.key.id != key.id:
             raise NotFoundError(
                 f"no request {echo(request_id)} of this key is known; finished ones are forgotten after "
@@ -343,7 +224,7 @@ class Admission:
 
     def end_all(self) -> list[str]:
         """Ends whatever is left when the server stops; answers the ids of what was dropped."""
-        left = [ticket for ticket in self._tickets.values() if not ticket.ended]
+        left = self.tickets.living()
         for ticket in left:
             error = UnavailableError(
                 "the server is stopping; send the request again in a moment",
@@ -352,6 +233,10 @@ class Admission:
             )
             self._end(ticket, error)
         return [ticket.id for ticket in left]
+
+    def sweep(self) -> None:
+        """Forgets what nobody may ask for any more."""
+        self.tickets.sweep(asyncio.get_running_loop().time())
 
     async def settle(self) -> None:
         """Waits for answers that are being encoded."""
@@ -397,12 +282,7 @@ class Admission:
 
     def _forget_answer(self, ticket: Ticket) -> None:
         if ticket.idempotency_key is None and not ticket.held and ticket.ended and ticket.clients == 0:
-            self._drop_answer(ticket)
-
-    def _drop_answer(self, ticket: Ticket) -> None:
-        if ticket.answer is not None:
-            self._kept_bytes -= len(ticket.answer.body)
-            ticket.answer = None
+            self.tickets.drop_answer(ticket)
 
     # ------------------------------------------------------------ jobs move
 
@@ -427,7 +307,7 @@ class Admission:
         queue_s = (job.started_at or job.queued_at) - job.queued_at
         ticket.pictures[number] = Picture(
             job.request, outcome.width, outcome.height, outcome.payload, queue_s, outcome.generate_s,
-            tuple(outcome.warnings),
+            outcome.adapter_load_s, tuple(outcome.warnings),
         )  # fmt: skip
         self._metrics.queue_seconds.labels(ticket.endpoint.id).observe(queue_s)
         self._metrics.generate_seconds.labels(ticket.endpoint.id).observe(outcome.generate_s)
@@ -482,27 +362,10 @@ class Admission:
             code=ticket.error.code if ticket.error else None,
         )  # fmt: skip
         ticket.pictures, ticket.previews = {}, []
-        self._keep(ticket)
+        if ticket.deadline_timer is not None:
+            ticket.deadline_timer.cancel()
+        self.tickets.keep(ticket, asyncio.get_running_loop().time())
         ticket.touch()
-
-    def _keep(self, ticket: Ticket) -> None:
-        """Holds on to an ended ticket for those who ask again, within a bound of bytes."""
-        if ticket.answer is not None:
-            self._kept_bytes += len(ticket.answer.body)
-        asyncio.get_running_loop().call_later(self._settings.idempotency_ttl_s, self._forget, ticket)
-        for other in list(self._tickets.values()):
-            if self._kept_bytes <= MAX_KEPT_BYTES:
-                break
-            if other is not ticket:
-                self._drop_answer(other)
-
-    def _forget(self, ticket: Ticket) -> None:
-        self._drop_answer(ticket)
-        self._tickets.pop(ticket.id, None)
-        if ticket.idempotency_key is not None:
-            place = (ticket.key.id, ticket.idempotency_key)
-            if self._by_idempotency.get(place) is ticket:
-                del self._by_idempotency[place]
 
 
 def _parts(request: ImageRequest, request_id: str, endpoint: Endpoint) -> list[Generate]:

@@ -203,6 +203,7 @@ async def _clean(service: Service) -> None:
         try:
             gone, left = await asyncio.to_thread(service.gallery.clean)
             service.metrics.stored_bytes.set(left)
+            service.admission.sweep()
             await asyncio.to_thread(service.quotas.store)
             if gone:
                 log.info("expired pictures removed", num=gone)

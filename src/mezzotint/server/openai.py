@@ -31,10 +31,11 @@ from mezzotint.schemas import (
     unknown_field,
 )
 from mezzotint.server import routes, sse
-from mezzotint.server.admission import Answer, Picture, Ticket, parse_timeout
+from mezzotint.server.admission import parse_timeout
 from mezzotint.server.endpoints import Endpoint
 from mezzotint.server.keys import Key
 from mezzotint.server.routes import Service, TheKey, TheService
+from mezzotint.server.tickets import Answer, Picture, Ticket
 
 FALLBACK_STEPS = 20
 """Steps where neither the request, nor the endpoint, nor its model (not loaded yet) names a number."""
@@ -305,11 +306,11 @@ def _event(wish: Wish, kind: str, picture: Picture | Preview, data: bytes) -> di
 
 async def _events(service: Service, wish: Wish, ticket: Ticket) -> AsyncIterator[bytes]:
     """Partial images as events, progress as comments: clients take any other event for a partial image."""
-    shown_previews, seen = 0, -1
+    previews, shown_previews, seen = ticket.previews, 0, -1  # a ticket lets go of its previews when it ends
     with service.admission.attached(ticket):
         while True:
             seen = ticket.changes
-            for number, preview in ticket.previews[shown_previews:]:
+            for number, preview in previews[shown_previews:]:
                 shown_previews += 1
                 yield await run_in_threadpool(_partial, wish, number, preview)
             if ticket.ended:

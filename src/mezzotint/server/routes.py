@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
-from pydantic import BaseModel
+from pydantic import MISSING, BaseModel
 
 from mezzotint import images
 from mezzotint.config import Settings
@@ -37,7 +37,7 @@ from mezzotint.schemas import (
 )
 from mezzotint.server import keys, sse, storage
 from mezzotint.server.adapters import AdapterStore
-from mezzotint.server.admission import Admission, Answer, Finish, ImageRequest, Picture, Ticket, parse_timeout
+from mezzotint.server.admission import Admission, parse_timeout
 from mezzotint.server.endpoints import Desired, Endpoint, State
 from mezzotint.server.gallery import Gallery
 from mezzotint.server.keys import Key
@@ -45,6 +45,7 @@ from mezzotint.server.metrics import CONTENT_TYPE, Metrics
 from mezzotint.server.quotas import Quotas
 from mezzotint.server.registry import Registry
 from mezzotint.server.storage import Storage
+from mezzotint.server.tickets import Answer, Finish, ImageRequest, Picture, Ticket
 
 MAX_IDEMPOTENCY_KEY = 255
 MAX_PREVIEWS = 10
@@ -235,6 +236,7 @@ def _item(
         queue_ms=_ms(picture.queue_s),
         generate_ms=_ms(picture.generate_s),
         encode_ms=_ms(time.perf_counter() - began),
+        adapter_load_ms=_ms(picture.adapter_load_s) if picture.adapter_load_s else MISSING,
     )
     return ImageItem(
         seed=picture.request.seed,
@@ -397,10 +399,10 @@ async def request_events(request_id: str, service: TheService, key: TheKey) -> R
 
 
 async def _events(ticket: Ticket) -> AsyncIterator[bytes]:
-    seen, shown = -1, 0
+    previews, seen, shown = ticket.previews, -1, 0  # a ticket lets go of its previews when it ends
     while True:
         seen = ticket.changes
-        for number, preview in ticket.previews[shown:]:
+        for number, preview in previews[shown:]:
             shown += 1
             yield sse.event("preview", await asyncio.to_thread(_preview_json, ticket, number, preview))
         if ticket.ended:
