@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mezzotint.engine import Engine, Request
+from mezzotint.engine import Engine, Request, loading
 from mezzotint.engine.rules import RULES
 from mezzotint.families import FAMILIES, family
 from mezzotint.messages import Done, Failed, Progress
@@ -201,6 +201,39 @@ def test_a_seed_gives_the_same_bytes_whoever_else_runs(name: str, dtype: torch.d
     for index in range(len(wanted)):
         assert np.array_equal(backwards[index], alone[index])
         assert np.array_equal(kept[index], alone[index])
+
+
+@pytest.mark.parametrize("name", ["flux", "stable-diffusion-xl", "sana", "z-image"])
+def test_the_auto_performance_setting_keeps_the_promise_too(name: str) -> None:
+    case, dtype = CASES[name], torch.bfloat16
+    wanted = requests(case)
+    pipe = tiny.build(case.tiny, dtype)
+    loading.tune(pipe, "auto")
+    engine = Engine(pipe, batching="exact", rows=4)
+    alone = [pictures(engine, [request])[0] for request in wanted]
+    together = pictures(engine, wanted[::-1])[::-1]
+    engine.close()
+
+    for index, picture in enumerate(expected_pictures(name, dtype)):
+        difference = np.abs(alone[index].astype(int) - picture.astype(int)) / 255
+        assert np.array_equal(together[index], alone[index])
+        assert difference.max() <= loading.TOLERANCE[dtype]
+        assert difference.mean() <= loading.TOLERANCE[dtype] / 10
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler has many of its own
+def test_a_compiled_denoiser_paints_the_same_picture() -> None:
+    case, dtype = CASES["pixart-sigma"], torch.float32
+    pipe = tiny.build(case.tiny, dtype)
+    loading.tune(pipe, "compiled")
+    engine = Engine(pipe, batching="exact", rows=1)
+    first, again = (pictures(engine, requests(case)[:1])[0] for _ in range(2))
+    engine.close()
+
+    expected = expected_pictures("pixart-sigma", dtype)[0]
+    assert np.array_equal(first, again)
+    assert np.abs(first.astype(int) - expected.astype(int)).max() <= loading.TOLERANCE[dtype] * 255 + 0.5
 
 
 @pytest.mark.parametrize("name", tiny.OTHERS)

@@ -6,6 +6,7 @@ Also a program: `python -m mezzotint.engine.loading pull SOURCE` fetches a model
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import sys
@@ -31,6 +32,10 @@ Performance = Literal["auto", "reference", "compiled"]
 DECODERS = ("vae", "movq", "vqgan")
 """Components that turn latents into pixels: convolutions, for which channels_last is faster."""
 ALIGNMENT = 64
+TOLERANCE = {torch.float32: 0.004, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest difference of a channel value (0 to 1) between performance settings; the mean is a tenth of it."""
+MAX_PACKED_BYTES = 512 * 1024 * 1024
+"""Largest linear layers in all that get a second, packed copy: larger models gain nothing from it."""
 
 _log = logging.getLogger(__name__)
 
@@ -113,8 +118,10 @@ def tune(pipe: Any, performance: Performance) -> None:
     """Lays the weights out as `performance` says.
 
     `reference` changes nothing: the same bytes as plain diffusers. `auto` gives the VAE the channels_last
-    layout and copies weights to aligned memory: results no longer depend on where a tensor lies in its file.
-    `compiled` compiles the denoiser on top.
+    layout, copies weights to aligned memory (results no longer depend on where a tensor lies in its file) and
+    packs the linear layers of a small bf16 denoiser on the CPU, which moves last bits in a few shapes.
+    `compiled` compiles the denoiser instead of packing it. Each keeps the promise of `exact` to itself;
+    TOLERANCE says how far they are from `reference`.
     """
     if performance == "reference":
         return
@@ -124,11 +131,35 @@ def tune(pipe: Any, performance: Performance) -> None:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
             if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
                 parameter.data = parameter.data.clone()
+    denoiser = getattr(pipe, family(type(pipe).__name__).denoiser, None)
+    if denoiser is None:
+        return
     if performance == "compiled":
-        name = family(type(pipe).__name__).denoiser
-        denoiser = getattr(pipe, name, None)
-        if denoiser is not None:
-            denoiser.forward = torch.compile(denoiser.forward, dynamic=True)
+        denoiser.forward = torch.compile(denoiser.forward, dynamic=True)
+    else:
+        _pack(denoiser)
+
+
+def _pack(denoiser: torch.nn.Module) -> None:
+    """Gives each linear layer a second copy of its weight in the order that oneDNN works in."""
+    layers = [
+        layer
+        for layer in denoiser.modules()
+        if type(layer) is torch.nn.Linear
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.bfloat16
+    ]
+    mkldnn: Any = torch.backends.mkldnn
+    if not mkldnn.is_available() or sum(layer.weight.nbytes for layer in layers) > MAX_PACKED_BYTES:
+        return
+    for layer in layers:
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+        layer.forward = functools.partial(_packed_forward, packed, layer.bias)  # type: ignore[method-assign]
+
+
+def _packed_forward(packed: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return result
 
 
 def _read(
