@@ -28,7 +28,17 @@ from mezzotint.errors import (
     MezzotintError,
     NotFoundError,
 )
-from mezzotint.server import a1111, adapter_routes, database, keys, management, openai, playground, routes
+from mezzotint.server import (
+    a1111,
+    adapter_routes,
+    database,
+    documentation,
+    keys,
+    management,
+    openai,
+    playground,
+    routes,
+)
 from mezzotint.server.adapters import AdapterStore
 from mezzotint.server.admission import Admission
 from mezzotint.server.gallery import Gallery
@@ -73,6 +83,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
     app.state.service = service
     for dialect in (routes, management, adapter_routes, openai, a1111, playground):
         dialect.install(app)
+    documentation.install(app)
     app.add_middleware(Bodies, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     if settings.cors_origins:
         app.add_middleware(
