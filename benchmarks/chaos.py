@@ -182,7 +182,7 @@ async def kill(server: Running, faults: Faults) -> None:
 
 async def hang(server: Running, faults: Faults) -> None:
     """Stops a worker for good; the server's heartbeat must find it."""
-    while not server.workers():  # it has just been killed
+    while not (await asyncio.to_thread(server.is_ready) and server.workers()):  # one was just killed
         await asyncio.sleep(0.1)
     worker, began = server.workers()[0], time.perf_counter()
     worker.suspend()

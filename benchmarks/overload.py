@@ -26,6 +26,7 @@ TIMES = 10
 DEADLINE_S = 12.0
 REFUSED_WITHIN_S = 0.05
 PROBE_EVERY_S = 0.02
+REQUESTS = "/dedicated/v1/requests/"
 ROUNDS = 5
 HEADERS = {"x-request-timeout-s": f"{DEADLINE_S:g}", "prefer": "respond-async"}
 SMALL = body("a red apple", 8, 0)
@@ -68,12 +69,13 @@ async def flood(
 
 
 async def admitted_after(client: httpx2.AsyncClient, url: str, one: Body) -> Refusal:
-    """Tries until the request is admitted; what the first refusal said (0: there was none)."""
+    """Tries until the request is admitted, and takes it back; what the first refusal said (0: none)."""
     said_s, began = 0.0, time.perf_counter()
     while True:
         answer = await client.post(url + PATH, json=one, headers=HEADERS)
         passed_s = time.perf_counter() - began
         if answer.status_code == 202:
+            await client.delete(f"{url}{REQUESTS}{answer.json()['id']}")
             return Refusal(said_s, passed_s)
         if answer.status_code != 429:
             raise RuntimeError(f"neither admitted nor refused with 429: {answer.status_code} {answer.text}")
@@ -82,14 +84,18 @@ async def admitted_after(client: httpx2.AsyncClient, url: str, one: Body) -> Ref
 
 
 async def refused(client: httpx2.AsyncClient, url: str, large: Body) -> Refusal:
-    """Fills the queue, then waits with a large request for what its Retry-After said."""
-    seed = 0
+    """Fills the queue, then waits with a large request for what its Retry-After said; empties the queue."""
+    filled: list[str] = []
     while True:
-        seed += 1
-        answer = await client.post(url + PATH, json=SMALL | {"seed": seed}, headers=HEADERS)
+        one = SMALL | {"seed": len(filled)}
+        answer = await client.post(url + PATH, json=one, headers=HEADERS)
         if answer.status_code != 202:
             break
-    return await admitted_after(client, url, large)
+        filled.append(answer.json()["id"])
+    found = await admitted_after(client, url, large)
+    for request_id in filled:
+        await client.delete(f"{url}{REQUESTS}{request_id}")
+    return found
 
 
 async def idle(client: httpx2.AsyncClient, url: str) -> None:

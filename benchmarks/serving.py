@@ -47,8 +47,17 @@ class Running:
     started_s: float
 
     def workers(self) -> list[psutil.Process]:
-        """The worker processes: children of the server's forkserver."""
-        return [child for child in self.process.children(recursive=True) if child.ppid() != self.process.pid]
+        """The worker processes that live: children of the server's forkserver."""
+        return [child for child in self.process.children(recursive=True) if self._is_worker(child)]
+
+    def _is_worker(self, child: psutil.Process) -> bool:
+        try:
+            return child.ppid() != self.process.pid and child.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def is_ready(self) -> bool:
+        return bool(httpx2.get(f"{self.url}/readyz", timeout=30.0).status_code == 200)
 
     def new_key(self, name: str, *, admin: bool = False) -> tuple[str, str]:
         """The id and the secret of a new key, for a server that runs with `auth`."""
