@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import huggingface_hub.constants
 import numpy as np
 import pytest
@@ -97,6 +98,18 @@ def test_a_ready_pipeline_keeps_its_dtype() -> None:
     assert loaded.pipe is pipe
     assert (loaded.dtype, loaded.dtype_reason) == ("bf16", "the pipeline came with it")
     assert load(pipe, dtype="fp32").pipe.dtype == torch.float32
+
+
+def test_a_ready_pipeline_may_be_of_a_class_of_ones_own_but_must_make_pictures_from_text() -> None:
+    class Mine(diffusers.FluxPipeline):  # type: ignore[misc]
+        pass
+
+    class MineImg2Img(diffusers.FluxPipeline):  # type: ignore[misc]
+        pass
+
+    parts = tiny.build("flux").components
+    assert load(Mine(**parts)).num_parameters > 0
+    assert refusal(MineImg2Img(**parts)).code == "unsupported_class"
 
 
 def test_a_repository_is_fetched_once_and_then_needs_no_network(

@@ -69,13 +69,20 @@ def check_folder(folder: Path, *, allow_remote_code: bool = False) -> Plan:
 
 
 def check_class(name: str) -> Any:
-    """The diffusers class `name`; ModelLoadError unless it makes pictures from text alone."""
+    """The diffusers class `name`; ModelLoadError unless there is one and it makes pictures from text."""
     pipeline = getattr(diffusers, name, None)
     if not (inspect.isclass(pipeline) and issubclass(pipeline, diffusers.DiffusionPipeline)):
         raise ModelLoadError(
             f"diffusers {diffusers.__version__} has no pipeline class {echo(name)}; a newer one may",
             code="unsupported_class",
         )
+    check_text_to_image(pipeline)
+    return pipeline
+
+
+def check_text_to_image(pipeline: Any) -> None:
+    """ModelLoadError unless the pipeline class makes pictures from text alone."""
+    name = pipeline.__name__
     if any(word in name for word in _FROM_PICTURES):
         raise ModelLoadError(
             f"pipeline class {name} makes pictures from pictures; Mezzotint hosts text-to-image models: "
@@ -90,7 +97,6 @@ def check_class(name: str) -> Any:
             f"pipeline class {name} does not make a picture from text alone, which Mezzotint needs",
             code="unsupported_class",
         )
-    return pipeline
 
 
 def check_memory(plan: Plan, dtype: torch.dtype, free: int, total: int, *, offload: bool = False) -> int:

@@ -76,7 +76,7 @@ def load(
     threads = hardware.set_threads(num_threads)
     place = hardware.choose_device(device)
     if isinstance(source, diffusers.DiffusionPipeline):
-        checks.check_class(type(source).__name__)
+        checks.check_text_to_image(type(source))
         pipe = source
         if dtype == "auto":
             chosen, reason = _own_dtype(pipe)
@@ -180,7 +180,7 @@ def _read(
                 local_files_only=True,
                 trust_remote_code=allow_remote_code,
             )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
         raise _failure(path, error) from error
     except SafetensorError as error:
         raise ModelLoadError(
