@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -103,8 +104,8 @@ def test_a_scheduler_nobody_knows_gives_no_estimate() -> None:
     assert estimate_clean(Unknown(), CLEAN, 1, NOISE) is None
 
 
-def taught(latents: list[Tensor], pictures: list[Tensor]) -> LatentPreview:
-    preview = LatentPreview()
+def taught(latents: list[Tensor], pictures: list[Tensor], *, packed: bool = False) -> LatentPreview:
+    preview = LatentPreview(packed=packed)
     for latent, picture in zip(latents, pictures, strict=True):
         preview.learn(latent, picture)
     return preview
@@ -116,13 +117,26 @@ def linear_picture(latents: Tensor) -> Tensor:
     return (colours * 255).round().to(torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_map_learns_what_the_decoder_does(packed: bool) -> None:
-    def seen(latents: Tensor) -> Tensor:
-        return latents.flatten(2).transpose(1, 2) if packed else latents
+def as_they_are(latents: Tensor) -> Tensor:
+    return latents
+
+
+def in_reading_order(latents: Tensor) -> Tensor:
+    return latents.flatten(2).transpose(1, 2)
+
+
+def in_blocks(latents: Tensor) -> Tensor:
+    _, channels, height, width = latents.shape
+    packed: Tensor = diffusers.FluxPipeline._pack_latents(latents, 1, channels, height, width)
+    return packed
+
+
+@pytest.mark.parametrize("seen", [as_they_are, in_reading_order, in_blocks])
+def test_the_map_learns_what_the_decoder_does(seen: Callable[[Tensor], Tensor]) -> None:
 
     latents = [torch.rand(1, 4, 6, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-    preview = taught([seen(each) for each in latents], [linear_picture(each) for each in latents])
+    pictures = [linear_picture(each) for each in latents]
+    preview = taught([seen(each) for each in latents], pictures, packed=seen is in_blocks)
     assert preview.ready
     drawn = preview.draw(seen(latents[0]), 32, 48)
     assert drawn is not None

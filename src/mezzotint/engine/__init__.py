@@ -41,8 +41,18 @@ Event = Progress | Preview | Done | Failed | Cancelled
 
 WARM_STEP_S = 0.25
 """Models whose forward is faster make a few pictures at load, so that the first request is fast."""
-_WARM_JOBS = 8
-_WARM_REQUEST = Request(prompt="a red apple on a blue table", num_inference_steps=2, seed=0)
+WARM_S = 1.0
+"""How long they may take, once a preview can be drawn."""
+_WARM_PROMPTS = (
+    "a red apple on a blue table",
+    "a yellow duck on a green meadow",
+    "a white cat in the snow",
+    "a black car at night",
+    "a pink flower on a white background",
+    "an orange sunset",
+    "a brown dog on a grey street",
+    "a purple umbrella",
+)
 
 
 @dataclass(slots=True)
@@ -109,7 +119,7 @@ class Engine:
         self.runner = Runner(batching, rows if batching == "exact" else max_rows, self.facts.denoiser_name)
         self.max_merge_pixels = max_merge_pixels
         self._device: torch.device = pipe._execution_device  # with offloading, not the device of the weights
-        self._preview = LatentPreview()
+        self._preview = LatentPreview(packed=hasattr(pipe, "_pack_latents"))
         self._taps = self._tap()
         self._queue: deque[_Active] = deque()
         self._active: dict[str, _Active] = {}
@@ -438,7 +448,8 @@ class Engine:
     def calibrate(self, *, min_gain: float = 1.4, max_stretch: float = 2.5, rows: int | None = None) -> None:
         """Measures forwards of a real job; in `exact` mode sets R to `rows`, or if None to what they show."""
         with torch.inference_mode():
-            call = calibration.first_call(self.pipe, self.facts, _WARM_REQUEST)
+            request = Request(prompt=_WARM_PROMPTS[0], num_inference_steps=2)
+            call = calibration.first_call(self.pipe, self.facts, request)
             if call is None:
                 return
             self.measured = calibration.measure(
@@ -457,11 +468,13 @@ class Engine:
         """Makes a few two-step pictures if that is quick: they teach the preview and warm up the rest."""
         if self.times.estimate(self.facts.width, self.facts.height) > WARM_STEP_S:
             return
-        for seed in range(_WARM_JOBS):
-            self.submit(_WARM_REQUEST, f"warm-{seed}", seed=seed)
+        start = time.perf_counter()
+        for seed, prompt in enumerate(_WARM_PROMPTS):
+            self.submit(Request(prompt=prompt, num_inference_steps=2, seed=seed), f"warm-{seed}")
             while self.num_jobs:
                 self.step()
-            if self._preview.ready:
+            late = time.perf_counter() - start > WARM_S
+            if self._preview.learned or (self._preview.ready and late):
                 return
 
     def info(self, loaded: Loaded) -> ModelInfo:

@@ -1,9 +1,9 @@
 """Previews: the model's current estimate of the finished picture, at a cost far below one step.
 
 The estimate of the clean latents follows from what the scheduler is given at each step; a linear map,
-learned from pictures this pipeline has finished, turns them into pixels. Nothing in it knows a family:
-latents are a grid of feature vectors, either as [1, channels, rows, columns] or packed as [1, tokens,
-channels] in reading order.
+learned from pictures this pipeline has finished, turns them into pixels. Latents are a grid of feature
+vectors: [1, channels, rows, columns], or [1, tokens, channels] in reading order. A pipeline that packs blocks
+of 2x2 into a token (as Flux does: channels outermost) has them unpacked first, for four times the examples.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-MAX_SUBPIXELS = 8
+MAX_SUBPIXELS = 4
 """Most pixels per side that the map draws for one feature vector."""
 _RIDGE = 1e-3
 _ENOUGH = 4
@@ -79,7 +79,9 @@ def _sigma(scheduler: Any, timestep: Any) -> float:
 class LatentPreview:
     """A linear map from the scheduler's latents to pixels, learned from finished pictures."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, packed: bool = False) -> None:
+        """`packed`: a token of the latents is a block of 2x2."""
+        self._packed = packed
         self._gram: Tensor | None = None
         self._moment: Tensor | None = None
         self._num_vectors = 0
@@ -98,7 +100,7 @@ class LatentPreview:
     def learn(self, latents: Tensor, pixels: Tensor) -> None:
         """Takes one finished picture (uint8, height x width x 3) and the latents after its last step."""
         height, width = pixels.shape[:2]
-        features = _features(latents, width, height)
+        features = _features(latents, width, height, self._packed)
         if features is None or self.learned:
             return
         targets = _targets(pixels, *features.shape[:2])
@@ -114,8 +116,8 @@ class LatentPreview:
         self._map = None
 
     def draw(self, latents: Tensor, width: int, height: int) -> Tensor | None:
-        """uint8 pixels of a picture of this shape, at half its size or less; None before enough was seen."""
-        features = _features(latents, width, height)
+        """uint8 pixels of a picture of this shape, at half its size; None before enough was seen."""
+        features = _features(latents, width, height, self._packed)
         if not self.ready or features is None or self._gram is None or self._moment is None:
             return None
         if len(self._gram) != features.shape[2]:
@@ -126,20 +128,17 @@ class LatentPreview:
         drawn = features @ self._map
         rows, columns = drawn.shape[:2]
         side = math.isqrt(drawn.shape[2] // 3)
-        picture = (
-            drawn.view(rows, columns, side, side, 3)
-            .permute(0, 2, 1, 3, 4)
-            .reshape(rows * side, columns * side, 3)
-        )
-        return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+        blocks = drawn.view(rows, columns, side, side, 3).permute(4, 0, 2, 1, 3)
+        planes = blocks.reshape(1, 3, rows * side, columns * side)
+        size = (height // 2, width // 2)
+        smooth = functional.interpolate(planes, size, mode="bilinear", antialias=False)[0]
+        return (smooth.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
 
 
-def _features(latents: Tensor, width: int, height: int) -> Tensor | None:
+def _features(latents: Tensor, width: int, height: int, packed: bool) -> Tensor | None:
     """[rows, columns, channels + 1] on the CPU, the last feature being 1; None where there is no grid."""
     latents = latents.detach().float().cpu()[0]
-    if (
-        latents.ndim == 4 and 1 in latents.shape[:2]
-    ):  # [channels, one frame, rows, columns], or the frame first
+    if latents.ndim == 4 and 1 in latents.shape[:2]:  # one frame, before or after the channels
         latents = latents.flatten(0, 1)
     if latents.ndim == 3:
         grid = latents.permute(1, 2, 0)
@@ -148,6 +147,7 @@ def _features(latents: Tensor, width: int, height: int) -> Tensor | None:
         if rows == 0 or len(latents) % rows:
             return None
         grid = latents.view(rows, len(latents) // rows, -1)
+        grid = _unpack(grid) if packed else grid
     else:
         return None
     if height % grid.shape[0] or width % grid.shape[1] or not bool(grid.isfinite().all()):
@@ -155,13 +155,17 @@ def _features(latents: Tensor, width: int, height: int) -> Tensor | None:
     return torch.cat([grid, torch.ones(*grid.shape[:2], 1)], dim=2)
 
 
+def _unpack(tokens: Tensor) -> Tensor:
+    """[rows, columns, 4 * channels] as [2 * rows, 2 * columns, channels]."""
+    rows, columns, size = tokens.shape
+    blocks = tokens.view(rows, columns, size // 4, 2, 2).permute(0, 3, 1, 4, 2)
+    return blocks.reshape(2 * rows, 2 * columns, size // 4)
+
+
 def _targets(pixels: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows, columns, side * side * 3]: the pixels each feature vector stands for, at half size or less."""
+    """[rows, columns, side * side * 3]: the pixels that each feature vector stands for, made smaller."""
     side = max(1, min(MAX_SUBPIXELS, len(pixels) // rows // 2))
     planes = (pixels.float() / 255).permute(2, 0, 1)
     small = functional.adaptive_avg_pool2d(planes, (rows * side, columns * side))
-    return (
-        small.view(3, rows, side, columns, side)
-        .permute(1, 3, 2, 4, 0)
-        .reshape(rows, columns, side * side * 3)
-    )
+    blocks = small.view(3, rows, side, columns, side).permute(1, 3, 2, 4, 0)
+    return blocks.reshape(rows, columns, side * side * 3)
