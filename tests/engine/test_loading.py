@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,17 @@ def test_a_diffusers_folder_loads(name: str, tmp_path: Path) -> None:
     assert (loaded.dtype, loaded.device, loaded.num_threads) == ("fp32", "cpu", 1)
     assert loaded.num_parameters > 100_000
     assert np.allclose(picture(loaded.pipe, name), picture(tiny.build(name), name), atol=1e-3)
+
+
+def test_a_built_in_name_is_a_folder_of_the_package(
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(flux, tmp_path / "models" / "emoji")
+    (tmp_path / "models" / "not-yet").mkdir()
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    assert sources.built_in_names() == ["emoji"]
+    assert sources.locate("emoji") == tmp_path / "models" / "emoji"
+    assert "no built-in name (emoji)" in refusal("not-yet").message
 
 
 def test_a_ready_pipeline_keeps_its_dtype() -> None:

@@ -46,9 +46,8 @@ def locate(
     `source` is a built-in name, a path, or a repository `owner/name[@revision]`; ModelLoadError else. `code`
     fetches Python files too.
     """
-    built_in = resources.files("mezzotint") / "models" / source
-    if re.fullmatch(r"[\w-]+", source) and built_in.is_dir():
-        return Path(str(built_in))
+    if source in built_in_names():
+        return Path(str(resources.files("mezzotint") / "models" / source))
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -65,7 +64,8 @@ def locate(
 def built_in_names() -> list[str]:
     """The models that come with the package."""
     models = resources.files("mezzotint") / "models"
-    return sorted(entry.name for entry in models.iterdir() if entry.is_dir()) if models.is_dir() else []
+    entries = models.iterdir() if models.is_dir() else ()
+    return sorted(entry.name for entry in entries if (entry / INDEX).is_file())
 
 
 def fetch(
