@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+DEFAULT_TEXT_LENGTH = 512
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -49,6 +50,7 @@ def create_app(pipeline: Any) -> FastAPI:
             num_inference_steps=request.num_inference_steps,
             width=request.width,
             height=request.height,
+            **text_length(pipeline),
             generator=torch.Generator().manual_seed(request.seed),
             **guidance,
         ).images[0]
@@ -66,6 +68,12 @@ def create_app(pipeline: Any) -> FastAPI:
         return {"status": "ready"}
 
     return app
+
+
+def text_length(pipeline: Any) -> dict[str, int]:
+    """What the built-in model's card says to pass: its text encoder is shorter than the pipeline's default."""
+    limit = getattr(getattr(pipeline, "tokenizer_2", None), "model_max_length", DEFAULT_TEXT_LENGTH)
+    return {"max_sequence_length": limit} if limit < DEFAULT_TEXT_LENGTH else {}
 
 
 def load(model: str, dtype: str) -> Any:

@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from benchmarks.baseline_server import load
+from benchmarks.baseline_server import load, text_length
 from benchmarks.serving import BUILT_IN, SIZE, body, many_connections, mezzotint_server, post, report
 
 WARM_ROUNDS = 2
@@ -39,6 +39,7 @@ async def measure(
                 num_inference_steps=steps,
                 width=SIZE,
                 height=SIZE,
+                **text_length(pipeline),
                 generator=torch.Generator().manual_seed(seed),
             )
             plain.append(time.perf_counter() - began)

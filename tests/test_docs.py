@@ -8,18 +8,15 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
 
 from mezzotint.cli import main
-from mezzotint.cli.hosting import hosted
-from mezzotint.config import EndpointSettings, Settings, load_settings
+from mezzotint.config import Settings, load_settings
 from mezzotint.schemas import ErrorBody, ImageGenerationAnswer, parse_body
-from mezzotint.server.database import database_url, open_database
-from mezzotint.server.keys import create_key
+from tests.conftest import Fake
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,21 +26,6 @@ PNG = b"\x89PNG"
 def blocks(page: str, language: str) -> list[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Settings, str]]:
-    """URL, settings and key of a server whose worker paints without a model."""
-    settings = Settings(
-        port=0,
-        data_dir=tmp_path_factory.mktemp("data"),
-        endpoints=(EndpointSettings(id="emoji", model="fake:size=128"),),
-    )
-    database = open_database(database_url(settings.data_dir, None))
-    _, key = create_key(database, "docs")
-    database.dispose()
-    with hosted(settings, "emoji", worker="mezzotint.fake_worker:run") as url:
-        yield url, settings, key
 
 
 @pytest.fixture(autouse=True)
@@ -68,26 +50,22 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_the_curl_line_of_the_readme_answers_a_picture(server: tuple[str, Settings, str]) -> None:
-    url, _, key = server
+def test_the_curl_line_of_the_readme_answers_a_picture(fake: Fake) -> None:
     (block,) = (text for text in blocks("README.md", "sh") if "curl" in text)
-    words = shlex.split(block.replace("\\\n", " ").replace("$MEZZOTINT_API_KEY", key))
+    words = shlex.split(block.replace("\\\n", " ").replace("$MEZZOTINT_API_KEY", fake.key))
     options = dict(zip(words[2::2], words[3::2], strict=True))
     headers = [words[n + 1].split(": ", 1) for n, word in enumerate(words) if word == "-H"]
-    address = words[1].replace("http://127.0.0.1:8000", url)
+    address = words[1].replace("http://127.0.0.1:8000", fake.url)
     answer = httpx2.post(address, headers=dict(headers), content=options["-d"], timeout=60)
     assert answer.status_code == 200, answer.text
     assert ImageGenerationAnswer.model_validate_json(answer.content).data[0].seed == 7
 
 
-def test_the_python_of_the_readme_saves_a_picture(
-    server: tuple[str, Settings, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url, _, key = server
-    monkeypatch.setenv("MEZZOTINT_API_KEY", key)
+def test_the_python_of_the_readme_saves_a_picture(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEZZOTINT_API_KEY", fake.key)
     (block,) = (text for text in blocks("README.md", "python") if "Client" in text)
     scope: dict[str, object] = {}
-    exec(block.replace("http://127.0.0.1:8000", url), scope)
+    exec(block.replace("http://127.0.0.1:8000", fake.url), scope)
     assert Path("apple.png").read_bytes().startswith(PNG)
     scope["client"].close()  # type: ignore[attr-defined]
 
@@ -105,13 +83,10 @@ def test_the_library_example_of_the_readme_runs(tmp_path: Path) -> None:
     assert all(result.image.shape[2] == 3 for result in results)
 
 
-def test_the_generate_line_of_the_readme_makes_its_file(
-    server: tuple[str, Settings, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url, _, key = server
-    monkeypatch.setenv("MEZZOTINT_API_KEY", key)
+def test_the_generate_line_of_the_readme_makes_its_file(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEZZOTINT_API_KEY", fake.key)
     (block,) = (text for text in blocks("README.md", "sh") if "mezzotint generate" in text)
-    run_command(monkeypatch, *shlex.split(block), "--server", url)
+    run_command(monkeypatch, *shlex.split(block), "--server", fake.url)
     assert Path("apple.png").read_bytes().startswith(PNG)
 
 
@@ -159,6 +134,26 @@ def test_every_dependency_has_its_reason() -> None:
     assert [name for name in sorted(wanted - {"mezzotint"}) if name not in text] == []
 
 
+def test_troubleshooting_knows_every_error_code() -> None:
+    table = (
+        (ROOT / "docs" / "http.md")
+        .read_text()
+        .partition("<!-- errors -->")[2]
+        .partition("<!-- /errors -->")[0]
+    )
+    codes = {code for code in re.findall(r"`([a-z_]+)`", table) if code != "code"}
+    assert len(codes) > 20
+    named = set(re.findall(r"`([a-z_]+)`", (ROOT / "docs" / "troubleshooting.md").read_text()))
+    assert codes - named == set()
+
+
+def test_the_deployment_files_name_settings_that_exist() -> None:
+    texts = "".join(file.read_text() for file in (ROOT / "deploy").iterdir())
+    names = {name.lower() for name in re.findall(r"MEZZOTINT_([A-Z_]+)", texts)}
+    assert names
+    assert names <= set(Settings.model_fields)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_that_exist(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
@@ -167,10 +162,9 @@ def test_links_lead_to_files_that_exist(page: Path) -> None:
 
 
 def test_the_openapi_page_and_the_http_page_name_the_same_addresses(
-    server: tuple[str, Settings, str],
+    fake: Fake,
 ) -> None:
-    url, _, _ = server
-    paths = json.loads(httpx2.get(f"{url}/openapi.json").content)["paths"]
+    paths = json.loads(httpx2.get(f"{fake.url}/openapi.json").content)["paths"]
     text = (ROOT / "docs" / "http.md").read_text()
     for path in paths:
         first = path.split("{")[0].rstrip("/")

@@ -7,7 +7,8 @@ import pytest
 
 from mezzotint.cli.batch import read_prompts
 from mezzotint.errors import InvalidRequestError
-from tests.cli.conftest import Fake, Run
+from tests.cli.conftest import Run
+from tests.conftest import Fake
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ from mezzotint.cli.reach import running_server
 from mezzotint.cli.top import read_metrics
 from mezzotint.errors import InvalidRequestError
 from mezzotint.server.keys import list_keys
-from tests.cli.conftest import Fake, Run
+from tests.cli.conftest import Run
+from tests.conftest import Fake
 
 DEADLINE_S = 30.0
 
