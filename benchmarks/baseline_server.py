@@ -71,7 +71,7 @@ def create_app(pipeline: Any) -> FastAPI:
 
 
 def text_length(pipeline: Any) -> dict[str, int]:
-    """What the built-in model's card says to pass: its text encoder is shorter than the pipeline's default."""
+    """What the built-in model's card says to pass: its text encoder is shorter than the default."""
     limit = getattr(getattr(pipeline, "tokenizer_2", None), "model_max_length", DEFAULT_TEXT_LENGTH)
     return {"max_sequence_length": limit} if limit < DEFAULT_TEXT_LENGTH else {}
 

@@ -52,7 +52,7 @@ class Running:
 
     def _is_worker(self, child: psutil.Process) -> bool:
         try:
-            return child.ppid() != self.process.pid and child.status() != psutil.STATUS_ZOMBIE
+            return bool(child.ppid() != self.process.pid and child.status() != psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return False
 

@@ -32,7 +32,8 @@ def _reached(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_reached")
 def test_the_contact_sheet_holds_eight_pictures(tmp_path: Path) -> None:
     main_of("contact_sheet")("a red apple", str(tmp_path / "sheet.png"))
-    assert Image.open(tmp_path / "sheet.png").size == (4 * 32, 2 * 32)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 * 32, 2 * 32)
 
 
 @pytest.mark.usefixtures("_reached")
