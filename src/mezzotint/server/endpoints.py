@@ -257,7 +257,8 @@ class Endpoint:
     async def restart(self) -> None:
         """New workers for the same settings, without failing a request where a worker still runs."""
         if self.desired is Desired.RUNNING and self.current.ready:
-            self.update(self.spec, self.current.version)
+            if self.next is None:  # else an update is bringing up new workers already
+                self.update(self.spec, self.current.version)
             return
         await self._stop_workers()
         self.start()
