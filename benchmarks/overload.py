@@ -86,12 +86,15 @@ async def admitted_after(client: httpx2.AsyncClient, url: str, one: Body) -> Ref
 async def refused(client: httpx2.AsyncClient, url: str, large: Body) -> Refusal:
     """Fills the queue, then waits with a large request for what its Retry-After said; empties the queue."""
     filled: list[str] = []
-    while True:
-        one = SMALL | {"seed": len(filled)}
-        answer = await client.post(url + PATH, json=one, headers=HEADERS)
-        if answer.status_code != 202:
-            break
-        filled.append(answer.json()["id"])
+    full = False
+    while not full:
+        several = [
+            client.post(url + PATH, json=SMALL | {"seed": len(filled) + number}, headers=HEADERS)
+            for number in range(16)
+        ]
+        answers = await asyncio.gather(*several)
+        filled += [answer.json()["id"] for answer in answers if answer.status_code == 202]
+        full = any(answer.status_code != 202 for answer in answers)
     found = await admitted_after(client, url, large)
     for request_id in filled:
         await client.delete(f"{url}{REQUESTS}{request_id}")
@@ -135,7 +138,7 @@ async def measure(server: Running, seconds: float) -> Found:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--model", default="emoji", help="fake:step_s=0.05,size=128 needs no model")
+    parser.add_argument("--model", default="emoji", help="fake:step_s=0.2,size=128 needs no model")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     with mezzotint_server(arguments.model, num_threads=arguments.threads) as server:
