@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
+from mezzotint.messages import AddAdapter
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -74,7 +75,10 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     one = endpoint("fake:step_s=0.002,size=32")
     slow = endpoint("fake:step_s=0.05,size=32", id="slow")
     still = endpoint("fake:step_s=0.5,size=32", id="still", max_jobs=1)
+    file = folder / "glow.safetensors"
+    file.write_bytes(b"weights")
     with hosting(settings_for(folder, one, slow, still)) as running:
+        running.run(running.endpoint("one").add_adapter(AddAdapter("glow", str(file))))
         yield running
 
 

@@ -134,6 +134,21 @@ def test_the_largest_seed_stays_exact(visit: Visit, host: Host) -> None:
     assert f"seed {seed}" in visit.text("#prints small")
 
 
+def test_an_adapter_is_chosen_and_restored(visit: Visit) -> None:
+    visit.page.select_option("#adapter", "glow")
+    visit.page.fill("#prompt", "an owl")
+    visit.page.click("#make")
+    visit.done()
+    made = read_parameters(visit.shown_bytes())
+    assert made is not None
+    assert made.model == "one:glow"
+    visit.page.select_option("#adapter", "")
+    visit.page.click("#use")
+    assert visit.page.locator("#adapter").input_value() == "glow"
+    visit.page.select_option("#endpoint", "slow")
+    assert not visit.page.locator("#adapter").is_visible()
+
+
 def test_a_failure_is_shown_in_the_contracts_words(visit: Visit) -> None:
     visit.ask("an owl !fail@2")
     visit.see("#error")
@@ -249,6 +264,7 @@ def test_two_pictures_are_compared_side_by_side(visit: Visit) -> None:
 def test_a_picture_can_be_deleted(visit: Visit) -> None:
     visit.make("an owl")
     address = visit.page.locator("#picture").get_attribute("src") or ""
+    visit.page.on("dialog", lambda dialog: dialog.accept())
     visit.page.click("#delete")
     visit.see("#empty")
     assert visit.page.request.get(address).status == 410

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from PIL import Image
 
 from mezzotint import images
@@ -182,3 +184,18 @@ def test_png_info_reads_what_made_a_picture(http: httpx2.Client) -> None:
     assert large.status_code == 200, "a body with a picture may be larger than others"
     bad = http.post("/png-info", json={"image": "no base64!"})
     assert (bad.status_code, bad.json()["error"]["code"]) == (422, "invalid_image")
+
+
+ANYTHING = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.just([{}])
+KEYS = (
+    "prompt", "negative_prompt", "steps", "seed", "cfg_scale", "width", "height", "batch_size", "n_iter",
+    "override_settings", "sampler_name", "\ud800",
+)  # fmt: skip
+
+
+@hypothesis.given(st.dictionaries(st.sampled_from(KEYS), ANYTHING))
+@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+def test_no_body_is_the_servers_fault(host: Host, fields: dict[str, Any]) -> None:
+    body = json.dumps({"prompt": "a fox", "steps": 1} | fields)
+    answer = host.client.post("/sdapi/v1/txt2img", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (200, 422), answer.text

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import httpx2
+import hypothesis
 import jsonschema_rs
 import openai
 import pytest
+from hypothesis import strategies as st
 from PIL import Image
 
 from mezzotint import images
 from mezzotint.messages import AddAdapter
+from mezzotint.server.openai import KNOWN
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 IMAGES = "/v1/images/generations"
@@ -264,3 +268,14 @@ def test_the_client_shows_the_contracts_words(ai: openai.OpenAI, host: Host) -> 
     stranger = ai.with_options(api_key="mz_wrong")
     with pytest.raises(openai.AuthenticationError, match="unknown or has been revoked"):
         stranger.models.list()
+
+
+ANYTHING = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.just([{}])
+
+
+@hypothesis.given(st.dictionaries(st.sampled_from((*KNOWN, "\ud800")), ANYTHING))
+@hypothesis.settings(max_examples=80, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+def test_no_body_is_the_servers_fault(host: Host, fields: dict[str, Any]) -> None:
+    body = json.dumps({"model": "one", "prompt": "a fox", "steps": 1} | fields)
+    answer = host.client.post(IMAGES, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (200, 404, 422), answer.text

@@ -154,9 +154,9 @@ def _finish(values: Mapping[str, Any], wish: Wish, ticket: Ticket, pictures: lis
     answer = {
         "images": [base64.b64encode(data).decode() for data in files],
         "parameters": dict(values),
-        "info": json.dumps(_info(model, ticket, pictures), ensure_ascii=False),
+        "info": json.dumps(_info(model, ticket, pictures)),
     }
-    text = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(answer, separators=(",", ":"))  # ASCII: what is echoed may hold half a surrogate pair
     return routes.made_answer(text.encode(), pictures, time.perf_counter() - began)
 
 

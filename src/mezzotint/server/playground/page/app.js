@@ -18,6 +18,11 @@ function say(text) {
   $("status").textContent = text;
 }
 
+function note(text) {
+  $("warnings").hidden = !text;
+  $("warnings").textContent = text;
+}
+
 function showError(error) {
   const box = $("error");
   box.hidden = !error;
@@ -73,7 +78,7 @@ async function watch(run) {
   const before = stage.lying();
   stage.begin(run.fields);
   gallery.pointAt(null);
-  $("warnings").hidden = true;
+  note("");
   setRunning(true);
   say("Sent");
   let made = null;
@@ -81,7 +86,7 @@ async function watch(run) {
     for await (const { event, data } of follow(run)) {
       if (event === "progress") showProgress(data);
       else if (event === "preview") stage.preview(data.index, data.b64_json);
-      else if (event === "away") showAway();
+      else if (event === "away") showAway(data.text);
       else if (event === "failed") throw new Refused(0, data, data.request_id);
       else if (event === "cancelled") say("Cancelled");
       else if (event === "done") made = data;
@@ -106,8 +111,7 @@ function showProgress({ status, step = 0, num_steps: steps = 1, position, second
 
 const duration = (seconds) => (seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.round(seconds / 60)} min`);
 
-function showAway() {
-  const text = "the server is away; trying again";
+function showAway(text) {
   $("progress-text").textContent = text;
   say(text);
 }
@@ -115,8 +119,7 @@ function showAway() {
 async function showMade(answer) {
   stage.finish(answer);
   say("Done");
-  $("warnings").hidden = answer.warnings.length === 0;
-  $("warnings").textContent = answer.warnings.join(" ");
+  note(answer.warnings.join(" "));
   await guarded(() => gallery.load());
   gallery.pointAt(pictureName(answer.data[0].url));
 }
@@ -135,7 +138,8 @@ function setRunning(on) {
 
 function restore(fields) {
   showError(null);
-  writeForm(fields);
+  const model = writeForm(fields);
+  note(model === fields.model ? "" : `${fields.model} is not to be had with this key, so this is for ${model}.`);
   say("Settings restored; the seed is kept");
   $("prompt").focus();
 }
@@ -148,13 +152,15 @@ async function restoreFrom(file) {
   }
 }
 
-/** A picture's fields as one sends them: without the sizes that are the endpoint's own anyway. */
-function sendable(fields) {
-  return { response_format: "url", ...fields };
+async function remove() {
+  if (!confirm("Delete this picture from the server? The same settings make it again.")) return;
+  await gallery.remove(stage.shown().name);
+  stage.welcome();
+  say("Deleted");
 }
 
 function showRecipe(name) {
-  $("recipe").textContent = recipes[name](sendable(stage.shown().fields));
+  $("recipe").textContent = recipes[name]({ response_format: "url", ...stage.shown().fields });
   $("recipe-title").textContent = `The same picture with ${name === "python" ? "Python" : name}`;
   $("copy").firstElementChild.textContent = "Copy";
   $("recipe-dialog").showModal();
@@ -194,7 +200,7 @@ function wire() {
   gallery.wireGallery((print) => {
     if (running) return;
     showError(null);
-    $("warnings").hidden = true;
+    note("");
     stage.show([print]);
     gallery.pointAt(print.name);
     document.querySelector(".sheet").scrollIntoView({ block: "nearest" });
@@ -213,11 +219,7 @@ function wire() {
   );
   $("cancel").addEventListener("click", () => guarded(() => cancel(running)));
   $("use").addEventListener("click", () => restore(stage.shown().fields));
-  $("delete").addEventListener("click", () => guarded(async () => {
-    await gallery.remove(stage.shown().name);
-    stage.welcome();
-    say("Deleted");
-  }));
+  $("delete").addEventListener("click", () => guarded(remove));
   for (const button of document.querySelectorAll("[data-recipe]")) {
     button.addEventListener("click", () => showRecipe(button.dataset.recipe));
   }

@@ -6,6 +6,7 @@ const FIELDS = ["prompt", "steps", "guidance", "seed", "width", "height", "count
 let models = [];
 
 const chosen = () => models.find((m) => m.id === $("endpoint").value)?.mezzotint;
+const model = () => ($("adapter").value ? `${$("endpoint").value}:${$("adapter").value}` : $("endpoint").value);
 const number = (id) => ($(id).value === "" ? null : Number($(id).value));
 
 /** Fills the choices from the answer of /v1/models. */
@@ -19,8 +20,8 @@ export function setModels(data) {
   if (!before && !kept) useDefaults();
 }
 
-function choose(model = "") {
-  const [endpoint, route = ""] = model.split(":");
+function choose(name = "") {
+  const [endpoint, route = ""] = name.split(":");
   if ([...$("endpoint").options].some((option) => option.value === endpoint)) $("endpoint").value = endpoint;
   adapt();
   if ([...$("adapter").options].some((option) => option.value === route)) $("adapter").value = route;
@@ -69,8 +70,7 @@ function setValue(id, value) {
 export function readForm() {
   if ($("lock").getAttribute("aria-pressed") === "false" || $("seed").value === "") drawSeed();
   const can = chosen() ?? {};
-  const model = $("adapter").value ? `${$("endpoint").value}:${$("adapter").value}` : $("endpoint").value;
-  const fields = { model, prompt: $("prompt").value.trim(), num_inference_steps: number("steps") };
+  const fields = { model: model(), prompt: $("prompt").value.trim(), num_inference_steps: number("steps") };
   if (number("guidance") !== null && !$("guidance").disabled) fields.guidance_scale = number("guidance");
   if (!$("negative-row").hidden && $("negative").value.trim()) fields.negative_prompt = $("negative").value.trim();
   if (!$("size-row").hidden) {
@@ -82,7 +82,7 @@ export function readForm() {
   return { ...fields, response_format: "url", seed: BigInt($("seed").value).toString() };
 }
 
-/** Puts a picture's fields into the form, with its seed locked. */
+/** Puts a picture's fields into the form, with its seed locked; answers the model that could be chosen. */
 export function writeForm(fields) {
   choose(fields.model);
   const can = chosen() ?? {};
@@ -95,6 +95,7 @@ export function writeForm(fields) {
   for (const side of ["width", "height"]) setValue(side, fields[side] === can[side] ? "" : fields[side]);
   lock(fields.seed !== undefined);
   keep();
+  return model();
 }
 
 function drawSeed() {
@@ -108,8 +109,7 @@ function lock(on) {
 
 function keep() {
   const values = Object.fromEntries(FIELDS.map((id) => [id, $(id).value]));
-  const model = $("adapter").value ? `${$("endpoint").value}:${$("adapter").value}` : $("endpoint").value;
-  sessionStorage.setItem(KEPT, JSON.stringify({ ...values, model, locked: $("lock").getAttribute("aria-pressed") }));
+  sessionStorage.setItem(KEPT, JSON.stringify({ ...values, model: model(), locked: $("lock").getAttribute("aria-pressed") }));
 }
 
 function restoreKept() {

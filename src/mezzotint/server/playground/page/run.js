@@ -1,9 +1,10 @@
 // One request from its submission to its end, through lost connections and restarts of the server.
 
-import { Refused, Unreachable, call, events, read, stringify } from "./api.js";
+import { Unreachable, call, events, read, stringify } from "./api.js";
 
 const KEPT = "mezzotint-run";
 const PREVIEWS = 4;
+const PASSING = ["endpoint_starting", "server_stopping", "database_unavailable"];
 const PATIENCE_MS = 180_000;
 const LONGEST_PAUSE_MS = 4_000;
 
@@ -25,29 +26,31 @@ export async function cancel(run) {
 }
 
 /**
- * Yields {event, data}: progress, preview, away (no connection; trying again), and as the last one done, failed or
+ * Yields {event, data}: progress, preview, away (why it must be tried again), and as the last one done, failed or
  * cancelled. Throws Refused where the server will not take the request, Unreachable where it stays away.
  */
 export async function* follow(run) {
   let lost = null;
   try {
     for (;;) {
+      let text = "the server is away; trying again";
       try {
         for await (const item of attempt(run)) {
           lost = null;
-          if (item.event === "cancelled" && !run.cancelled) break; // the server is stopping, nobody asked for it
+          if (item.data.error?.code === "server_stopping") break; // another start of the server can make it
           yield item;
           if (["done", "failed", "cancelled"].includes(item.event)) return;
         }
         run.id = null;
       } catch (error) {
         if (error.code === "request_not_found") run.id = null;
-        else if (!(error instanceof Unreachable) && !(error instanceof Refused && error.status === 503)) throw error;
+        else if (PASSING.includes(error.code)) text = error.message;
+        else if (!(error instanceof Unreachable)) throw error;
         lost ??= { since: Date.now(), tries: 0 };
         if (Date.now() - lost.since > PATIENCE_MS) throw error;
       }
       if (run.cancelled) return yield { event: "cancelled", data: {} };
-      yield { event: "away", data: {} };
+      yield { event: "away", data: { text } };
       const tries = lost ? lost.tries++ : 0;
       await pause(run, Math.min(300 * 2 ** tries, LONGEST_PAUSE_MS));
       if (run.cancelled) return yield { event: "cancelled", data: {} };
