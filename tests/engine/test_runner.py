@@ -194,6 +194,17 @@ def test_a_bad_row_fails_alone_and_the_others_keep_their_bytes(mode: Any) -> Non
         assert set(model.batches[-3:]) == {4}
 
 
+def test_the_time_of_a_run_is_that_of_its_forwards_without_the_check_of_a_new_shape() -> None:
+    waited: list[int] = []
+    model = Model()
+    runner = Runner("exact", 4, synchronize=lambda: waited.append(len(model.batches)))
+    runner.run([call(model, 1.0)])
+    checks = len(model.batches) - 1
+    assert checks >= 3
+    assert waited == [checks + 1]
+    assert runner.last_s > 0
+
+
 def test_only_the_named_component_is_counted() -> None:
     model = Model()
     runner = Runner("exact", 1, "transformer")

@@ -116,7 +116,8 @@ class Engine:
         self.measured: list[calibration.Measurement] = []
         """What calibration has measured; empty if R was given."""
         self.times = StepTimes()
-        self.runner = Runner(batching, rows if batching == "exact" else max_rows, self.facts.denoiser_name)
+        num_rows = rows if batching == "exact" else max_rows
+        self.runner = Runner(batching, num_rows, self.facts.denoiser_name, self._synchronize)
         self.max_merge_pixels = max_merge_pixels
         self._device: torch.device = pipe._execution_device  # with offloading, not the device of the weights
         self._preview = LatentPreview(packed=hasattr(pipe, "_pack_latents"))
@@ -347,11 +348,10 @@ class Engine:
             assert active.job is not None, "an active job has started"
             assert active.job.call is not None, "an active job is parked"
             calls.append(active.job.call)
-        start = time.perf_counter()
         outcomes = self.runner.run(calls)
-        self._synchronize()
         if calls[0].name == self.facts.denoiser_name:
-            self.times.add(batch[0].width, batch[0].height, time.perf_counter() - start)
+            if self.runner.last_s:
+                self.times.add(batch[0].width, batch[0].height, self.runner.last_s)
             for active in batch:
                 active.num_forwards += 1
         for active, outcome in zip(batch, outcomes, strict=True):
@@ -428,7 +428,7 @@ class Engine:
             self._events.append(Preview(active.job_id, index, step, width, height, payload))
 
     def _synchronize(self) -> None:
-        """Waits for the device, so that times are true and an error shows in the forward that caused it."""
+        """Waits for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,10 @@ Mode = Literal["exact", "fast", "off"]
 _log = logging.getLogger(__name__)
 
 
+def _nothing() -> None:
+    """A device that never lags behind."""
+
+
 class Runner:
     """Runs calls in one batching mode.
 
@@ -27,8 +32,13 @@ class Runner:
     their neighbours is not merged. `fast`: what is there, up to `num_rows`. `off`: never merged.
     """
 
-    def __init__(self, mode: Mode, num_rows: int, counted: str = "") -> None:
-        """`counted` names the component whose forwards and rows are counted."""
+    def __init__(
+        self, mode: Mode, num_rows: int, counted: str = "", synchronize: Callable[[], None] = _nothing
+    ) -> None:
+        """`counted` names the component whose forwards and rows are counted.
+
+        `synchronize` waits for the device: then times are true, and errors show in their own forward.
+        """
         self.mode = mode
         self.num_rows = 1 if mode == "off" else num_rows
         self.adapters: AdapterBank | None = None
@@ -36,10 +46,14 @@ class Runner:
         self.num_forwards = 0
         self.num_real_rows = 0
         self.num_padded_rows = 0
+        self.last_s = 0.0
+        """Seconds that the forwards of the last `run` took, checks of new shapes not counted."""
+        self._synchronize = synchronize
         self._row_counts: dict[int, tuple[int, ...]] = {}
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """For each call its result, or the exception that it alone caused. Several calls share one key."""
+        self.last_s = 0.0
         try:
             return self._run(calls)
         except Exception as error:
@@ -99,7 +113,7 @@ class Runner:
 
     def _alone(self, call: Call) -> Any:
         self._count(call, call.rows, call.rows)
-        with self._adapted(call.name, [call.lease]):
+        with self._timed(), self._adapted(call.name, [call.lease]):
             return call.alone()
 
     def _merged(self, parts: Sequence[Part], sizes: Sequence[int], rows: int) -> Any:
@@ -107,8 +121,15 @@ class Runner:
         self._count(call, sum(sizes), rows)
         leases = [part.call.lease for part, size in zip(parts, sizes, strict=True) for _ in range(size)]
         leases += leases[-1:] * (rows - len(leases))
-        with self._adapted(call.name, leases):
+        with self._timed(), self._adapted(call.name, leases):
             return call.run(**merge(parts, rows))
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.last_s += time.perf_counter() - start
 
     def _adapted(self, name: str, leases: Sequence[Lease | None]) -> contextlib.AbstractContextManager[None]:
         return _NOTHING if self.adapters is None else self.adapters.rows(name, leases)
