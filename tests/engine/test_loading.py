@@ -417,6 +417,14 @@ def test_a_repository_that_cannot_be_had_says_why(
 def test_without_a_network_an_unknown_repository_may_be_tried_again(
     hub: fake_hub.FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    loading.pull(REPOSITORY)
+    asked = len(hub.requests)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert refusal("studio/elsewhere").code == "no_network"
+    assert loading.pull(REPOSITORY).is_dir()
+    assert len(hub.requests) == asked
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     point_at(monkeypatch, "http://127.0.0.1:9")
     error = refusal("studio/elsewhere")
     assert (error.code, error.permanent) == ("no_network", False)
