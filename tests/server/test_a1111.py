@@ -186,7 +186,9 @@ def test_png_info_reads_what_made_a_picture(http: httpx2.Client) -> None:
     assert (bad.status_code, bad.json()["error"]["code"]) == (422, "invalid_image")
 
 
-ANYTHING = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.just([{}])
+ANYTHING: st.SearchStrategy[Any] = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.just([{}])
+)
 KEYS = (
     "prompt", "negative_prompt", "steps", "seed", "cfg_scale", "width", "height", "batch_size", "n_iter",
     "override_settings", "sampler_name", "\ud800",

@@ -270,7 +270,9 @@ def test_the_client_shows_the_contracts_words(ai: openai.OpenAI, host: Host) -> 
         stranger.models.list()
 
 
-ANYTHING = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.just([{}])
+ANYTHING: st.SearchStrategy[Any] = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.just([{}])
+)
 
 
 @hypothesis.given(st.dictionaries(st.sampled_from((*KNOWN, "\ud800")), ANYTHING))
