@@ -248,13 +248,14 @@ def _count(metrics: Metrics) -> Callable[[Scope, int], None]:
     return count
 
 
-def _request_id(request: Request) -> str | None:
-    return getattr(request.state, "request_id", None)
+def _refusal(request: Request, error: MezzotintError) -> Response:
+    request.app.state.service.metrics.error_answers.labels(error.code).inc()
+    return error_response(error, getattr(request.state, "request_id", None))
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, MezzotintError)
-    return error_response(error, _request_id(request))
+    return _refusal(request, error)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
@@ -267,7 +268,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
         ),
     }
     make = known.get(error.status_code, lambda: InvalidRequestError(str(error.detail)))
-    response = error_response(make(), _request_id(request))
+    response = _refusal(request, make())
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response
@@ -276,7 +277,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 async def _answer_database(request: Request, error: Exception) -> Response:
     assert isinstance(error, SQLAlchemyError)
     log.error("database does not answer", error=str(error).splitlines()[0])
-    return error_response(database.failure(error), _request_id(request))
+    return _refusal(request, database.failure(error))
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:
@@ -286,4 +287,4 @@ async def _answer_validation(request: Request, error: Exception) -> Response:
     name = str(first["loc"][-1]) if first["loc"] else None
     code = {"missing": "missing_field", "extra_forbidden": "unknown_field", "json_invalid": "invalid_json"}
     refused = InvalidRequestError(f"{name}: {first['msg']}", code=code.get(first["type"]), param=name)
-    return error_response(refused, _request_id(request))
+    return _refusal(request, refused)

@@ -76,7 +76,8 @@ def page(made: dict[str, Any]) -> str:
     title = html.escape(f"{made['info']['title']} {made['info']['version']}")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body><h1>{title}</h1>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
+        f"<body><h1>{title}</h1>"
         '<p>Every address of this server; for programs as <a href="/openapi.json">openapi.json</a>. '
         f"Send your key as <code>Authorization: Bearer mz_...</code>.</p>{body}</body></html>"
     )

@@ -36,6 +36,9 @@ class Metrics:
             ["endpoint", "code"],
             registry=registry,
         )
+        self.error_answers = Counter(
+            "mezzotint_error_answers_total", "Error answers by code.", ["code"], registry=registry
+        )
         self.joined = Counter(
             "mezzotint_joined_total",
             "Requests that joined one already running or done.",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import sqlalchemy as sa
+import structlog
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import MISSING, BaseModel
@@ -159,9 +160,11 @@ async def generate(
     ] = None,
     x_request_timeout_s: Annotated[str | None, Header(description="Seconds after which to give up.")] = None,
     prefer: Annotated[str | None, Header(description="`respond-async` answers 202 at once.")] = None,
-    x_friendli_team: Annotated[str | None, Header(description="Accepted and not used.")] = None,
+    x_friendli_team: Annotated[str | None, Header(description="Accepted, logged and not used.")] = None,
 ) -> Response:
     """Makes images from words: one request, one endpoint, `n` images."""
+    if x_friendli_team:
+        structlog.contextvars.bind_contextvars(team=x_friendli_team[:64])  # on this request's log lines
     body = parse_body(await request.body())
     wish = parse_prefer(prefer)
     endpoint_id, route = split_model(body.model)
