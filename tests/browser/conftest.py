@@ -110,9 +110,9 @@ class Visit:
     def gone(self, selector: str) -> None:
         self.page.wait_for_selector(selector, state="hidden")
 
-    def hear(self, words: str, *, selector: str = "#progress-text") -> None:
+    def hear(self, words: str, *, selector: str = "#progress-text", patience_ms: int = PATIENCE_MS) -> None:
         """Waits until the page says something with these words in it."""
-        expect(self.page.locator(selector)).to_contain_text(words, timeout=PATIENCE_MS)
+        expect(self.page.locator(selector)).to_contain_text(words, timeout=patience_ms)
 
     def ask(self, prompt: str, *, endpoint: str = "one", steps: int = 4, **fields: Any) -> None:
         """Fills the form and presses the button."""
@@ -127,8 +127,8 @@ class Visit:
         self.done()
         return self.shown_name()
 
-    def done(self) -> None:
-        self.hear("Done", selector="#status")
+    def done(self, patience_ms: int = PATIENCE_MS) -> None:
+        self.hear("Done", selector="#status", patience_ms=patience_ms)
 
     def shown_name(self) -> str:
         address = self.page.locator("#picture").get_attribute("src") or ""

@@ -150,9 +150,11 @@ def endpoint(source: str = "fake", **fields: Any) -> EndpointSettings:
 
 
 @contextlib.contextmanager
-def hosting(settings: Settings, *, ready: bool = True, key: str | None = None) -> Iterator[Host]:
+def hosting(
+    settings: Settings, *, ready: bool = True, key: str | None = None, worker: str = FAKE
+) -> Iterator[Host]:
     """The server while the block runs; with `ready` it begins when every endpoint is up."""
-    app = create_app(settings, worker=FAKE)
+    app = create_app(settings, worker=worker)
     service: Service = app.state.service
     started: Future[tuple[str, asyncio.AbstractEventLoop]] = Future()
 
