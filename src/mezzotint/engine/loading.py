@@ -1,6 +1,6 @@
 """Builds a pipeline: from a source, in a dtype, on a device, with memory laid out for speed or left as it is.
 
-Also a program: `python -m mezzotint.engine.loading pull SOURCE` fetches a model and prints where it lies.
+Its `main` is the program behind `mezzotint pull`: it fetches a model and prints where it lies.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         path = pull(options.source, options.revision, progress=_show)
     except ModelLoadError as error:
-        sys.stderr.write(f"\nmezzotint: {error.message}\n")
+        sys.stderr.write(("\n" if sys.stderr.isatty() else "") + f"mezzotint: {error.message}\n")
         return 1
     sys.stdout.write(
         (json.dumps({"source": options.source, "path": str(path)}) if options.json else str(path)) + "\n"

@@ -9,7 +9,7 @@ import glob
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,6 @@ def _files(repository: str, folder: Path) -> dict[str, int]:
 
 
 def _snapshot(repository: str, revision: str | None, files: list[str], bar: type[Any] | None = None) -> Path:
-    where = f"repository {repository}" + (f" at {revision}" if revision else "")
     try:
         folder = huggingface_hub.snapshot_download(
             repository,
@@ -172,37 +171,52 @@ def _snapshot(repository: str, revision: str | None, files: list[str], bar: type
             allow_patterns=[glob.escape(file) for file in files],
             tqdm_class=bar or _bar(nothing, 0),
         )
-    except hub.GatedRepoError as error:
-        raise ModelLoadError(
-            f"{where} is gated: accept its terms on its page, then set HF_TOKEN to a token of that account",
-            code="gated_model",
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise ModelLoadError(
-            f"{where} does not exist: the repository has no such branch, tag or commit",
-            code="model_not_found",
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        raise ModelLoadError(
-            f"{where} does not exist, or is private: check the spelling, or set HF_TOKEN to a token for it",
-            code="model_not_found",
-        ) from error
-    except hub.LocalEntryNotFoundError as error:
-        raise ModelLoadError(
-            f"{where} is not complete in the cache and the Hub cannot be reached; connect this machine to "
-            f"the network, or run `mezzotint pull {repository}` where there is one and copy the cache",
-            code="no_network",
-            permanent=False,
-        ) from error
-    except hub.HFValidationError as error:
-        raise ModelLoadError(f"{where}: {error}", code="model_not_found") from error
-    except (hub.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-        raise ModelLoadError(
-            f"{where} could not be fetched: {error}; what has arrived is kept, try again",
-            code="download_failed",
-            permanent=False,
-        ) from error
+    except tuple(_REFUSALS) as error:
+        code, permanent, reason = next(
+            refusal for kind, refusal in _REFUSALS.items() if isinstance(error, kind)
+        )
+        where = f"repository {repository}" + (f" at {revision}" if revision else "")
+        text = reason.format(repository=repository, error=error)
+        raise ModelLoadError(f"{where} {text}", code=code, permanent=permanent) from error
     return Path(folder)
+
+
+_REFUSALS: Mapping[type[Exception], tuple[str, bool, str]] = {
+    hub.GatedRepoError: (
+        "gated_model",
+        True,
+        "is gated: accept its terms on its page, then set HF_TOKEN to a token of that account",
+    ),
+    hub.RevisionNotFoundError: (
+        "model_not_found",
+        True,
+        "does not exist: the repository has no such branch, tag or commit",
+    ),
+    hub.RepositoryNotFoundError: (
+        "model_not_found",
+        True,
+        "does not exist, or is private: check the spelling, or set HF_TOKEN to a token for it",
+    ),
+    hub.LocalEntryNotFoundError: (
+        "no_network",
+        False,
+        "is not complete in the cache and the Hub cannot be reached; connect this machine to the network, "
+        "or run `mezzotint pull {repository}` where there is one and copy the cache",
+    ),
+    hub.HFValidationError: ("model_not_found", True, "has no valid name: {error}"),
+    hub.HfHubHTTPError: ("download_failed", False, "could not be fetched: {error}; try again"),
+    httpx2.HTTPError: (
+        "download_failed",
+        False,
+        "could not be fetched: {error}; what has arrived is kept, try again",
+    ),
+    OSError: (
+        "download_failed",
+        False,
+        "could not be fetched: {error}; make sure there is room in the cache, then try again",
+    ),
+}
+"""What huggingface_hub raises: code, permanent or not, the rest of the sentence; the first match counts."""
 
 
 def _bar(progress: Progress, num_bytes: int) -> type[Any]:
