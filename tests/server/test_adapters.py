@@ -234,8 +234,8 @@ def test_built_in_adapters_belong_to_the_built_in_model_only(
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[AdapterStore]:
-    engine = open_database(f"sqlite:///{tmp_path / 'test.db'}")
+def store(tmp_path: Path, database_url: str) -> Iterator[AdapterStore]:
+    engine = open_database(database_url)
     yield AdapterStore(engine, tmp_path / "kept")
     engine.dispose()
 

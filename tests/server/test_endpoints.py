@@ -127,8 +127,10 @@ def test_a_start_that_is_known_to_last_too_long_for_a_deadline_is_503(tmp_path: 
         assert host.post().status_code == 200
 
 
-def test_what_was_wanted_and_updated_survives_a_restart_of_the_server(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, endpoint(), endpoint(id="two"))
+def test_what_was_wanted_and_updated_survives_a_restart_of_the_server(
+    tmp_path: Path, database_url: str
+) -> None:
+    settings = settings_for(tmp_path, endpoint(), endpoint(id="two"), database_url=database_url)
     with hosting(settings) as host:
         key = host.service.first_key
         host.run(registry(host).create(endpoint(id="made"), "test"))
@@ -145,7 +147,7 @@ def test_what_was_wanted_and_updated_survives_a_restart_of_the_server(tmp_path: 
         assert host.client.get(path).status_code == 200, "a URL outlives the server that made it"
         history = host.run(registry(host).history("one"))
         assert [entry.version for entry in history] == [2, 1]
-    changed = settings_for(tmp_path, endpoint(default_steps=3))
+    changed = settings_for(tmp_path, endpoint(default_steps=3), database_url=database_url)
     with hosting(changed, key=key) as host:
         assert [one.id for one in registry(host)] == ["one", "made"], "what left the file is gone"
         assert (host.endpoint().spec.default_steps, host.endpoint().current.version) == (3, 3)

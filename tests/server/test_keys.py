@@ -1,4 +1,4 @@
-"""Keys against a real SQLite database."""
+"""Keys against real databases."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mezzotint.server.keys import Limits
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[sa.Engine]:
-    engine = database.open_database(database.database_url(tmp_path, None))
+def engine(database_url: str) -> Iterator[sa.Engine]:
+    engine = database.open_database(database_url)
     yield engine
     engine.dispose()
 
@@ -40,6 +40,8 @@ def test_secrets_are_random_and_only_their_hash_is_stored(engine: sa.Engine, tmp
     secrets = {keys.create_key(engine, f"key{number}")[1] for number in range(20)}
     assert len(secrets) == 20
     stored = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    with engine.connect() as connection:
+        stored += repr(connection.execute(sa.select(database.keys)).all()).encode()
     assert not any(secret.removeprefix("mz_").encode() in stored for secret in secrets)
 
 
@@ -81,14 +83,13 @@ def test_the_first_key_is_made_once(engine: sa.Engine) -> None:
     assert keys.create_first_key(engine) is None
 
 
-def test_a_database_of_another_version_stops_the_start(tmp_path: Path) -> None:
-    url = database.database_url(tmp_path, None)
-    engine = database.open_database(url)
+def test_a_database_of_another_version_stops_the_start(database_url: str) -> None:
+    engine = database.open_database(database_url)
     with engine.begin() as connection:
         connection.execute(database.meta.update().values(value="999"))
     engine.dispose()
     with pytest.raises(ConfigError, match="version 999"):
-        database.open_database(url)
+        database.open_database(database_url)
 
 
 def test_a_file_that_is_no_database_stops_the_start_with_a_sentence(tmp_path: Path) -> None:

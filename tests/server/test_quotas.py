@@ -16,8 +16,8 @@ from tests.server.hosting import GENERATE, client, endpoint, hosting, settings_f
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[sa.Engine]:
-    engine = database.open_database(database.database_url(tmp_path, None))
+def engine(database_url: str) -> Iterator[sa.Engine]:
+    engine = database.open_database(database_url)
     yield engine
     engine.dispose()
 
@@ -65,8 +65,8 @@ def test_what_is_used_while_it_is_written_is_not_forgotten(engine: sa.Engine) ->
     assert again.today(key) == pytest.approx(5.0)
 
 
-def test_both_limits_over_http_and_across_a_restart(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, endpoint("fake:step_s=0.01"))
+def test_both_limits_over_http_and_across_a_restart(tmp_path: Path, database_url: str) -> None:
+    settings = settings_for(tmp_path, endpoint("fake:step_s=0.01"), database_url=database_url)
     with hosting(settings) as host:
         engine = host.service.engine
         _, fast = create_key(engine, "fast", limits=Limits(requests_per_minute=2))

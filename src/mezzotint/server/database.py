@@ -104,9 +104,13 @@ def open_database(url: str) -> sa.Engine:
         engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _prepare_sqlite)
-        with engine.begin() as connection:
-            metadata.create_all(connection)
-            _check_version(connection)
+        try:
+            with engine.begin() as connection:
+                metadata.create_all(connection)
+                _check_version(connection)
+        except BaseException:
+            engine.dispose()
+            raise
     except (SQLAlchemyError, ImportError) as error:
         safe = sa.make_url(url).render_as_string(hide_password=True) if "://" in url else url
         raise ConfigError(f"database_url: {safe} cannot be opened: {_reason(error)}") from None
