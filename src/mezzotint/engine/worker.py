@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import queue
 import sys
@@ -16,9 +17,8 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe, wait
 
-import diffusers.pipelines.flux.pipeline_flux
-import transformers.models.clip.modeling_clip
-import transformers.models.t5.modeling_t5
+import diffusers
+import transformers
 
 from mezzotint.engine import Engine, Request, loading
 from mezzotint.engine.lora import CheckedFile
@@ -55,6 +55,14 @@ MAX_BACKLOG = 256
 STATS_EVERY_S = 1.0
 FLUSH_S = 5.0
 """How long the last messages may take to leave before the process ends."""
+
+PRELOAD = (
+    "diffusers.guiders",
+    "diffusers.pipelines.flux.pipeline_flux",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
+)
+"""Modules that both libraries would otherwise import only when the built-in model loads."""
 
 _DROPPABLE = (Progress, Preview, Stats)
 _log = logging.getLogger(__name__)
@@ -142,6 +150,15 @@ def _quiet() -> None:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+
+
+def _preload() -> None:
+    """Imports PRELOAD without the advice that transformers has for each optional package."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    for name in PRELOAD:
+        importlib.import_module(name)
+    transformers.utils.logging.set_verbosity(before)
 
 
 class Outbox:
@@ -345,3 +362,6 @@ class StatsKeeper:
         runner, bank = self._engine.runner, self._engine.bank_stats()
         forwards = (runner.num_forwards, runner.num_real_rows, runner.num_padded_rows)
         return (*forwards, self._engine.busy_s, bank.hits, bank.loads, bank.evictions)
+
+
+_preload()
