@@ -91,7 +91,7 @@ def add_times(engine: Engine, files: list[Path]) -> tuple[float, float]:
 
 
 def load_times(engine: Engine) -> float:
-    """Median milliseconds of making a cold adapter resident; afterwards all are, as far as the budget goes."""
+    """Median milliseconds of making a cold adapter resident; all are afterwards if the budget allows."""
     times = []
     for number in range(NUM_ADAPTERS):
         lease = engine.adapters.acquire(str(number))

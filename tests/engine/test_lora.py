@@ -158,6 +158,15 @@ def test_a_folder_of_pefts_own_is_read_with_its_configuration(pipe: Any, tmp_pat
     assert {weight.factor for weight in read(tmp_path, pipe)["transformer"].values()} == {4.0}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_may_differ_from_layer_to_layer(pipe: Any, tmp_path: Path) -> None:
+    found = dict(pairs(pipe.transformer, r"attn\.to_[qv]$|proj_mlp$", rank=4, seed=1))
+    found |= pairs(pipe.transformer, r"attn\.to_k$", rank=20, seed=2)
+    file = write(peft("transformer.", found), tmp_path / "a.safetensors")
+    by_us = adapted("flux", file, torch.float32)[0]
+    assert abs(by_us - by_diffusers("flux", file, torch.float32)).max() < TOLERANCE
+
+
 def test_different_alphas_of_kohyas_layers_are_kept_apart(tmp_path: Path) -> None:
     pipe = tiny.build("stable-diffusion")
     state = adapter_files.kohya("lora_unet_", pairs(pipe.unet, r"attn1\.to_q|ff\.net\.2"), alpha=2.0)

@@ -245,14 +245,15 @@ def _check_rows(name: str, x: Tensor, num_rows: int) -> None:
 class _Last:
     """The latest first product of a layout: siblings of a group take theirs from it."""
 
-    __slots__ = ("products", "x")
+    __slots__ = ("down", "products", "x")
 
     def __init__(self) -> None:
         self.x: Tensor | None = None
+        self.down: Tensor | None = None
         self.products: Sequence[Tensor] = ()
 
     def clear(self) -> None:
-        self.x, self.products = None, ()
+        self.x, self.down, self.products = None, None, ()
 
 
 class _Together:
@@ -269,6 +270,8 @@ class _Together:
         self.num_rows = down.shape[0]
 
     def __call__(self, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
+        if self.mask is None and base.dim() == 3 and base.shape[0] == self.num_rows:  # what nearly always is
+            return base.baddbmm_(self._inner(x), self.up)
         _check_rows(self.name, x, self.num_rows)
         inner = self._inner(x)
         rows = base.reshape(self.num_rows, -1, base.shape[-1])
@@ -278,13 +281,17 @@ class _Together:
         return torch.where(self.mask, added, out.reshape(rows.shape)).view(base.shape)
 
     def _inner(self, x: Tensor) -> Tensor:
-        if self.down.shape[2] == self.rank:
-            return torch.bmm(x.reshape(self.num_rows, -1, x.shape[-1]), self.down)
         last = self.last
-        if last.x is not x:
-            product = torch.bmm(x.reshape(self.num_rows, -1, x.shape[-1]), self.down)
-            parts = product.view(*product.shape[:2], -1, self.rank).permute(2, 0, 1, 3).contiguous()
-            last.x, last.products = x, parts.unbind(0)
+        if last.x is x and last.down is self.down:
+            return last.products[self.index]
+        rows = (
+            x if x.dim() == 3 and x.shape[0] == self.num_rows else x.reshape(self.num_rows, -1, x.shape[-1])
+        )
+        product = torch.bmm(rows, self.down)
+        if self.down.shape[2] == self.rank:
+            return product
+        parts = product.view(*product.shape[:2], -1, self.rank).permute(2, 0, 1, 3).contiguous()
+        last.x, last.down, last.products = x, self.down, parts.unbind(0)
         return last.products[self.index]
 
 
