@@ -15,6 +15,7 @@ import pytest
 
 from mezzotint.server.endpoints import State
 from mezzotint.server.keys import Limits
+from mezzotint.server.queueing import Pace
 from mezzotint.server.tickets import Ticket
 from tests.server.hosting import GENERATE, Host, endpoint, hosting, settings_for
 
@@ -306,3 +307,12 @@ async def ended_in_order(tickets: list[Ticket], last: Ticket, order: list[str]) 
         for ticket in [one for one in living if one.ended]:
             living.remove(ticket)
             order.append(ticket.id)
+
+
+def test_no_image_is_promised_sooner_than_it_takes_alone(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.2"))) as host:
+        host.endpoint().dispatcher._pace = Pace.expected(8.0)  # eight at once, each as slow as alone
+        host.submit("before", num_inference_steps=50)
+        refused = host.post(num_inference_steps=20, headers={"x-request-timeout-s": "5"})  # 4.2 s alone
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        host.submit(num_inference_steps=20, headers={"x-request-timeout-s": "60"})

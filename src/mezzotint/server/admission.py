@@ -43,6 +43,8 @@ MAX_TIMEOUT_S = 3600.0
 STOPPING_RETRY_S = 5.0
 """Retry-After of a server that stops: another, or the same one restarted, may be there by then."""
 DRAWN_SEEDS = 2**32
+DEADLINE_MARGIN = 1.2
+"""A request is only let in behind others if it would be done in time even were all this much slower."""
 
 log = structlog.get_logger(__name__)
 
@@ -133,7 +135,7 @@ class Admission:
             endpoint.facts.check(job.request)
         ticket.warnings = endpoint.facts.warnings(guidance=request.guidance_scale)
         self._quotas.require(key, now)
-        self._require_room(endpoint, key, sum(job.work_s for job in jobs), timeout_s, now)
+        self._require_room(endpoint, key, [job.work_s for job in jobs], timeout_s, now)
         ticket.jobs = jobs
         self.tickets.add(ticket)
         loop = asyncio.get_running_loop()
@@ -155,11 +157,15 @@ class Admission:
         )
 
     def _require_room(
-        self, endpoint: Endpoint, key: Key, work_s: float, timeout_s: float, now: float
+        self, endpoint: Endpoint, key: Key, works_s: list[float], timeout_s: float, now: float
     ) -> None:
-        """Refuses now what would only be late, by its deadline or by the queue's bound in seconds of work."""
+        """Refuses now what would only be late, by its deadline or by the queue's bound in seconds of work.
+
+        `works_s` has each image's work. No image is done sooner than alone, however many run beside it.
+        """
         start_s = endpoint.start_left_s(now)
-        alone_s = work_s / max(endpoint.dispatcher.speed, 1.0)
+        share_s = sum(works_s) / max(endpoint.dispatcher.speed, 1.0)
+        alone_s = max(share_s, *works_s)
         if start_s > timeout_s:
             endpoint.wake()
             raise UnavailableError(
@@ -174,13 +180,14 @@ class Admission:
                 "ask for fewer steps or smaller images, or raise X-Request-Timeout-S"
             )
         wait_s = endpoint.wait_s(key.id, key.limits.weight, now)
-        limit_s = min(endpoint.spec.max_queue_s + start_s, timeout_s)
-        if wait_s > start_s and wait_s + alone_s > limit_s:
+        late_s = wait_s + alone_s - timeout_s / DEADLINE_MARGIN
+        over_s = max(late_s, wait_s + share_s - endpoint.spec.max_queue_s - start_s)
+        if wait_s > start_s and over_s > 0:
             raise QueueFullError(
                 f"endpoint {endpoint.id} has about {wait_s:.0f} s of work before this request, "
-                f"more than it may wait ({limit_s:g} s); "
-                f"send it again in {math.ceil(wait_s + alone_s - limit_s)} s",
-                retry_after=max(1.0, wait_s + alone_s - limit_s),
+                f"more than it may wait ({max(0.0, wait_s - over_s):.0f} s); "
+                f"send it again in {math.ceil(over_s)} s",
+                retry_after=max(1.0, over_s),
             )
 
     # ------------------------------------------------------------ waiting

@@ -228,7 +228,7 @@ class Pace:
 
     def observed(self, work_s: float, clock_s: float) -> Pace:
         """With one more job's work, done in the time since the one before it ended (or since work began)."""
-        keep = 0.95
+        keep = 0.98  # fifty jobs: those that run together end together, and must not look like a change
         return replace(
             self, work_s=self.work_s * keep + work_s, clock_s=max(self.clock_s * keep + clock_s, 1e-6)
         )
