@@ -300,6 +300,23 @@ def test_a_short_job_overtakes_a_long_one(engine: Engine) -> None:
     assert done == ["short", "long"]
 
 
+@pytest.mark.parametrize(("rows", "late"), [(2, False), (1, True)])
+def test_where_jobs_merge_a_new_one_is_prepared_first_so_that_it_can_join(rows: int, late: bool) -> None:
+    engine = Engine(pipeline(), rows=rows)
+    engine.submit(request(num_inference_steps=4, seed=1), "running")
+    while not any(isinstance(event, Progress) and event.step == 1 for event in engine.step()):
+        pass
+    engine.submit(request(num_inference_steps=8, seed=2), "new")
+    forwards = engine.runner.num_forwards
+    while parked(engine, "new") != "transformer" if "new" in engine._active else True:
+        engine.step()
+    ran = engine.runner.num_forwards - forwards
+    drain(engine)
+    engine.close()
+    assert (ran == 3) is late
+    assert (ran == 0) is not late
+
+
 def test_cancelling_takes_effect_before_the_next_forward(engine: Engine) -> None:
     engine.submit(request(num_inference_steps=20), "a")
     for _ in range(6):

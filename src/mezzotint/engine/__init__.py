@@ -232,7 +232,10 @@ class Engine:
         return self.adapters.stats() if self.runner.adapters is not None else BankStats(0, 0, 0, 0, [])
 
     def submit(self, request: Request, job_id: str, *, seed: int | None = None) -> None:
-        """Admits a request. It ends in exactly one Done, Failed or Cancelled event of a later `step`."""
+        """Admits a request. It ends in exactly one Done, Failed or Cancelled event of a later `step`.
+
+        For callers that run `step` themselves; `generate` and `stream` would swallow the events.
+        """
         assert job_id not in self._active, f"job {job_id} is already running"
         self._arrivals += 1
         seed = request.seed if seed is None else seed

@@ -22,6 +22,9 @@ from mezzotint.messages import Cancelled, Done, Failed
 
 Image = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
 
+MAX_TEXT = 300
+"""Most characters of a library's own error text that an answer repeats."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +59,7 @@ def failure(job_id: str, error: Exception, *, size: str, refused: bool) -> Faile
             f"not enough memory for a {size} picture; ask for a smaller one, or lower max_rows or max_jobs"
         )
         return Failed(job_id, "out_of_memory", advice)
-    text = f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}"[:MAX_TEXT]
     if refused and isinstance(error, (ValueError, TypeError)):
         return Failed(job_id, InvalidRequestError.default_code, f"the pipeline refused the request: {text}")
     _log.error("job %s failed", job_id, exc_info=error)
