@@ -1,4 +1,4 @@
-"""Do ten thousand odd bodies find a fault?
+"""Do twenty thousand odd bodies find a fault?
 
     python -m benchmarks.fuzz [--examples N] [--seed S] [--model SOURCE]
 
@@ -123,7 +123,7 @@ def fuzz(server: Running, num_examples: int, start: int) -> tuple[Counter[int], 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, default=10_000)
+    parser.add_argument("--examples", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model")
     arguments = parser.parse_args()
