@@ -97,7 +97,8 @@ def test_an_endpoint_is_made_updated_and_deleted(host: Host) -> None:
         "settings": {"model": "fake:size=24"},
     }
     made = host.client.post(BASE, json=body)
-    assert (made.status_code, made.json()["status"]) == (200, "INITIALIZING"), made.text
+    assert made.status_code == 200, made.text
+    assert made.json()["status"] in ("INITIALIZING", "RUNNING")
     assert set(host.client.get(BASE).json()["data"]) == {"one", "made"}
     item = host.post(model="made").json()["data"][0]
     assert item["width"] == 24

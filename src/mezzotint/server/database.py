@@ -103,6 +103,8 @@ def open_database(url: str) -> sa.Engine:
     try:
         engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         if engine.dialect.name == "sqlite":
+            if engine.url.database not in (None, "", ":memory:"):  # SQLite gives its other files the mode of this one
+                Path(engine.url.database).touch(mode=0o600)
             event.listen(engine, "connect", _prepare_sqlite)
         try:
             with engine.begin() as connection:
@@ -111,11 +113,9 @@ def open_database(url: str) -> sa.Engine:
         except BaseException:
             engine.dispose()
             raise
-    except (SQLAlchemyError, ImportError) as error:
+    except (SQLAlchemyError, ImportError, OSError) as error:
         safe = sa.make_url(url).render_as_string(hide_password=True) if "://" in url else url
         raise ConfigError(f"database_url: {safe} cannot be opened: {_reason(error)}") from None
-    if engine.dialect.name == "sqlite" and engine.url.database:
-        Path(engine.url.database).chmod(0o600)
     return engine
 
 
