@@ -171,3 +171,12 @@ def test_the_openapi_page_and_the_http_page_name_the_same_addresses(
         if path.startswith("/sdapi/"):  # what each of these does is the web UI's to say
             first = "/sdapi/v1/"
         assert first in text, f"{path} is not on the page"
+
+
+def test_every_test_that_the_pages_name_is_there() -> None:
+    there = set(
+        re.findall(r"def (test_\w+)", "".join(file.read_text() for file in ROOT.glob("tests/**/test_*.py")))
+    )
+    for page in PAGES:
+        missing = set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))) - there
+        assert not missing, f"{page.name} names tests that are not there: {sorted(missing)}"
