@@ -116,7 +116,7 @@ def test_several_pictures_come_as_a_strip(visit: Visit) -> None:
     visit.make("an owl", count=3, seed=10)
     assert visit.page.locator("#strip button").count() == 3
     visit.page.click("#strip button >> nth=2")
-    assert (visit.text("#edition"), visit.text("#signature")) == ("3/3", "seed 12")
+    assert (visit.text("#edition"), visit.text("#signature")) == ("one, 3/3", "seed 12")
     made = read_parameters(visit.shown_bytes())
     assert made is not None
     assert made.seed == 12

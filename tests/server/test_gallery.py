@@ -104,6 +104,7 @@ def test_the_page_and_its_files_are_served_without_a_key(host: Host) -> None:
     assert "unsafe" not in page.headers["content-security-policy"]
     script = httpx2.get(f"{host.url}/playground/app.js")
     assert script.headers["content-type"].startswith("text/javascript")
+    assert script.headers["cache-control"] == "no-cache", "a newer server has newer files"
     known = httpx2.get(f"{host.url}/playground/app.js", headers={"if-none-match": script.headers["etag"]})
     assert known.status_code == 304
     missing = httpx2.get(f"{host.url}/playground/../__init__.py")

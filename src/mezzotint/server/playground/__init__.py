@@ -26,6 +26,15 @@ _PAGE_HEADERS = {
 router = APIRouter()
 
 
+class PageFiles(StaticFiles):
+    """The page's files; browsers ask each time whether they still have the right ones."""
+
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers["cache-control"] = "no-cache"
+        return response
+
+
 class StoredPicture(BaseModel):
     """A picture that the server keeps; `parameters` are the fields of the request that gives it again."""
 
@@ -91,4 +100,4 @@ async def delete_picture(name: str, service: TheService, key: TheKey) -> Respons
 def install(app: FastAPI) -> None:
     """Adds the page, its files and these routes to the app."""
     app.include_router(router)
-    app.mount("/playground", StaticFiles(directory=FILES), name="playground")
+    app.mount("/playground", PageFiles(directory=FILES), name="playground")

@@ -1,7 +1,7 @@
 // The page: wires the parts to each other.
 
 import { Refused, Unreachable, key, pictureName, read } from "./api.js";
-import { readForm, setModels, wireForm, writeForm } from "./form.js";
+import { knowsEndpoint, readForm, setModels, wireForm, writeForm } from "./form.js";
 import * as gallery from "./gallery.js";
 import { readSettings } from "./png.js";
 import { recipes } from "./recipes.js";
@@ -61,6 +61,7 @@ async function enter() {
   if ($("key-dialog").open) $("key-dialog").close();
   $("forget-key").hidden = !key.get();
   setModels(models.data);
+  if (!models.data.length) note("This key may use no endpoint of this server.");
   await guarded(() => gallery.load());
   const kept = keptRun();
   if (kept && !running) await watch(kept);
@@ -120,13 +121,16 @@ async function showMade(answer) {
   stage.finish(answer);
   say("Done");
   note(answer.warnings.join(" "));
-  await guarded(() => gallery.load());
+  await guarded(async () => {
+    if (!knowsEndpoint()) setModels((await read("v1/models")).data); // it had not been loaded before
+    await gallery.load();
+  });
   gallery.pointAt(pictureName(answer.data[0].url));
 }
 
 
 function setRunning(on) {
-  $("make").disabled = on;
+  $("make").setAttribute("aria-disabled", String(on)); // not `disabled`, which would drop the keyboard's focus
   $("running").hidden = !on;
   $("progress").value = 0;
   $("progress-text").textContent = on ? "sending" : "";
@@ -243,6 +247,7 @@ function wire() {
     location.reload();
   });
   wireDropping();
+  if (navigator.platform.startsWith("Mac")) document.querySelector("kbd").textContent = "⌘ ↵";
 }
 
 wire();

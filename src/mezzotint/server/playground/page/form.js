@@ -12,13 +12,16 @@ const number = (id) => ($(id).value === "" ? null : Number($(id).value));
 /** Fills the choices from the answer of /v1/models. */
 export function setModels(data) {
   models = data;
-  const before = $("endpoint").value;
+  const before = model();
   const endpoints = data.filter((model) => !model.mezzotint.adapter);
   $("endpoint").replaceChildren(...endpoints.map((model) => new Option(model.id, model.id)));
   const kept = restoreKept();
   choose(before || kept?.model || endpoints[0]?.id);
   if (!before && !kept) useDefaults();
 }
+
+/** Whether the chosen endpoint has ever been loaded, so that it is known what it can be asked. */
+export const knowsEndpoint = () => chosen()?.width != null;
 
 function choose(name = "") {
   const [endpoint, route = ""] = name.split(":");

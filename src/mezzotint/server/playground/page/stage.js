@@ -83,7 +83,8 @@ function draw() {
   else image.removeAttribute("src");
   image.alt = src ? fields.prompt : "";
   $("plate").style.setProperty("--shape", (fields.width ?? 1) / (fields.height ?? fields.width ?? 1));
-  $("edition").textContent = pictures.length > 1 ? `${current + 1}/${pictures.length}` : "";
+  const edition = pictures.length > 1 ? `, ${current + 1}/${pictures.length}` : "";
+  $("edition").textContent = `${fields.model}${edition}`;
   $("caption").textContent = fields.prompt;
   $("caption").title = fields.prompt;
   $("signature").textContent = `seed ${fields.seed}`;
