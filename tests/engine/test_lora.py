@@ -20,7 +20,7 @@ from mezzotint.engine import Engine, Request
 from mezzotint.engine.batching import Call, Part, merge
 from mezzotint.engine.lora import AdapterBank, Lease
 from mezzotint.engine.lora_files import read_adapter
-from mezzotint.engine.lora_layers import NotRowWise, prepare
+from mezzotint.engine.lora_layers import NotRowWise, Weights, prepare
 from mezzotint.engine.rules import RULES
 from mezzotint.errors import ModelLoadError, NotFoundError
 from mezzotint.messages import Done, Failed
@@ -56,7 +56,7 @@ def picture(pipe: Any, name: str, *, seed: int = 3) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         result = pipe(
-            "a cat", num_inference_steps=2, output_type="np", generator=generator, **tiny.call(name)
+            prompt="a cat", num_inference_steps=2, output_type="np", generator=generator, **tiny.call(name)
         )
     return result.images[0]
 
@@ -376,6 +376,42 @@ def test_a_layer_whose_rows_cannot_be_told_apart_says_so(tmp_path: Path) -> None
     assert not torch.equal(adapted, linear(tokens))
 
 
+def inputs_without_rows(name: str) -> set[str]:
+    """Layers of a merged forward of three calls whose input does not have the rows in dimension 0."""
+    pipe, arguments = first_call(name, torch.float32)
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    call = Call("", denoiser.forward, (), arguments, RULES[type(denoiser).__name__], tuple(arguments))
+    rows, found = 3 * call.rows, set()
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, given, layer=layer: found.add(layer) if len(given[0]) != rows else None
+        )
+        for layer, module in denoiser.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+    with torch.no_grad():
+        denoiser.forward(**merge([Part(call, 0, call.rows)] * 3, rows))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if name != "flux-schnell"])
+def test_every_layer_that_may_be_adapted_has_rows_first(name: str) -> None:
+    pipe = first_call(name, torch.float32)[0]
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    without = inputs_without_rows(name)
+    layers = prepare(denoiser)
+    for layer in layers.values():
+        layer.close()
+    assert {layer.name for layer in layers.values() if not layer.row_wise} == without
+    for name in without:
+        weight = denoiser.get_submodule(name).weight
+        found = Weights(torch.ones(4, weight.shape[1]), torch.ones(weight.shape[0], 4), 1.0)
+        assert "all rows in one piece" in str(layers[name].misfit(found))
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -498,6 +534,15 @@ def test_an_adapter_above_the_byte_limit_is_refused(pipe: Any, tmp_path: Path) -
         with pytest.raises(ModelLoadError, match="raise adapter_bytes") as caught:
             bank_of(pipe, budget).add("a", file)
         assert caught.value.code == "adapter_too_large"
+
+
+def test_a_compiled_model_takes_no_adapters_and_is_left_alone(pipe: Any, tmp_path: Path) -> None:
+    file = write(peft("transformer.", pairs(pipe.transformer)), tmp_path / "a.safetensors")
+    pipe.transformer.forward = torch.compile(pipe.transformer.forward)
+    with pytest.raises(ModelLoadError, match="performance") as caught:
+        bank_of(pipe).add("a", file)
+    assert caught.value.code == "adapter_unsupported"
+    assert not any("forward" in vars(module) for module in pipe.transformer.children())
 
 
 def test_differences_that_are_all_zero_are_no_obstacle(pipe: Any, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ import torch
 
 from mezzotint.engine.lora_files import read_adapter
 from mezzotint.engine.lora_layers import Layer, Packed, Plan, Row, RowCopies, prepare
-from mezzotint.errors import NotFoundError
+from mezzotint.errors import ModelLoadError, NotFoundError
 
 COPY_SHARE = 10
 """Rows are computed together only if the copies of their matrices take at most a tenth of the byte budget."""
@@ -141,8 +141,11 @@ class AdapterBank:
     def __init__(self, pipeline: Any, *, byte_budget: int) -> None:
         self.byte_budget = byte_budget
         self._pipeline = pipeline
+        parts = {name: getattr(pipeline, name) for name in adaptable_components(pipeline)}
+        self._compiled = any(hasattr(part.forward, "_torchdynamo_orig_callable") for part in parts.values())
+        """A compiled model runs as it was compiled: its layers cannot be adapted any more."""
         self._layers: dict[str, dict[str, Layer]] = {
-            name: prepare(getattr(pipeline, name)) for name in adaptable_components(pipeline)
+            name: prepare(part) for name, part in parts.items() if not self._compiled
         }
         self._known: dict[str, AdapterInfo] = {}
         self._resident: OrderedDict[str, Resident] = OrderedDict()
@@ -164,6 +167,11 @@ class AdapterBank:
 
     def check(self, path: Path | str, *, checksum: str = "") -> CheckedFile:
         """The slow part of `add`: reads the whole file and checks it against the model."""
+        if self._compiled:
+            raise ModelLoadError(
+                'an endpoint with performance = "compiled" takes no adapters; set performance to "auto"',
+                code="adapter_unsupported",
+            )
         adapter = read_adapter(
             Path(path), self._pipeline, self._layers, checksum=checksum, max_bytes=self.byte_budget
         )

@@ -48,11 +48,13 @@ class Weights:
 class Layer:
     """A prepared Linear or Conv2d: stands in for its `forward`; does nothing more while `parts` is empty."""
 
-    __slots__ = ("_previous", "base", "group", "module", "name", "parts")
+    __slots__ = ("_previous", "base", "group", "module", "name", "parts", "row_wise")
 
-    def __init__(self, name: str, module: nn.Linear | nn.Conv2d, group: str) -> None:
+    def __init__(self, name: str, module: nn.Linear | nn.Conv2d, group: str, row_wise: bool = True) -> None:
         self.name = name
         self.module = module
+        self.row_wise = row_wise
+        """Whether dimension 0 of its input is the row."""
         self.group = group
         """Layers of one group read the same input, so that their first product can be shared."""
         self.base: Callable[[Tensor], Tensor] = module.forward
@@ -77,6 +79,10 @@ class Layer:
     def misfit(self, weights: Weights) -> str | None:
         """Why these weights cannot be this layer's, in words; None if they can."""
         down, up, shape = weights.down.shape, weights.up.shape, self.module.weight.shape
+        if not self.row_wise:
+            return (
+                "it sees the tokens of all rows in one piece, so that rows cannot have adapters of their own"
+            )
         if isinstance(self.module, nn.Conv2d) and self.module.groups != 1:
             return "it is a grouped convolution, which takes no LoRA here"
         if not self.module.weight.is_floating_point():
@@ -96,6 +102,10 @@ _GROUPS = {
 }
 
 
+_TOKENS_FIRST = {"ZImageTransformer2DModel": ("all_x_embedder.", "cap_embedder.", "siglip_embedder.")}
+"""Layers whose input has no dimension for rows, by model class."""
+
+
 def prepare(root: nn.Module) -> dict[str, Layer]:
     """Patches every Linear and Conv2d under `root`; parameters and their names stay as they are."""
     layers = {}
@@ -105,7 +115,8 @@ def prepare(root: nn.Module) -> dict[str, Layer]:
             group = f"{parent}.{_GROUPS[own]}" if own in _GROUPS else name
             if isinstance(module, nn.Linear):
                 group += f" {module.in_features}"
-            layers[name] = Layer(name, module, group)
+            row_wise = not name.startswith(_TOKENS_FIRST.get(type(root).__name__, ()))
+            layers[name] = Layer(name, module, group, row_wise)
     return layers
 
 
