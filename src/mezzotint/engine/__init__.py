@@ -41,7 +41,7 @@ Event = Progress | Preview | Done | Failed | Cancelled
 
 WARM_STEP_S = 0.25
 """Models whose forward is faster make a few pictures at load, so that the first request is fast."""
-WARM_S = 1.0
+WARM_S = 0.5
 """How long they may take, once a preview can be drawn."""
 _WARM_PROMPTS = (
     "a red apple on a blue table",

@@ -24,7 +24,7 @@ NEAR_BEST = 0.9
 """The smallest row count with this share of the best throughput is enough."""
 SLOW_FORWARD_S = 2.0
 """A model whose single forward takes longer is not measured further: merging gains it nothing."""
-_MEASURE_S = 0.3
+_MEASURE_S = 0.2
 _MIN_RUNS = 3
 
 
