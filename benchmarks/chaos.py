@@ -7,7 +7,7 @@ every 20 s, once a worker is stopped with SIGSTOP until the heartbeat finds it, 
 is full (a tmpfs, which needs root). A tenth of the clients hang up; some give up after 5 s and send the same
 body again, as the official client does. Each kind of client has a key of its own, so the database says what
 each paid for. Afterwards: every request has exactly one end, nobody paid twice, every picture has the bytes
-of a quiet server, and the server's memory is flat.
+of a quiet server (the same, started again: keys, adapters and URLs must still hold), and memory is flat.
 """
 
 from __future__ import annotations
@@ -292,6 +292,18 @@ async def changed(url: str, key: str, answered: Sequence[Outcome]) -> tuple[int,
     return different, len(alone)
 
 
+async def dead_urls(url: str, answered: Sequence[Outcome]) -> int:
+    """How many URLs of the run, unexpired, the restarted server no longer answers with the same picture."""
+    dead = 0
+    async with many_connections() as client:
+        for outcome in answered:
+            for old, picture in zip(outcome.urls, outcome.pictures, strict=True):
+                path = old.partition("://")[2].partition("/")[2]
+                answer = await client.get(f"{url}/{path}")
+                dead += answer.status_code != 200 or answer.content != picture
+    return dead
+
+
 def growth_mib(memory: Sequence[int]) -> float:
     """From the second quarter of the run to the last."""
     quarter = max(1, len(memory) // 4)
@@ -364,9 +376,11 @@ def main() -> int:
             charged, ended = paid(data_dir), ends(log)
             answered = [one for of_kind in outcomes.values() for one in of_kind if one.status == 200]
             with started() as server:
+                dead = asyncio.run(dead_urls(server.url, answered))
                 different, num_distinct = asyncio.run(changed(server.url, secrets["measuring"], answered))
     wrong = account(outcomes, ended, {kind: charged[made[kind][0]] for kind in KINDS})
     wrong["requests with other bytes than on a quiet server"] = different
+    wrong["URLs that did not outlive a restart of the server"] = dead
     grown = growth_mib(faults.memory)
     show(outcomes, ended, faults, wrong, {**facts, "distinct": num_distinct, "growth_mib": round(grown, 1)})
     return int(any(wrong.values()) or grown > MAX_GROWTH_MIB)

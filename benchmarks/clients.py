@@ -32,6 +32,7 @@ class Outcome:
     ticket: str = ""
     """The id that the server's log has for it."""
     pictures: list[bytes] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
     attempts: int = 0
     seconds: float = 0.0
     """From the first attempt to the last answer."""
@@ -50,13 +51,11 @@ class Outcome:
         self.code, self.ticket = "", values["id"]
         self.queue_s = max(item["timings"]["queue_ms"] for item in values["data"]) / 1000
         self.pictures = [base64.b64decode(item["b64_json"]) for item in values["data"] if "b64_json" in item]
-        self._urls = [item["url"] for item in values["data"] if "url" in item]
-
-    _urls: list[str] = field(default_factory=list)
+        self.urls = [item["url"] for item in values["data"] if "url" in item]
 
     async def fetch(self, client: httpx2.AsyncClient) -> None:
         """The pictures that the answer had only the URLs of."""
-        for url in self._urls:
+        for url in self.urls:
             answer = await client.get(url, timeout=REQUEST_TIMEOUT_S)
             self.pictures.append(answer.content if answer.status_code == 200 else b"")
 
