@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import mezzotint
 from mezzotint.cli import picture
 from mezzotint.cli.generate import default_path, parse_size
 from mezzotint.cli.serve import endpoint_flags
@@ -32,9 +33,18 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
         assert word in done.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["serve", "generate", "pull", "doctor", "keys create", "keys list", "keys revoke"]
-)
+COMMANDS = """serve generate pull doctor top
+    keys-create keys-list keys-revoke
+    endpoints-list endpoints-show endpoints-create endpoints-update endpoints-history endpoints-sleep
+    endpoints-wake endpoints-restart endpoints-terminate endpoints-delete
+    adapters-add adapters-list adapters-show adapters-remove"""
+
+
+def test_the_version_is_told(run: Run) -> None:
+    assert run("--version").stdout == f"mezzotint {mezzotint.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [words.replace("-", " ") for words in COMMANDS.split()])
 def test_each_help_has_an_example(run: Run, command: str) -> None:
     done = run(*command.split(), "--help")
     assert done.returncode == 0

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+import mezzotint
 from mezzotint.cli.adapters import adapters
 from mezzotint.cli.endpoints import endpoints
 from mezzotint.cli.generate import generate
@@ -38,13 +39,31 @@ EXIT_CODES: dict[type[MezzotintError], int] = {
 
 app = typer.Typer(
     name="mezzotint",
-    help="Hosts image-generation models as dedicated endpoints on your own hardware.",
     epilog="Exit status: 0 done, 1 failed, 2 wrong usage or settings, 3 server not reachable or not ready, "
     "130 stopped by Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mezzotint {mezzotint.__version__}")
+        raise typer.Exit()
+
+
+VersionFlag = Annotated[
+    bool,
+    typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version),
+]
+
+
+@app.callback()
+def options(version: VersionFlag = False) -> None:
+    """Hosts image-generation models as dedicated endpoints on your own hardware."""
+
+
 app.command()(serve)
 app.command()(generate)
 app.command()(pull)
