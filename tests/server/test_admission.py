@@ -262,6 +262,20 @@ def test_events_of_a_failed_and_of_a_cancelled_request_end_so(host: Host) -> Non
     assert watching.result()[-1][0] == "cancelled"
 
 
+def test_a_watcher_sees_its_place_change_and_gets_the_answer_too(tmp_path: Path) -> None:
+    spec = endpoint("fake:step_s=0.02", batching="off", max_jobs=1)
+    with hosting(settings_for(tmp_path, spec)) as host:
+        first = [host.submit(f"job {number}", num_inference_steps=40) for number in range(3)]
+        waiting = host.post_soon("watched", num_inference_steps=45)
+        host.until(lambda: len(host.service.admission.tickets.by_id) == 4)
+        (mine,) = set(host.service.admission.tickets.by_id) - set(first)
+        told = events(host, mine)
+        places = [data["position"] for name, data in told if "position" in data]
+        assert places == sorted(places, reverse=True)
+        assert len(set(places)) > 1
+        assert told[-1] == ("done", waiting.result().json())
+
+
 @pytest.mark.parametrize("text", ["respond-async, previews=11", "previews=x"])
 def test_a_bad_prefer_header_is_422(host: Host, text: str) -> None:
     assert host.post(headers={"prefer": text}).status_code == 422

@@ -191,6 +191,13 @@ def test_a_busy_worker_is_not_taken_for_a_hung_one(tmp_path: Path) -> None:
         assert pid(host) == before
 
 
+def test_a_model_whose_steps_are_slow_is_not_taken_for_a_hung_one(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.7"), heartbeat_s=0.3)) as host:
+        before = pid(host)
+        assert host.post(num_inference_steps=2).status_code == 200
+        assert pid(host) == before
+
+
 def test_a_worker_that_does_not_read_never_blocks_the_server(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, heartbeat_s=30)) as host:
         os.kill(pid(host), signal.SIGSTOP)

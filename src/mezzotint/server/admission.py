@@ -213,6 +213,16 @@ class Admission:
             else:
                 self._vanish(ticket)
 
+    @contextlib.contextmanager
+    def watching(self, ticket: Ticket) -> Iterator[None]:
+        """For a connection that follows a request: its answer is kept until the block ends."""
+        ticket.watchers += 1
+        try:
+            yield
+        finally:
+            ticket.watchers -= 1
+            self._forget_answer(ticket)
+
     def find(self, request_id: str, key: Key) -> Ticket:
         """The ticket of this id, for the key that made it and for nobody else."""
         self.sweep()
@@ -288,7 +298,8 @@ class Admission:
             self._forget_answer(ticket)
 
     def _forget_answer(self, ticket: Ticket) -> None:
-        if ticket.idempotency_key is None and not ticket.held and ticket.ended and ticket.clients == 0:
+        wanted = ticket.clients or ticket.watchers or ticket.held or ticket.idempotency_key is not None
+        if ticket.ended and not wanted:
             self.tickets.drop_answer(ticket)
 
     # ------------------------------------------------------------ jobs move

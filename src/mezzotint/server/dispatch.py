@@ -138,7 +138,7 @@ class Dispatcher:
         """Whether this worker should get this job now.
 
         A worker holds only what fills its next forwards, because a job in the server's queue can still be
-        overtaken by another key's; a job much shorter than all that runs goes at once. A suspect runs alone.
+        overtaken by another key's; a job shorter than all that runs goes at once. A suspect runs alone.
         """
         held, facts = self._held.get(replica, {}), self._facts()
         if not held:
@@ -148,7 +148,7 @@ class Dispatcher:
             return False
         if len(held) < max(2, 2 * facts.rows):
             return True
-        return job.remaining_s < min(other.remaining_s for other in held.values()) / 2
+        return job.remaining_s < min(other.remaining_s for other in held.values())
 
     def _adapter_suits(self, job: Job, replica: Replica) -> bool:
         """False when a worker as free as this one has the job's adapter in memory and this one has not."""

@@ -118,6 +118,7 @@ class Registry:
         """Ends all workers; what is wanted of the endpoints stays as it was."""
         await asyncio.gather(*(endpoint.close() for endpoint in self))
         await asyncio.gather(*self._writes, return_exceptions=True)
+        self._launcher.pool.shutdown()
 
     # ------------------------------------------------------------ changes
 

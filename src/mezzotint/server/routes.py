@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import time
@@ -50,6 +51,8 @@ from mezzotint.server.tickets import Answer, Finish, ImageRequest, Picture, Tick
 
 MAX_IDEMPOTENCY_KEY = 255
 MAX_PREVIEWS = 10
+QUEUED_EVERY_S = 1.0
+"""How often a watcher of a waiting request is told its place."""
 
 
 @dataclass(slots=True)
@@ -398,11 +401,18 @@ async def cancel_request(request_id: str, service: TheService, key: TheKey) -> R
     },
 )
 async def request_events(request_id: str, service: TheService, key: TheKey) -> Response:
-    return sse.stream(_events(service.admission.find(request_id, key)))
+    return sse.stream(_watched(service.admission, service.admission.find(request_id, key)))
+
+
+async def _watched(admission: Admission, ticket: Ticket) -> AsyncIterator[bytes]:
+    with admission.watching(ticket):
+        async for chunk in _events(ticket):
+            yield chunk
 
 
 async def _events(ticket: Ticket) -> AsyncIterator[bytes]:
     previews, seen, shown = ticket.previews, -1, 0  # a ticket lets go of its previews when it ends
+    told = b""
     while True:
         seen = ticket.changes
         for number, preview in previews[shown:]:
@@ -410,8 +420,12 @@ async def _events(ticket: Ticket) -> AsyncIterator[bytes]:
             yield sse.event("preview", await asyncio.to_thread(_preview_json, ticket, number, preview))
         if ticket.ended:
             break
-        yield sse.event("progress", _state_json(ticket).decode())
-        await ticket.changed(seen)
+        if (state := _state_json(ticket)) != told:
+            yield sse.event("progress", state.decode())
+            told = state
+        with contextlib.suppress(TimeoutError):  # while it waits, its place changes by what others do
+            async with asyncio.timeout(QUEUED_EVERY_S if ticket.status == "queued" else None):
+                await ticket.changed(seen)
     if ticket.error is not None and ticket.status == "failed":
         yield sse.event("failed", ErrorBody.of(ticket.error, ticket.id).model_dump_json())
     elif ticket.answer is not None:

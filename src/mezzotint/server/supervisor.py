@@ -16,7 +16,8 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from enum import StrEnum
 from multiprocessing import connection as mp_connection
 from multiprocessing.context import (
@@ -56,6 +57,8 @@ STEADY_S = 10.0
 """A worker that was ready for this long is no sign of a crash loop: the next starts without a pause."""
 EXIT_GRACE_S = 1.0
 """How long a worker that has closed its pipe may take to exit before it is killed."""
+SLOW_STEPS = 20
+"""A worker is never taken for hung before it could have done this many steps of a full batch."""
 STOP_GRACE_S = 2.0
 """How long a worker may take to exit after Shutdown before it is killed."""
 
@@ -80,6 +83,8 @@ class Launcher:
     heartbeat_s: float
     load_timeout_s: float
     max_restarts: int
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8, "launch"))
+    """Where starting a process may block (a forkserver imports torch first) and hold up nothing else."""
 
     @classmethod
     def of(cls, settings: Settings, target: str) -> Launcher:
@@ -267,8 +272,8 @@ class Replica:
         self.started_at, self.stage = loop.time(), "starting the process"
         self._set(ReplicaState.STARTING)
         try:
-            process = await asyncio.to_thread(
-                WorkerProcess, self._launcher, loop, self._receive, self._exited
+            process = await loop.run_in_executor(
+                self._launcher.pool, WorkerProcess, self._launcher, loop, self._receive, self._exited
             )
         except (OSError, EOFError) as error:
             log.error("worker process could not be started", replica=self.name, error=str(error))
@@ -324,11 +329,15 @@ class Replica:
         self._on_message(self, message)
 
     def _beat(self, process: WorkerProcess) -> None:
-        """Pings; a worker that has said nothing for `heartbeat_s` although asked is killed."""
+        """Pings; a worker that has said nothing for `heartbeat_s` although asked is killed.
+
+        It answers between steps only, so a model whose steps are slow is given longer.
+        """
         if process is not self._process:
             return
         silent_s = asyncio.get_running_loop().time() - self._heard
-        if silent_s > self._launcher.heartbeat_s:
+        slow_s = SLOW_STEPS * self.info.step_s * self.info.rows if self.info else 0.0
+        if silent_s > max(self._launcher.heartbeat_s, slow_s):
             log.error(
                 "worker hangs; killing it", replica=self.name, pid=process.pid, silent_s=round(silent_s, 1)
             )

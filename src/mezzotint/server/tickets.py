@@ -91,6 +91,8 @@ class Ticket:
     error: MezzotintError | None = None
     clients: int = 0
     """Connections that wait for the answer."""
+    watchers: int = 0
+    """Connections that follow the events; they keep the answer, not the request."""
     held: bool = False
     """Runs to its end, and keeps its answer, without any connection."""
     vanished_at: float = 0.0
