@@ -297,10 +297,10 @@ def test_64_concurrent_requests_give_the_bytes_that_each_gives_alone(host: Host)
     assert {one.result().status_code for one in together} == {200}
 
 
-def test_one_request_among_200_of_another_key_waits_for_two_at_most(tmp_path: Path) -> None:
+def test_one_request_among_many_of_another_key_waits_for_two_at_most(tmp_path: Path) -> None:
     spec = endpoint("fake:step_s=0.005", batching="off")
     with hosting(settings_for(tmp_path, spec)) as host:
-        greedy = [host.submit(f"job {number}", num_inference_steps=50) for number in range(200)]
+        greedy = [host.submit(f"job {number}", num_inference_steps=50) for number in range(80)]
         tickets = [host.service.admission.tickets.by_id[request_id] for request_id in greedy]
         with host.new_client() as modest:
             before = sum(ticket.ended for ticket in tickets)
@@ -309,7 +309,7 @@ def test_one_request_among_200_of_another_key_waits_for_two_at_most(tmp_path: Pa
             mine = host.service.admission.tickets.by_id[answer.json()["id"]]
             order: list[str] = []
             host.run(ended_in_order([*tickets, mine], mine, order))
-        assert before < 150, "the other key's requests must still be waiting"
+        assert before < 60, "the other key's requests must still be waiting"
         assert order.index(mine.id) <= 3, "two that ran already, and one whose turn it was"
 
 
