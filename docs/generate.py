@@ -20,6 +20,7 @@ from mezzotint.config import AdapterSettings, EndpointSettings, Settings, defaul
 
 DOCS = Path(__file__).parent
 _NOTE = "<!-- Written by docs/generate.py from the program; change that, not this. -->"
+_COMPLETION = "`mezzotint --install-completion` teaches the shell to complete all of this."
 _ERROR_LINE = re.compile(r"[├└]── (\w+) +(\d{3}) +(\S.*)$", re.MULTILINE)
 
 
@@ -76,7 +77,14 @@ def _type_name(annotation: Any) -> str:
 def cli_page() -> str:
     """docs/cli.md"""
     root: Any = typer.main.get_command(app)
-    parts = ["# Command line", _NOTE, str(root.help), str(root.epilog), *_command_parts(root, "mezzotint")]
+    parts = [
+        "# Command line",
+        _NOTE,
+        str(root.help),
+        str(root.epilog),
+        _COMPLETION,
+        *_command_parts(root, "mezzotint"),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
