@@ -78,7 +78,7 @@ def test_an_endpoint_is_made_shown_changed_put_to_sleep_and_deleted(run: Run) ->
 
     shown = json.loads(run("endpoints", "show", "second", "--json").stdout)
     assert shown["settings"]["max_rows"] == 2
-    assert "max rows" in run("endpoints", "show", "second").stdout
+    assert "max_rows" in run("endpoints", "show", "second").stdout
 
     assert run("endpoints", "update", "second", "--set", "max_rows=3").returncode == 0
     wait_for_status(run, "second", "RUNNING")

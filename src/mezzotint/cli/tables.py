@@ -26,14 +26,14 @@ def print_facts(facts: Mapping[str, object]) -> None:
 
 def _fact_lines(facts: Mapping[str, object], indent: str) -> Iterator[tuple[str, str]]:
     for key, value in facts.items():
-        name = indent + key.replace("_", " ")
+        name = indent + key
         if isinstance(value, Mapping):
             yield name, ""
             yield from _fact_lines(value, indent + "  ")
         elif isinstance(value, list):
             yield name, ", ".join(str(item) for item in value) or "none"
         else:
-            yield name.removesuffix(" bytes"), _said(value, is_bytes=key.endswith("_bytes"))
+            yield name, _said(value, is_bytes=key.endswith("_bytes"))
 
 
 def _said(value: object, is_bytes: bool) -> str:
