@@ -38,7 +38,7 @@ def _fact_lines(facts: Mapping[str, object], indent: str) -> Iterator[tuple[str,
 
 def _said(value: object, is_bytes: bool) -> str:
     if is_bytes and isinstance(value, int):
-        return f"{value / 2**30:.1f} GiB"
+        return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)
