@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, Response, expect, sync_playwright
 
 from mezzotint.messages import AddAdapter
 from tests.server.hosting import Host, endpoint, hosting, settings_for
@@ -88,12 +88,14 @@ class Visit:
 
     page: Page
     requests: list[str] = field(default_factory=list)
+    answers: list[Response] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     """Errors in the console, except those of answers that are errors."""
 
     def __post_init__(self) -> None:
         self.page.set_default_timeout(PATIENCE_MS)
         self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("response", self.answers.append)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", lambda said: self._heard(said.type, said.text))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Error, Request
+from playwright.sync_api import Browser, Error
 
 from mezzotint import images
 from mezzotint.images import read_parameters
@@ -327,17 +327,13 @@ def test_a_server_that_is_not_there_is_told(visit: Visit) -> None:
 
 
 def test_the_page_is_light_and_asks_nobody_else(visit: Visit, host: Host) -> None:
-    sizes: dict[str, int] = {}
-
-    def weigh(request: Request) -> None:
-        path = request.url.removeprefix(host.url)
-        if path == "/" or path.startswith("/playground/"):
-            answer = request.response()
-            sizes[path] = len(answer.body()) if answer else 0
-
-    visit.page.on("requestfinished", weigh)
-    visit.page.reload()
     visit.make("an owl")
+    files = {answer.url.removeprefix(host.url): answer for answer in visit.answers}
+    sizes = {
+        path: len(answer.body())
+        for path, answer in files.items()
+        if path == "/" or path.startswith("/playground/")
+    }
     assert "/playground/style.css" in sizes
     assert sum(sizes.values()) < MAX_PAGE_BYTES
     foreign = [url for url in visit.requests if not url.startswith((host.url, "data:", "blob:"))]
