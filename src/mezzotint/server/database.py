@@ -103,8 +103,9 @@ def open_database(url: str) -> sa.Engine:
     try:
         engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         if engine.dialect.name == "sqlite":
-            if engine.url.database not in (None, "", ":memory:"):  # SQLite gives its other files the mode of this one
-                Path(engine.url.database).touch(mode=0o600)
+            file = engine.url.database
+            if file and file != ":memory:":
+                Path(file).touch(mode=0o600)  # SQLite gives its other files the mode of this one
             event.listen(engine, "connect", _prepare_sqlite)
         try:
             with engine.begin() as connection:
