@@ -138,11 +138,17 @@ def test_what_the_worker_refuses_is_not_registered(
         kept.path.unlink()
         return kept
 
+    add(host, "flat", write(tmp_path / "b.safetensors", text="b"))
+    before = host.picture(model="one:flat", seed=1)
     monkeypatch.setattr(registry, "keep", vanishing)
-    error = add(host, "gone", write(tmp_path / "a.safetensors"), 422)["error"]
-    assert (error["param"], error["code"]) == ("source", "adapter_load_failed")
-    assert routes_of(host) == []
-    assert models(host) == ["one"]
+    file = write(tmp_path / "a.safetensors")
+    for body in ({"route": "gone"}, {"route": "flat", "replace": True}):
+        error = add(host, source=file, expected=422, **body)["error"]
+        assert (error["param"], error["code"]) == ("source", "adapter_load_failed")
+    assert models(host) == ["one", "one:flat"]
+    (entry,) = host.client.get(ADAPTERS).json()["data"]
+    assert (entry["route"], entry["state"]) == ("flat", "ready")
+    assert host.picture(model="one:flat", seed=1) == before
 
 
 def test_removing_lets_requests_that_were_taken_in_finish(tmp_path: Path) -> None:
@@ -179,6 +185,20 @@ def test_adapters_survive_a_restart_and_the_loss_of_their_source(tmp_path: Path)
         assert host.picture(model="one:flat", seed=1) == before
         (entry,) = host.client.get(ADAPTERS).json()["data"]
         assert (entry["scale"], entry["origin"], entry["state"]) == (0.5, "api", "ready")
+
+
+def test_an_adapter_that_a_starting_worker_refuses_is_shown_and_says_why(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path)) as host:
+        add(host, "flat", write(tmp_path / "flat.safetensors"))
+        key = host.service.first_key
+        host.service.adapters.get("one", "flat").path.unlink()
+    with hosting(settings_for(tmp_path), key=key) as host:
+        host.until(lambda: host.endpoint().adapter_facts)
+        error = host.post(model="one:flat").json()["error"]
+        assert (error["param"], error["code"]) == ("model", "adapter_load_failed")
+        assert "one:flat cannot be used" in error["message"]
+        (entry,) = host.client.get(ADAPTERS).json()["data"]
+        assert (entry["state"], entry["failure"] is None) == ("failed", False)
 
 
 def test_adapters_of_the_configuration_come_change_and_go_with_it(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import structlog
 from mezzotint.config import EndpointSettings
 from mezzotint.errors import (
     ConflictError,
+    InvalidRequestError,
     ModelLoadError,
     NotFoundError,
     RequestCancelledError,
@@ -173,8 +174,15 @@ class Endpoint:
         return self.start_left_s(now) + ahead_s / self.dispatcher.speed + job.work_s
 
     def require_route(self, route: str | None) -> None:
-        """NotFoundError, with the nearest name, for an adapter that this endpoint has not."""
+        """NotFoundError, with the nearest name, for an adapter that this endpoint has not.
+
+        InvalidRequestError for one that its workers refused when they started.
+        """
         if route is None or route in self.adapters:
+            refused = self.adapter_facts.get(route or "")
+            if isinstance(refused, AdapterFailed):
+                text = f"adapter {self.id}:{route} cannot be used: {refused.message}"
+                raise InvalidRequestError(text, code=refused.code, param="model")
             return
         hint = nearest(route, self.adapters)
         known = ", ".join(sorted(self.adapters)[:10]) or "none"
@@ -449,7 +457,7 @@ class Endpoint:
         Without a running worker it is looked at when one starts, and the answer is None.
         """
         ready = self.current.ready
-        before = self.adapters.get(adapter.route)
+        before, facts = self.adapters.get(adapter.route), self.adapter_facts.get(adapter.route)
         self.adapters[adapter.route] = adapter
         if not ready:
             return None
@@ -459,9 +467,13 @@ class Endpoint:
             replica.send(adapter)
         found = await waiter
         if isinstance(found, AdapterFailed):
-            self.remove_adapter(adapter.route)
-            if before is not None:
+            self.adapter_facts.pop(adapter.route, None)
+            if before is None:
+                self.remove_adapter(adapter.route)
+            else:  # which the workers keep as well
                 self.adapters[adapter.route] = before
+                if facts is not None:
+                    self.adapter_facts[adapter.route] = facts
             raise ModelLoadError(found.message, code=found.code)
         return found
 
