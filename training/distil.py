@@ -1,7 +1,7 @@
 """Teaches the guidance embedding: `python -m training.distil --data FOLDER --from FOLDER --out FOLDER`.
 
 As in FLUX.1-dev a student learns, for a scale drawn from [1, 8], what the teacher says with classifier-free
-guidance, so that one forward per step is enough. The teacher's guided picture keeps most of the contrast of
+guidance, so that one forward per step is enough. The teacher's guided picture keeps some of the contrast of
 the unguided one (guidance rescale, Lin et al., 2023), or high scales would burn colours.
 """
 
@@ -25,7 +25,7 @@ from training.text import draw_captions
 from training.train import UNGUIDED, descend, draw_times, speed_up
 
 LOWEST, HIGHEST = 1.0, 8.0
-RESCALE = 0.7
+RESCALE = 0.3
 
 
 def guided_velocity(
@@ -36,7 +36,7 @@ def guided_velocity(
     scales: torch.Tensor,
     rescale: float = RESCALE,
 ) -> torch.Tensor:
-    """The teacher's velocity at those guidance scales, with the contrast of its picture mostly kept."""
+    """The teacher's velocity at those guidance scales, with the contrast of its picture partly kept."""
     t = times[:, None, None]
     plain = noisy - t * with_prompt
     guided = noisy - t * (without + scales[:, None, None] * (with_prompt - without))
@@ -68,6 +68,7 @@ def distil_loss(
 
 def distil(
     teacher: Model,
+    student: Model,
     table: LatentTable,
     keywords: dict[str, list[str]],
     minutes: float,
@@ -76,8 +77,7 @@ def distil(
     setup: Setup,
     compiled: bool,
 ) -> Model:
-    """The student: the teacher's weights with a guidance embedding that works."""
-    student = teacher.frozen_copy()
+    """Trains the student, which begins with the teacher's weights or where an earlier student stopped."""
     student.denoiser.transformer.requires_grad_(True)
     for model in (teacher, student):
         speed_up(model, compiled)
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--from", dest="source", type=Path, required=True, help="the trained folder")
     parser.add_argument("--out", type=Path, required=True, help="where the distilled folder goes")
+    parser.add_argument("--student", type=Path, help="go on with this distilled folder")
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=4e-4)
@@ -118,7 +119,8 @@ def main() -> None:
     cache = a.out.parent / "latents_distil.pt"
     table = load_table(a.source / "vae", pictures, read_subjects(), "3d", setup, cache)
     teacher = load_folder(a.source, setup)
-    student = distil(teacher, table, pictures.keywords, a.minutes, a.batch, a.lr, setup, not a.eager)
+    pupil = load_folder(a.student, setup) if a.student else teacher.frozen_copy()
+    student = distil(teacher, pupil, table, pictures.keywords, a.minutes, a.batch, a.lr, setup, not a.eager)
     save_folder(student, vae, a.out, a.shift)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,10 @@ def save_folder(model: Model, vae: AutoencoderKL, out: Path, shift: float = SHIF
     for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         nn.Module.to(part, dtype=torch.bfloat16)
     pipeline.save_pretrained(out, safe_serialization=True)
+    for path in out.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # a path of the machine that trained
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_folder(folder: Path, setup: Setup) -> Model:

@@ -42,6 +42,9 @@ def test_a_resumed_training_goes_on_and_its_folder_makes_a_picture(tmp_path: Pat
     assert 0 < first.step < second.step
     assert second.seconds > first.seconds
 
+    configs = [path.read_text(encoding="utf-8") for path in (tmp_path / "export").glob("*/config.json")]
+    assert len(configs) == 4
+    assert not any(str(tmp_path) in text for text in configs)
     pipeline = FluxPipeline.from_pretrained(tmp_path / "export", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("a cat", height=128, width=128, num_inference_steps=2, max_sequence_length=24).images[
