@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from typing import Literal
+from typing import Literal, TextIO, cast
 
 import structlog
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class _Stderr:
+    """The stderr of the moment. A line that cannot be written is lost: the request it speaks of is not."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+_STDERR = _Stderr()
 
 
 def configure(level: str, form: Literal["console", "json"]) -> None:
@@ -30,7 +46,7 @@ def configure(level: str, form: Literal["console", "json"]) -> None:
             last,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _STDERR)),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(

@@ -1,0 +1,47 @@
+"""Logging must never fail what it speaks of."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+import structlog
+
+from mezzotint.server import logs
+
+
+class Full(io.StringIO):
+    """A stderr on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [Full(), closed()], ids=["full", "closed"])
+def test_a_log_line_that_cannot_be_written_fails_nothing(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = structlog.get_config()
+    try:
+        logs.configure("info", "console")
+        monkeypatch.setattr(sys, "stderr", stream)
+        structlog.get_logger("test").info("request ended", status="done")
+    finally:
+        structlog.configure(**before)
+
+
+def test_lines_go_to_the_stderr_of_the_moment(capsys: pytest.CaptureFixture[str]) -> None:
+    before = structlog.get_config()
+    try:
+        logs.configure("info", "json")
+        structlog.get_logger("test").info("request ended", status="done")
+    finally:
+        structlog.configure(**before)
+    assert '"status": "done"' in capsys.readouterr().err
