@@ -28,13 +28,15 @@ from mezzotint.server.supervisor import ENGINE_WORKER
 
 def serve(settings: Settings, *, worker: str = ENGINE_WORKER) -> None:
     """Serves until SIGTERM or Ctrl-C; then running requests get `drain_s` to finish."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # after uvicorn's own, so that the block below ends
+    # After uvicorn's own handler, so that the block below ends.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     logs.configure(settings.log_level, settings.log_format)
     app = server.create_app(settings, worker=worker)
     first_key = app.state.service.first_key
     if first_key is not None:  # now, for it is stored nowhere and the start may still fail
         typer.echo(f"API key, shown this once: {first_key}")
     with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, before)
 
         def started(url: str) -> None:
             url = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
