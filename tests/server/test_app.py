@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mezzotint.errors import ConfigError
+from mezzotint.server import app
 from mezzotint.server.app import create_app
 from mezzotint.server.keys import create_key, list_keys, revoke_key
 from tests.server.hosting import FAKE, GENERATE, Host, client, endpoint, hosting, settings_for
@@ -175,3 +177,9 @@ def test_the_data_folder_keeps_its_secrets_to_its_owner(host: Host) -> None:
     for file in files:
         assert file.stat().st_mode & 0o077 == 0, file.name
     assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_small_answers_do_not_wait_for_an_acknowledgement(tmp_path: Path) -> None:
+    listener = app._listen(settings_for(tmp_path))
+    with listener:
+        assert listener.proto == socket.IPPROTO_TCP, "asyncio sets TCP_NODELAY on such sockets only"

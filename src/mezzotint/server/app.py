@@ -226,7 +226,8 @@ async def _clean(service: Service) -> None:
 def _listen(settings: Settings) -> socket.socket:
     """The listening socket; bound first, so that a taken port is a sentence and port 0 becomes known."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Named as TCP, or asyncio would not set TCP_NODELAY and each answer's second packet would wait 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
