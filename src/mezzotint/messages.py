@@ -127,7 +127,7 @@ class ModelInfo:
     batching: str
     performance: str
     rows: int
-    """Rows of every merged forward in `exact` mode (1: never merged)."""
+    """Most rows of a merged forward in `exact` mode, R (1: never merged)."""
     mergeable: bool
     """Whether the denoiser has a tested Rule."""
     width: int
