@@ -364,18 +364,24 @@ def test_copies_that_nothing_points_to_are_removed_when_they_are_old(
     assert not unused.path.exists()
 
 
+SOURCES = ["own/lora", "own/lora:b.safetensors", "own/lora:b.safetensors@v1"]
+
+
+def point_at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_hub.FakeHub]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with fake_hub.serve() as running:
-        constants = "huggingface_hub.constants"
-        monkeypatch.setattr(f"{constants}.ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
+        point_at(monkeypatch, running.url)
         yield running
 
 
-@pytest.mark.parametrize("source", ["own/lora", "own/lora:b.safetensors", "own/lora:b.safetensors@v1"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_an_adapter_of_a_hub_repository_is_kept(source: str, hub: fake_hub.FakeHub, tmp_path: Path) -> None:
     files = {name: write(tmp_path / "repo" / name, text=name[0]) for name in ("b.safetensors",)}
     _text(tmp_path / "repo" / "README.md")
@@ -401,3 +407,38 @@ def test_what_the_hub_does_not_have_is_a_sentence(
     hub.gated.add("own/gated")
     with pytest.raises(InvalidRequestError, match=text):
         keep(source, tmp_path / "kept", MAX_BYTES)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_hub_that_is_away_is_told_at_once(
+    source: str, hub: fake_hub.FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(seconds: float) -> None:
+        pytest.fail(f"it waits {seconds} s before it asks again")
+
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", wait)
+    point_at(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(InvalidRequestError, match=r"cannot be reached, .*copy the file") as caught:
+        keep(source, tmp_path / "kept", MAX_BYTES)
+    assert caught.value.code == "adapter_source_not_found"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_was_fetched_before_needs_no_hub(
+    source: str, hub: fake_hub.FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "repo" / "b.safetensors")
+    _text(tmp_path / "repo" / "README.md")
+    hub.folders["own/lora"] = tmp_path / "repo"
+    first = keep(source, tmp_path / "kept", MAX_BYTES)
+    point_at(monkeypatch, "http://127.0.0.1:9")
+    assert keep(source, tmp_path / "kept", MAX_BYTES) == first
+
+
+def test_a_repository_file_over_the_limit_is_not_fetched(hub: fake_hub.FakeHub, tmp_path: Path) -> None:
+    write(tmp_path / "repo" / "b.safetensors", rank=10_000)
+    hub.folders["own/lora"] = tmp_path / "repo"
+    with pytest.raises(InvalidRequestError, match="raise adapter_bytes") as caught:
+        keep("own/lora", tmp_path / "kept", 10_000)
+    assert caught.value.code == "adapter_too_large"
+    assert "b.safetensors" not in hub.downloads()

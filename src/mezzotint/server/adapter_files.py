@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
+
 from mezzotint.errors import InvalidRequestError, echo
 
 WEIGHTS = "adapter.safetensors"
@@ -28,6 +30,8 @@ PEFT_CONFIG = "adapter_config.json"
 PREFERRED = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER_BYTES = 100_000_000
+HUB_TIMEOUT_S = 10.0
+"""How long the Hub may take to say that it is there."""
 UNUSED_S = 3600.0
 """A copy younger than this may be one that is just being registered."""
 _REPOSITORY = re.compile(
@@ -57,11 +61,7 @@ def keep(source: str, folder: Path, max_bytes: int) -> Kept:
     try:
         size = weights.stat().st_size
         if size > max_bytes:
-            raise _refusal(
-                f"{weights.name} has {size} bytes; an adapter of this endpoint may have {max_bytes}: "
-                "raise adapter_bytes",
-                "adapter_too_large",
-            )
+            raise _too_large(weights.name, size, max_bytes)
         rank = _rank(_header(weights, size))
         config = weights.with_name(PEFT_CONFIG)
         config_text = config.read_bytes() if weights.name == PEFT_WEIGHTS and config.is_file() else b""
@@ -81,6 +81,13 @@ def remove_unused(folder: Path, used: set[Path]) -> None:
 
 def _refusal(message: str, code: str) -> InvalidRequestError:
     return InvalidRequestError(message, code=code, param="source")
+
+
+def _too_large(name: str, size: int, max_bytes: int) -> InvalidRequestError:
+    return _refusal(
+        f"{name} has {size} bytes; an adapter of this endpoint may have {max_bytes}: raise adapter_bytes",
+        "adapter_too_large",
+    )
 
 
 def _locate(source: str, max_bytes: int) -> Path:
@@ -123,49 +130,59 @@ def _choose(names: list[str], where: str) -> str:
 
 def _download(repository: str, file: str | None, revision: str | None, max_bytes: int) -> Path:
     """The file in the Hub's cache; what is there already needs no network."""
-    import huggingface_hub  # slow to import, and needed only here
-    from huggingface_hub import errors as hub
+    from huggingface_hub import errors as hub  # slow to import, and needed only here
 
     try:
-        if file is None:
-            names, pinned = _listing(repository, revision)
-            file, revision = _choose(names, f"repository {repository}"), pinned
-        path = Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
-        if Path(file).name == PEFT_WEIGHTS:
-            with contextlib.suppress(hub.EntryNotFoundError, hub.LocalEntryNotFoundError):
-                beside = str(Path(file).with_name(PEFT_CONFIG))
-                huggingface_hub.hf_hub_download(repository, beside, revision=revision)
-        return path
+        return _fetch(repository, file, revision, max_bytes)
     except hub.GatedRepoError:
         why = "is gated; accept its terms with the account whose HF_TOKEN the server has"
-    except hub.RepositoryNotFoundError:
-        why = "does not exist or is private; set HF_TOKEN for a private one"
     except hub.RevisionNotFoundError:
         why = f"has no revision {echo(revision or 'main')}"
-    except (hub.EntryNotFoundError, hub.LocalEntryNotFoundError) as error:
+    except hub.RepositoryNotFoundError:
+        why = "does not exist or is private; set HF_TOKEN for a private one"
+    except hub.LocalEntryNotFoundError:
+        why = (
+            "cannot be reached, and the server's cache does not hold it; connect the server to the network, "
+            "or copy the file to it and name its path"
+        )
+    except hub.EntryNotFoundError:
         why = f"has no file {echo(file or '')}"
-        if isinstance(error, hub.LocalEntryNotFoundError):
-            why = "cannot be reached, and the file is not in the cache"
-    except (hub.HfHubHTTPError, hub.HFValidationError, OSError) as error:
-        why = f"cannot be reached: {str(error).partition(chr(10))[0][:200]}"
+    except (hub.HfHubHTTPError, hub.HFValidationError, httpx2.TransportError, OSError) as error:
+        why = f"could not be fetched: {str(error).partition(chr(10))[0][:200]}; try again"
     raise _refusal(f"repository {repository} {why}", "adapter_source_not_found")
 
 
-def _listing(repository: str, revision: str | None) -> tuple[list[str], str | None]:
-    """A repository's file names and the commit they are of; from the cache when there is no network."""
+def _fetch(repository: str, file: str | None, revision: str | None, max_bytes: int) -> Path:
+    """Asks for the commit first, once: huggingface_hub itself asks a Hub that is away for half a minute."""
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        commit = api.model_info(repository, revision=revision or "main", timeout=HUB_TIMEOUT_S).sha
+    except (httpx2.TransportError, hub.OfflineModeIsEnabled):
+        return _cached(repository, file, revision)
+    entries = api.list_repo_tree(repository, recursive=True, revision=commit)
+    sizes = {entry.path: entry.size for entry in entries if isinstance(entry, huggingface_hub.RepoFile)}
+    file = file or _choose(list(sizes), f"repository {repository}")
+    if sizes.get(file, 0) > max_bytes:
+        raise _too_large(file, sizes[file], max_bytes)
+    path = Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+    if path.name == PEFT_WEIGHTS:
+        with contextlib.suppress(hub.EntryNotFoundError):
+            beside = str(Path(file).with_name(PEFT_CONFIG))
+            huggingface_hub.hf_hub_download(repository, beside, revision=revision)
+    return path
+
+
+def _cached(repository: str, file: str | None, revision: str | None) -> Path:
+    """What an earlier download left; LocalEntryNotFoundError if that is not it."""
     import huggingface_hub
 
-    try:
-        commit = huggingface_hub.HfApi().model_info(repository, revision=revision or "main", timeout=30).sha
-        return huggingface_hub.HfApi().list_repo_files(repository, revision=commit), commit
-    except OSError as error:
-        if isinstance(error, huggingface_hub.errors.HfHubHTTPError):
-            raise
-        try:
-            folder = huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True)
-        except OSError:
-            raise error from None
-        return [each.name for each in Path(folder).iterdir()], Path(folder).name
+    if file is None:
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
+        file = _choose([each.name for each in folder.iterdir()], f"the cached repository {repository}")
+    return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, local_files_only=True))
 
 
 def _header(weights: Path, size: int) -> dict[str, dict[str, object]]:
