@@ -179,7 +179,9 @@ class Settings(_Table):
         1800.0, description="A model that has not loaded after this long has failed."
     )
     max_restarts: int = Field(
-        5, ge=0, description="Restarts within ten minutes before an endpoint is failed."
+        5,
+        ge=0,
+        description="Restarts in a row, without a picture between them, before an endpoint is failed.",
     )
     drain_s: Seconds = Field(30.0, description="How long SIGTERM waits for running requests.")
     encode_threads: int = Field(2, ge=1, le=64, description="Threads that turn pixels into PNG and JPEG.")

@@ -32,7 +32,7 @@ def error_code(answer: object) -> str:
 
 
 def test_killed_workers_among_20_requests_lose_none_and_change_no_byte(tmp_path: Path) -> None:
-    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.004"), max_restarts=50)) as host:
+    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.004"))) as host:
         fields = [{"seed": number, "num_inference_steps": 10 + number % 7} for number in range(20)]
         quiet = [host.picture(f"picture {number}", **one) for number, one in enumerate(fields)]
         pool = [host.post_soon(f"picture {number}", **one) for number, one in enumerate(fields)]
@@ -66,7 +66,7 @@ def kill(host: Host) -> None:
 
 def test_every_request_ends_in_exactly_one_of_done_failed_cancelled(tmp_path: Path) -> None:
     """Some of 20 fail, one kills every worker it meets, some are cancelled; and a worker is killed."""
-    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.01"), max_restarts=50)) as host:
+    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.01"))) as host:
         prompts = [f"picture {number}" for number in range(14)] + ["a !fail@2"] * 3 + ["a !die@3"]
         pool = [host.post_soon(prompt, num_inference_steps=12) for prompt in prompts]
         dropped = [host.submit("long", num_inference_steps=50) for _ in range(2)]
@@ -100,7 +100,7 @@ def has_reached(ticket: Ticket, step: int) -> bool:
 
 
 def test_a_job_whose_workers_die_of_something_else_is_not_given_up(tmp_path: Path) -> None:
-    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.01"), max_restarts=9)) as host:
+    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.01"))) as host:
         request_id = host.submit("unlucky", num_inference_steps=40)
         ticket = host.service.admission.tickets.by_id[request_id]
         for step in (3, 9, 15):
@@ -173,15 +173,57 @@ def test_a_hung_worker_is_killed_and_its_jobs_run_again(tmp_path: Path) -> None:
         assert pid(host) != stopped
 
 
-def test_a_worker_that_had_run_for_a_while_is_replaced_without_a_pause(
+def test_kills_between_pictures_never_fail_an_endpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 1e6)  # nor does the next worker wait
+    with hosting(settings_for(tmp_path, max_restarts=1)) as host:
+        for number in range(4):
+            assert host.post(seed=number).status_code == 200
+            kill(host)
+        assert host.post().status_code == 200
+        assert host.endpoint().current.replicas[0].num_restarts == 4
+
+
+def test_kills_of_an_idle_worker_never_fail_an_endpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "STEADY_S", 0.0)
     monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 1e6)
-    with hosting(settings_for(tmp_path, max_restarts=50)) as host:
-        for number in range(4):
+    with hosting(settings_for(tmp_path, max_restarts=1)) as host:
+        for _ in range(4):
             kill(host)
-            assert host.post(seed=number).status_code == 200
+        assert host.post().status_code == 200
+
+
+def test_workers_that_die_before_their_first_picture_fail_the_endpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "STEADY_S", 1e6)
+    with hosting(settings_for(tmp_path, max_restarts=2)) as host:
+        assert host.post().status_code == 200
+        kill(host)  # had made a picture
+        for _ in range(2):
+            kill(host)
+        os.kill(pid(host), signal.SIGKILL)
+        host.wait_for(State.FAILED)
+        assert host.endpoint().failure == (
+            "3 workers in a row died before they had made a picture, "
+            "the last because: the worker process ended (signal SIGKILL)"
+        )
+        host.client.put("/dedicated/beta/endpoint/one/restart")
+        host.wait_for(State.READY)
+        assert host.post().status_code == 200
+
+
+def test_a_worker_that_was_asked_and_delivered_nothing_counts_however_long_it_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "STEADY_S", 0.0)
+    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.01"), max_restarts=0)) as host:
+        host.wait_until(host.submit(num_inference_steps=50), "running")
+        os.kill(pid(host), signal.SIGKILL)
+        host.wait_for(State.FAILED)
 
 
 def test_a_busy_worker_is_not_taken_for_a_hung_one(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 `WorkerProcess` is one process with its pipe; two threads serve the pipe, so a worker that neither reads nor
 writes can never block the event loop. `Replica` keeps one such process alive: it sees a death at once,
-starts the next with growing pauses, kills what hangs, and gives up where another try would fail again. All
-callbacks run in the event loop.
+starts the next, kills what hangs, and gives up where another try would fail again: at once where the worker
+says so, and after `max_restarts` workers in a row that died before they were of any use. A worker that was
+of use and then dies is no sign of a crash loop, whatever killed it. All callbacks run in the event loop.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import multiprocessing
 import queue
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,7 +33,9 @@ import structlog
 from mezzotint.config import Settings
 from mezzotint.messages import (
     EXIT_PERMANENT,
+    Done,
     FromWorker,
+    Generate,
     LoadFailed,
     Loading,
     LoadModel,
@@ -50,11 +52,10 @@ from mezzotint.server import launch
 
 ENGINE_WORKER = "mezzotint.engine.worker:run"
 PRELOAD = "mezzotint.server.preload"
-RESTART_WINDOW_S = 600.0
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 30.0
 STEADY_S = 10.0
-"""A worker that was ready for this long is no sign of a crash loop: the next starts without a pause."""
+"""A worker that nobody asked for a picture has been of use when it was ready for this long."""
 EXIT_GRACE_S = 1.0
 """How long a worker that has closed its pipe may take to exit before it is killed."""
 SLOW_STEPS = 20
@@ -200,10 +201,12 @@ class Replica:
         self._on_lost = on_lost
         self._process: WorkerProcess | None = None
         self._wanted = False
-        self._deaths: deque[float] = deque()
-        self._early_deaths = 0
-        """Deaths in a row before a worker had been ready for STEADY_S."""
+        self._useless = 0
+        """Workers in a row that died before they were of any use."""
         self._pardoned = False
+        self._asked = False
+        self._delivered = False
+        """Whether the current worker was asked for a picture, and whether it has made one."""
         self._timers: list[asyncio.TimerHandle] = []
         self._starting: asyncio.Task[None] | None = None
         self._gone = asyncio.Event()
@@ -222,13 +225,13 @@ class Replica:
     def start(self) -> None:
         """Begins to start a worker in the background; also the way out of FAILED."""
         self._wanted = True
-        self._deaths.clear()
-        self._early_deaths = 0
+        self._useless, self._pardoned = 0, False
         self.failure = ""
         self._spawn_soon(0.0)
 
     def send(self, message: Message) -> None:
         assert self._process is not None, "only a live worker is sent to"
+        self._asked |= isinstance(message, Generate)
         self._process.send(message)
 
     def kill(self) -> None:
@@ -237,10 +240,9 @@ class Replica:
             self._process.kill()
 
     def forgive(self, deaths: int) -> None:
-        """Takes deaths, the one being reported among them, off the restart budget: one job was guilty."""
+        """Takes deaths, the one being reported among them, off the account: one job was guilty."""
         self._pardoned = True
-        for _ in range(min(deaths - 1, len(self._deaths))):
-            self._deaths.pop()
+        self._useless = max(0, self._useless - (deaths - 1))
 
     async def stop(self) -> None:
         """Ends the worker for good: Shutdown, then SIGKILL after a moment."""
@@ -270,6 +272,7 @@ class Replica:
     async def _spawn(self) -> None:
         loop = asyncio.get_running_loop()
         self.started_at, self.stage = loop.time(), "starting the process"
+        self._asked = self._delivered = False
         self._set(ReplicaState.STARTING)
         try:
             process = await loop.run_in_executor(
@@ -306,6 +309,8 @@ class Replica:
         match message:
             case Pong():
                 return
+            case Done():
+                self._delivered = True
             case Loading(stage):
                 self.stage = stage
             case Ready(info, load_s):
@@ -364,27 +369,31 @@ class Replica:
             self._set(ReplicaState.STOPPED)
         else:
             log.warning("worker died", replica=self.name, pid=process.pid, exit=_cause(code), state=str(was))
-            now = asyncio.get_running_loop().time()
-            steady = was is ReplicaState.READY and now - self.ready_at >= STEADY_S
-            self._died(self.failure or f"the worker process ended ({_cause(code)})", steady=steady)
+            useful = was is ReplicaState.READY and self._was_useful()
+            self._died(self.failure or f"the worker process ended ({_cause(code)})", useful=useful)
 
-    def _died(self, reason: str, *, steady: bool = False) -> None:
-        now = asyncio.get_running_loop().time()
+    def _was_useful(self) -> bool:
+        idle_s = asyncio.get_running_loop().time() - self.ready_at
+        return self._delivered or (not self._asked and idle_s >= STEADY_S)
+
+    def _died(self, reason: str, *, useful: bool = False) -> None:
         self.failure = reason
-        self._early_deaths = 0 if steady else self._early_deaths + 1
-        if not self._pardoned:
-            self._deaths.append(now)
+        if useful:
+            self._useless = 0
+        elif not self._pardoned:
+            self._useless += 1
         self._pardoned = False
-        while self._deaths and self._deaths[0] < now - RESTART_WINDOW_S:
-            self._deaths.popleft()
-        if len(self._deaths) > self._launcher.max_restarts:
+        if self._useless > self._launcher.max_restarts:
             self._wanted = False
-            self.failure = f"{len(self._deaths)} workers died within ten minutes, the last because: {reason}"
-            log.error("endpoint gives up restarting", replica=self.name, deaths=len(self._deaths))
+            self.failure = (
+                f"{self._useless} workers in a row died before they had made a picture, "
+                f"the last because: {reason}"
+            )
+            log.error("endpoint gives up restarting", replica=self.name, deaths=self._useless)
             self._set(ReplicaState.FAILED)
             return
         self.num_restarts += 1
-        exponent = min(self._early_deaths, len(self._deaths)) - 2  # the first restart is at once
+        exponent = self._useless - 2  # the first restart is at once
         self._spawn_soon(0.0 if exponent < 0 else min(FIRST_PAUSE_S * 2**exponent, LONGEST_PAUSE_S))
 
     # ------------------------------------------------------------ small parts
