@@ -87,6 +87,8 @@ class Generate:
     num_previews: int = 0
     """How many evenly spaced previews (estimates of the finished image) to send."""
     priority: int = 0
+    owner: str = ""
+    """Whose job it is; owners take turns in the worker's forwards."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.engine.scheduler import StepTimes, Waiting, pick
+from mezzotint.engine.scheduler import Service, StepTimes, Waiting, pick
 
 
 def waiting(job_id: str, **fields: Any) -> Waiting:
@@ -81,6 +81,54 @@ def test_priority_goes_before_work_but_not_before_the_overdue() -> None:
         waiting("overdue", remaining_s=9, waited_s=21),
     ]
     assert ids(pick(jobs, max_rows=3, max_wait_s=20)) == ["overdue", "paid", "short"]
+
+
+def test_everyones_most_urgent_job_comes_before_anyones_second() -> None:
+    jobs = [waiting(f"crowd {left}", remaining_s=left, owner="crowd") for left in (1, 2, 3, 4)]
+    jobs.append(waiting("lone", remaining_s=9, owner="lone"))
+    assert ids(pick(jobs, max_rows=3, max_wait_s=20)) == ["crowd 1", "lone", "crowd 2"]
+
+
+def test_an_owner_far_ahead_lets_the_others_pass_but_not_a_higher_priority() -> None:
+    jobs = [
+        waiting("flood", remaining_s=1, owner="flood", owner_lead_s=21),
+        waiting("patient", remaining_s=50, owner="patient"),
+    ]
+    assert ids(pick(jobs, max_rows=1, max_wait_s=20)) == ["patient"]
+    assert ids(pick(jobs, max_rows=1, max_wait_s=22)) == ["flood"]
+    paid = waiting("paid", remaining_s=1, owner="flood", owner_lead_s=21, priority=1)
+    assert ids(pick([paid, *jobs], max_rows=1, max_wait_s=20)) == ["paid"]
+
+
+def test_a_flood_of_short_jobs_delays_another_owners_long_one_by_a_bounded_time() -> None:
+    service, left, now = Service(), {"long": 50.0}, 0
+    while left["long"]:
+        left = {"long": left["long"], f"short {now // 4}": left.get(f"short {now // 4}", 4.0)}
+        owners = {name: name.split()[0] for name in left}
+        leads = service.leads(frozenset(owners.values()))
+        jobs = [
+            waiting(name, remaining_s=steps, owner=owners[name], owner_lead_s=leads[owners[name]])
+            for name, steps in left.items()
+        ]
+        (job,) = pick(jobs, max_rows=1, max_wait_s=20)
+        service.add([owners[job.job_id]], 1.0)
+        left[job.job_id] -= 1
+        left = {name: steps for name, steps in left.items() if steps or name == "long"}
+        now += 1
+    assert now <= 2 * 50 + 20 + 1
+
+
+def test_who_comes_or_comes_back_starts_level_and_has_earned_nothing_by_absence() -> None:
+    service = Service()
+    service.leads(frozenset("a"))
+    service.add("a", 10.0)
+    assert service.leads(frozenset("ab")) == {"a": 0.0, "b": 0.0}
+    service.add("aab", 9.0)
+    assert service.leads(frozenset("ab")) == {"a": 3.0, "b": 0.0}
+    service.leads(frozenset("b"))
+    assert service.leads(frozenset("ab")) == {"a": 3.0, "b": 0.0}, "leaving for a moment forgives nothing"
+    service.forget()
+    assert service.leads(frozenset("ab")) == {"a": 0.0, "b": 0.0}
 
 
 def test_a_running_job_is_carried_on_rather_than_rotated() -> None:

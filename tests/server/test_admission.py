@@ -307,6 +307,7 @@ def test_one_request_among_many_of_another_key_waits_for_two_at_most(tmp_path: P
             body, headers = host.body("one", num_inference_steps=50), {"prefer": "respond-async"}
             answer = modest.post(GENERATE, json=body, headers=headers)
             mine = host.service.admission.tickets.by_id[answer.json()["id"]]
+            assert not mine.jobs[0].queued, "a key's first job is handed to the worker at once"
             order: list[str] = []
             host.run(ended_in_order([*tickets, mine], mine, order))
         assert before < 60, "the other key's requests must still be waiting"

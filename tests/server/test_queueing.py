@@ -85,6 +85,19 @@ def test_a_newcomer_waits_for_one_job_at_most() -> None:
     assert order.index("new") <= 1
 
 
+def test_of_level_keys_the_one_with_nothing_running_goes_first() -> None:
+    queue = JobQueue(max_wait_s=1000)
+    for _ in range(3):
+        queue.put(job("greedy"), 1.0)
+    running = queue.peek(1.0)
+    assert running is not None
+    queue.take(running, 1.0)
+    queue.put(job("new"), 1.0)
+    first = queue.peek(1.0)
+    assert first is not None
+    assert first.key_id == "new"
+
+
 def test_an_idle_key_gathers_no_credit() -> None:
     queue = JobQueue(max_wait_s=1000)
     for key in ("a", "b"):

@@ -31,7 +31,7 @@ from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_ste
 from mezzotint.engine.results import Result, failure, pixels, result_of
 from mezzotint.engine.rules import RULES
 from mezzotint.engine.runner import Mode, Runner
-from mezzotint.engine.scheduler import StepTimes, Waiting, pick
+from mezzotint.engine.scheduler import Service, StepTimes, Waiting, pick
 from mezzotint.errors import MezzotintError
 from mezzotint.messages import Cancelled, Done, Failed, ModelInfo, Preview, Progress
 
@@ -116,6 +116,7 @@ class Engine:
         self.measured: list[calibration.Measurement] = []
         """What calibration has measured; empty if R was given."""
         self.times = StepTimes()
+        self._service = Service()
         num_rows = rows if batching == "exact" else max_rows
         self.runner = Runner(batching, num_rows, self.facts.denoiser_name, self._synchronize)
         self.max_merge_pixels = max_merge_pixels
@@ -280,7 +281,11 @@ class Engine:
             batch = self._pick()
             if batch:
                 self._forward(batch)
-                self.busy_s += time.perf_counter() - start
+                seconds = time.perf_counter() - start
+                self.busy_s += seconds
+                self._service.add([active.request.owner for active in batch], seconds)
+            else:
+                self._service.forget()
         events, self._events = self._events, []
         return events
 
@@ -315,11 +320,12 @@ class Engine:
     def _pick(self) -> list[_Active]:
         """The jobs whose parked calls run next, together."""
         now = time.perf_counter()
-        waiting = [self._waiting(active, now) for active in self._active.values()]
+        leads = self._service.leads(frozenset(active.request.owner for active in self._active.values()))
+        waiting = [self._waiting(active, now, leads) for active in self._active.values()]
         picked = pick(waiting, max_rows=self.runner.num_rows, max_wait_s=self.max_wait_s)
         return [self._active[each.job_id] for each in picked]
 
-    def _waiting(self, active: _Active, now: float) -> Waiting:
+    def _waiting(self, active: _Active, now: float, leads: Mapping[str, float]) -> Waiting:
         job = active.job
         assert job is not None, "an active job has started"
         assert job.call is not None, "an active job is parked"
@@ -333,6 +339,8 @@ class Engine:
             if self._prepares(active)
             else left * self.times.estimate(active.width, active.height),
             waited_s=now - active.parked,
+            owner=active.request.owner,
+            owner_lead_s=leads[active.request.owner],
             priority=active.request.priority,
             arrival=active.arrival,
         )

@@ -39,6 +39,8 @@ class Request:
     num_previews: int = 0
     """How many evenly spaced estimates of the finished image to make on the way."""
     priority: int = 0
+    owner: str = ""
+    """Whose request it is; owners take turns."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the pipeline's call, handed over as they are."""
 

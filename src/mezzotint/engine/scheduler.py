@@ -1,13 +1,15 @@
 """Pick: which parked calls run next. Plain Python over small objects; never imports torch.
 
 Least remaining work first: a job with 4 steps left overtakes one with 40, and since the remaining work of a
-running job only shrinks, it is carried on rather than rotated. Ageing: a job that has waited longer than
-its bound for its next step goes first once. Then the batch is filled with calls that may run in the same
-forward.
+running job only shrinks, it is carried on rather than rotated. Between owners it is in turn: everyone's
+most urgent job comes before anyone's second, so that nobody's many jobs hold up another's one, and an owner
+who is far ahead in seconds of forwards lets the others pass. Ageing: a job that has waited longer than its
+bound for its next step goes first once. Then the batch is filled with calls that may run in the same forward.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,10 @@ class Waiting:
     """Estimated seconds of work that the job has left, this call included."""
     waited_s: float
     """Seconds since the job's last call ended."""
+    owner: str = ""
+    """Whose job it is: any name, the same for all jobs of one payer."""
+    owner_lead_s: float = 0.0
+    """Seconds of forwards that its owner has had more than the least served one (see Service)."""
     priority: int = 0
     """A job of higher priority goes before all of lower priority (but not before overdue ones)."""
     arrival: int = 0
@@ -38,7 +44,7 @@ def pick(waiting: Sequence[Waiting], *, max_rows: int, max_wait_s: float) -> lis
     """
     if not waiting:
         return []
-    order = sorted(waiting, key=lambda call: _urgency(call, max_wait_s))
+    order = _by_urgency(waiting, max_wait_s)
     leader = order[0]
     batch, rows = [leader], leader.rows
     if leader.key is None:
@@ -52,10 +58,54 @@ def pick(waiting: Sequence[Waiting], *, max_rows: int, max_wait_s: float) -> lis
     return batch
 
 
-def _urgency(call: Waiting, max_wait_s: float) -> tuple[float, ...]:
-    if call.waited_s > max_wait_s:
-        return (0, -call.waited_s, call.arrival)
-    return (1, -call.priority, call.remaining_s, call.arrival)
+def _by_urgency(waiting: Sequence[Waiting], max_wait_s: float) -> list[Waiting]:
+    """The overdue, who waited longest first; then by priority, owners in turn, least work left first."""
+    overdue = [call for call in waiting if call.waited_s > max_wait_s]
+    in_time = [call for call in waiting if call.waited_s <= max_wait_s]
+    overdue.sort(key=lambda call: (-call.waited_s, call.arrival))
+    in_time.sort(key=lambda call: (-call.priority, call.remaining_s, call.arrival))
+    seen: Counter[tuple[int, str]] = Counter()
+    turns: dict[str, int] = {}
+    for call in in_time:
+        turns[call.job_id] = seen[call.priority, call.owner]
+        seen[call.priority, call.owner] += 1
+
+    def rank(call: Waiting) -> tuple[int, bool, int]:
+        return (-call.priority, call.owner_lead_s > max_wait_s, turns[call.job_id])
+
+    in_time.sort(key=rank)  # stable: by work within a turn
+    return overdue + in_time
+
+
+class Service:
+    """Seconds of forwards that each owner has had, as far as it matters: while others had jobs too.
+
+    Who comes or comes back starts level with the least served of those who are there, or keeps what it had
+    if that is more: neither absence nor small pieces earn credit (start-time fair queueing, Goyal 1996).
+    """
+
+    def __init__(self) -> None:
+        self._served: dict[str, float] = {}
+        self._present: frozenset[str] = frozenset()
+
+    def leads(self, owners: frozenset[str]) -> Mapping[str, float]:
+        """For each owner that has jobs now, how many seconds it is ahead of the least served of them."""
+        least = min((self._served[owner] for owner in owners & self._present), default=0.0)
+        for owner in owners - self._present:
+            self._served[owner] = max(self._served.get(owner, 0.0), least)
+        self._present = owners
+        least = min((self._served[owner] for owner in owners), default=0.0)
+        return {owner: self._served[owner] - least for owner in owners}
+
+    def add(self, owners: Sequence[str], seconds: float) -> None:
+        """Books a forward; `owners` are those of its calls."""
+        for owner in owners:
+            self._served[owner] += seconds / len(owners)
+
+    def forget(self) -> None:
+        """Nobody has jobs any more: nobody is owed anything."""
+        self._served.clear()
+        self._present = frozenset()
 
 
 class StepTimes:

@@ -266,6 +266,7 @@ class Worker:
                 adapter_scale=message.adapter_scale,
                 num_previews=message.num_previews,
                 priority=message.priority,
+                owner=message.owner,
             ),
             message.job_id,
         )

@@ -130,7 +130,7 @@ class Admission:
         ticket = Ticket(
             request_id, key, endpoint, finish, fingerprint, idempotency_key, now + timeout_s, warnings=[]
         )
-        jobs = [self._job(ticket, part) for part in _parts(request, request_id, endpoint)]
+        jobs = [self._job(ticket, part) for part in _parts(request, request_id, endpoint, key)]
         for job in jobs:
             endpoint.facts.check(job.request)
         ticket.warnings = endpoint.facts.warnings(guidance=request.guidance_scale)
@@ -386,7 +386,7 @@ class Admission:
         ticket.touch()
 
 
-def _parts(request: ImageRequest, request_id: str, endpoint: Endpoint) -> list[Generate]:
+def _parts(request: ImageRequest, request_id: str, endpoint: Endpoint, key: Key) -> list[Generate]:
     """One job's message per image."""
     seed = secrets.randbelow(DRAWN_SEEDS - request.n) if request.seed is None else request.seed
     spec = endpoint.spec
@@ -405,6 +405,7 @@ def _parts(request: ImageRequest, request_id: str, endpoint: Endpoint) -> list[G
             adapter=request.route,
             adapter_scale=request.adapter_scale,
             num_previews=request.num_previews,
+            owner=key.id,
         )
         for number in range(request.n)
     ]

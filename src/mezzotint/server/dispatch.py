@@ -138,7 +138,8 @@ class Dispatcher:
         """Whether this worker should get this job now.
 
         A worker holds only what fills its next forwards, because a job in the server's queue can still be
-        overtaken by another key's; a job shorter than all that runs goes at once. A suspect runs alone.
+        overtaken by another key's. At once goes a job shorter than all that runs, and one whose key has
+        none in this worker, for there keys take turns. A suspect runs alone.
         """
         held, facts = self._held.get(replica, {}), self._facts()
         if not held:
@@ -147,6 +148,8 @@ class Dispatcher:
         if suspicion or len(held) >= facts.spec.max_jobs:
             return False
         if len(held) < max(2, 2 * facts.rows):
+            return True
+        if all(other.key_id != job.key_id for other in held.values()):
             return True
         return job.remaining_s < min(other.remaining_s for other in held.values())
 

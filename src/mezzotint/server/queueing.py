@@ -105,9 +105,11 @@ class JobQueue:
         share.waiting_s += job.work_s
 
     def peek(self, now: float) -> Job | None:
-        """The job that should run next."""
+        """The job that should run next; of keys that are level, one that has nothing running."""
         waiting = [share for share in self._shares.values() if share.waiting]
-        return self._first(min(waiting, key=lambda share: share.served), now) if waiting else None
+        if not waiting:
+            return None
+        return self._first(min(waiting, key=lambda share: (share.served, share.running)), now)
 
     def take(self, job: Job, now: float) -> None:
         """Moves a waiting job to the account of the running ones."""
