@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
+from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import httpx2
 import pytest
 
+from mezzotint.server import keys
 from mezzotint.server.endpoints import State
 from mezzotint.server.keys import Limits
 from mezzotint.server.queueing import Pace
+from mezzotint.server.sse import ClientGone, or_gone
 from mezzotint.server.tickets import Ticket
-from tests.server.hosting import GENERATE, Host, endpoint, hosting, settings_for
+from tests.server.hosting import GENERATE, PATIENCE_S, Host, endpoint, hosting, settings_for
+
+OPENAI = "/v1/images/generations"
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +98,155 @@ def test_only_the_identical_body_under_the_same_key_joins(host: Host) -> None:
     with host.new_client() as other:
         answer = other.post(GENERATE, json=host.body("mine", num_inference_steps=30))
         assert answer.json()["id"] != left
+
+
+# ---------------------------------------------------------------- at the same moment
+
+
+@pytest.fixture(scope="module")
+def open_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """A server without keys, whose requests wait for no thread before they are admitted."""
+    settings = settings_for(
+        tmp_path_factory.mktemp("server"), endpoint("fake:step_s=0.03"), attach_window_s=0.8, auth=False
+    )
+    with hosting(settings) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def standing_still(host: Host) -> Iterator[None]:
+    """The server's event loop stops while the block runs, and finds all that came meanwhile at once."""
+    stopped, go_on = threading.Event(), threading.Event()
+
+    def stand_still() -> None:
+        stopped.set()
+        go_on.wait(PATIENCE_S)
+
+    host.loop.call_soon_threadsafe(stand_still)
+    assert stopped.wait(PATIENCE_S)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+class Connection(HTTPConnection):
+    """A connection that the server has accepted."""
+
+    def __init__(self, host: Host) -> None:
+        url = httpx2.URL(host.url)
+        super().__init__(url.host, url.port, timeout=PATIENCE_S)
+        self._headers = {"content-type": "application/json"}
+        if "authorization" in host.client.headers:
+            self._headers["authorization"] = host.client.headers["authorization"]
+        self.request("GET", "/healthz")
+        assert self.getresponse().read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def post(self, body: dict[str, Any], path: str = GENERATE) -> None:
+        self.request("POST", path, json.dumps(body), self._headers)
+
+    def answer(self) -> bytes:
+        response = self.getresponse()
+        assert response.status == 200
+        return response.read()
+
+
+def tickets_for(host: Host, prompt: str) -> list[Ticket]:
+    """The requests with this prompt, once there is one."""
+
+    def found() -> list[Ticket]:
+        tickets = list(host.service.admission.tickets.by_id.values())
+        return [one for one in tickets if one.jobs[0].request.prompt == prompt]
+
+    host.until(found)
+    return found()
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_a_hang_up_and_the_same_request_again_heard_at_once_are_one_request(
+    host: Host, open_host: Host, with_keys: bool
+) -> None:
+    """A server that was busy finds the request, its end and the next one together."""
+    host = host if with_keys else open_host
+    body = host.body("at once", num_inference_steps=30)
+    with Connection(host) as first, Connection(host) as second:
+        with standing_still(host):
+            first.post(body)
+            first.close()
+            second.post(body)
+        assert second.answer()
+    assert len(tickets_for(host, "at once")) == 1
+
+
+def test_a_streams_hang_up_and_the_same_request_again_heard_at_once_are_one_request(open_host: Host) -> None:
+    body = {"model": "one", "prompt": "at once, streamed", "steps": 30, "stream": True}
+    with Connection(open_host) as first, Connection(open_host) as second:
+        with standing_still(open_host):
+            first.post(body, OPENAI)
+            first.close()
+            second.post(body, OPENAI)
+        assert b"image_generation.completed" in second.answer()
+    assert len(tickets_for(open_host, "at once, streamed")) == 1
+
+
+def test_a_request_that_is_looked_at_after_its_client_came_back_is_not_run(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are looked up in threads, so the second may be through before the first."""
+    go_on, real = threading.Event(), keys.authenticate
+    slow_ones = [go_on]
+
+    def authenticate(*values: Any) -> keys.Key:
+        if slow_ones:
+            slow_ones.pop().wait(PATIENCE_S)
+        return real(*values)
+
+    monkeypatch.setattr(keys, "authenticate", authenticate)
+    body = host.body("overtaken", num_inference_steps=50)
+    with Connection(host) as first, Connection(host) as second:
+        first.post(body)
+        host.until(lambda: not slow_ones)
+        first.close()
+        second.post(body)
+        assert len(tickets_for(host, "overtaken")) == 1
+        go_on.set()
+        assert second.answer()
+    assert len(tickets_for(host, "overtaken")) == 1
+
+
+def test_a_client_that_hangs_up_before_its_stream_begins_has_hung_up(open_host: Host) -> None:
+    with Connection(open_host) as gone, standing_still(open_host):
+        gone.post({"model": "one", "prompt": "gone", "steps": 50, "stream": True}, OPENAI)
+        gone.close()
+    (ticket,) = tickets_for(open_host, "gone")
+    open_host.until(lambda: ticket.ended)
+    assert ticket.status == "cancelled"
+
+
+def test_an_answer_that_comes_with_the_hang_up_has_not_been_delivered() -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def answer() -> str:
+        return "nobody reads this"
+
+    let_go = []
+
+    async def main() -> None:
+        await or_gone(receive, answer(), lambda: let_go.append("gone"))
+
+    with pytest.raises(ClientGone):
+        asyncio.run(main())
+    assert let_go == ["gone"]
+
+
+# ---------------------------------------------------------------- idempotency keys
 
 
 def test_an_idempotency_key_finds_the_running_and_the_finished_request(host: Host) -> None:

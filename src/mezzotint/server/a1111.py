@@ -72,13 +72,14 @@ async def txt2img(request: Request, service: TheService, key: TheKey) -> Respons
     values = parse_json(await request.body())
     wish = parse_wish(values, request, service, key)
     made = routes.image_request(wish.body, wish.route, 0)
-    ticket = service.admission.submit(
+    ticket = await service.admission.submit(
         wish.endpoint,
         replace(made, adapter_scale=wish.adapter_scale),
         key=key,
         finish=lambda ticket, pictures: _finish(values, wish, ticket, pictures),
         request_id=request.state.request_id,
         fingerprint=routes.fingerprint("a1111", values),
+        gone=request.is_disconnected,
     )
     running: dict[str, Ticket] = _running(request)
     running[key.id] = ticket

@@ -11,7 +11,8 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 
 import structlog
@@ -36,13 +37,15 @@ from mezzotint.server.keys import Key
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.queueing import Job
 from mezzotint.server.quotas import Quotas
-from mezzotint.server.sse import or_gone
+from mezzotint.server.sse import ClientGone, or_gone
 from mezzotint.server.tickets import Answer, Finish, ImageRequest, Picture, Ticket, Tickets
 
 MAX_TIMEOUT_S = 3600.0
 STOPPING_RETRY_S = 5.0
 """Retry-After of a server that stops: another, or the same one restarted, may be there by then."""
 DRAWN_SEEDS = 2**32
+NOTICING_TURNS = 20
+"""Turns of the event loop in which a hang-up that has arrived is noticed (up to 6, measured) and to spare."""
 DEADLINE_MARGIN = 1.2
 """A request is only let in behind others if it would be done in time even were all this much slower."""
 
@@ -58,12 +61,14 @@ class Admission:
         self._quotas = quotas
         self._pool = pool
         self.tickets = Tickets(settings.idempotency_ttl_s)
+        self._attached: Counter[tuple[str, str]] = Counter()
+        """Connections that wait for an answer, by key and fingerprint."""
         self._vanished: dict[tuple[str, str], list[Ticket]] = {}
         self._finishing: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------ in
 
-    def submit(
+    async def submit(
         self,
         endpoint: Endpoint,
         request: ImageRequest,
@@ -72,15 +77,20 @@ class Admission:
         finish: Finish,
         request_id: str,
         fingerprint: str,
+        gone: Callable[[], Awaitable[bool]],
         idempotency_key: str | None = None,
         timeout_s: float | None = None,
         hold: bool = False,
     ) -> Ticket:
         """A ticket with this client attached: an earlier one where that may be joined, else a new one.
 
-        `hold`: nobody waits on this connection, and the request runs to its end all the same.
+        `gone` says whether this client has hung up already; ClientGone if so and the same request waits on
+        another connection. `hold`: nobody waits on this connection, and the request runs to its end.
         """
         ticket = self._to_join(key, fingerprint, idempotency_key)
+        if ticket is None and idempotency_key is None and self._attached[key.id, fingerprint]:
+            await self._notice_hang_ups(gone)
+            ticket = self._to_join(key, fingerprint, idempotency_key)
         if ticket is None:
             ticket = self._admit(
                 endpoint, request, key, finish, request_id, fingerprint, idempotency_key, timeout_s
@@ -92,7 +102,18 @@ class Admission:
             ticket.held = True
         else:
             ticket.clients += 1
+            self._attached[key.id, fingerprint] += 1
         return ticket
+
+    async def _notice_hang_ups(self, gone: Callable[[], Awaitable[bool]]) -> None:
+        """Before a request is taken for the twin of one that waits: did one of the two clients hang up?
+
+        Who gives up and sends again at once may be heard in any order, the old connection's end last.
+        """
+        for _ in range(NOTICING_TURNS):
+            await asyncio.sleep(0)
+        if await gone():
+            raise ClientGone
 
     def _to_join(self, key: Key, fingerprint: str, idempotency_key: str | None) -> Ticket | None:
         if idempotency_key is not None:
@@ -264,7 +285,7 @@ class Admission:
 
     def _vanish(self, ticket: Ticket) -> None:
         """A client has hung up; when the last one has, the same request may join for a while."""
-        ticket.clients -= 1
+        self._detach(ticket)
         if ticket.clients == 0 and not ticket.held:
             self._vanished.setdefault((ticket.key.id, ticket.fingerprint), []).append(ticket)
             loop = asyncio.get_running_loop()
@@ -293,9 +314,16 @@ class Admission:
 
     def _release(self, ticket: Ticket) -> None:
         """A client has its answer."""
-        ticket.clients -= 1
+        self._detach(ticket)
         if ticket.clients == 0:
             self._forget_answer(ticket)
+
+    def _detach(self, ticket: Ticket) -> None:
+        ticket.clients -= 1
+        place = (ticket.key.id, ticket.fingerprint)
+        self._attached[place] -= 1
+        if not self._attached[place]:
+            del self._attached[place]
 
     def _forget_answer(self, ticket: Ticket) -> None:
         wanted = ticket.clients or ticket.watchers or ticket.held or ticket.idempotency_key is not None

@@ -130,18 +130,19 @@ async def generate(request: Request, service: TheService, key: TheKey) -> Respon
     endpoint, route = find_endpoint(service, key, values.get("model"))
     wish = parse_wish(values, endpoint, route)
     base_url = service.base_url(request)
-    ticket = service.admission.submit(
+    ticket = await service.admission.submit(
         endpoint,
         routes.image_request(wish.body, route, wish.partial_images if wish.stream else 0),
         key=key,
         finish=lambda ticket, pictures: _finish(service, wish, base_url, ticket, pictures),
         request_id=request.state.request_id,
         fingerprint=routes.fingerprint("openai", values),
+        gone=request.is_disconnected,
         idempotency_key=routes.idempotency(request.headers.get("idempotency-key")),
         timeout_s=parse_timeout(request.headers.get("x-request-timeout-s")),
     )
     if wish.stream:
-        return sse.stream(_events(service, wish, ticket))
+        return sse.stream(_events(wish, ticket), service.admission.attached(ticket))
     answer = await service.admission.wait(ticket, request.receive)
     return Response(answer.body, media_type="application/json", headers=routes.timing_headers(answer))
 
@@ -304,23 +305,22 @@ def _event(wish: Wish, kind: str, picture: Picture | Preview, data: bytes) -> di
     }
 
 
-async def _events(service: Service, wish: Wish, ticket: Ticket) -> AsyncIterator[bytes]:
+async def _events(wish: Wish, ticket: Ticket) -> AsyncIterator[bytes]:
     """Partial images as events, progress as comments: clients take any other event for a partial image."""
     previews, shown_previews, seen = ticket.previews, 0, -1  # a ticket lets go of its previews when it ends
-    with service.admission.attached(ticket):
-        while True:
-            seen = ticket.changes
-            for number, preview in previews[shown_previews:]:
-                shown_previews += 1
-                yield await run_in_threadpool(_partial, wish, number, preview)
-            if ticket.ended:
-                break
-            yield sse.comment(f"step {ticket.step}/{ticket.num_steps}" if ticket.step else ticket.status)
-            await ticket.changed(seen)
-        try:
-            yield (await ticket.outcome()).body
-        except MezzotintError as error:
-            yield sse.event(None, ErrorBody.of(error, ticket.id).model_dump_json())
+    while True:
+        seen = ticket.changes
+        for number, preview in previews[shown_previews:]:
+            shown_previews += 1
+            yield await run_in_threadpool(_partial, wish, number, preview)
+        if ticket.ended:
+            break
+        yield sse.comment(f"step {ticket.step}/{ticket.num_steps}" if ticket.step else ticket.status)
+        await ticket.changed(seen)
+    try:
+        yield (await ticket.outcome()).body
+    except MezzotintError as error:
+        yield sse.event(None, ErrorBody.of(error, ticket.id).model_dump_json())
 
 
 def _partial(wish: Wish, number: int, preview: Preview) -> bytes:

@@ -173,13 +173,14 @@ async def generate(
     endpoint_id, route = split_model(body.model)
     endpoint = service.registry.find(endpoint_id, key)
     endpoint.require_route(route)
-    ticket = service.admission.submit(
+    ticket = await service.admission.submit(
         endpoint,
         image_request(body, route, wish.num_previews),
         key=key,
         finish=_finish(service, body, service.base_url(request)),
         request_id=request.state.request_id,
         fingerprint=fingerprint("dedicated", body.model_dump(mode="json")),
+        gone=request.is_disconnected,
         idempotency_key=idempotency(idempotency_key),
         timeout_s=parse_timeout(x_request_timeout_s),
         hold=wish.respond_async,
@@ -401,13 +402,8 @@ async def cancel_request(request_id: str, service: TheService, key: TheKey) -> R
     },
 )
 async def request_events(request_id: str, service: TheService, key: TheKey) -> Response:
-    return sse.stream(_watched(service.admission, service.admission.find(request_id, key)))
-
-
-async def _watched(admission: Admission, ticket: Ticket) -> AsyncIterator[bytes]:
-    with admission.watching(ticket):
-        async for chunk in _events(ticket):
-            yield chunk
+    ticket = service.admission.find(request_id, key)
+    return sse.stream(_events(ticket), service.admission.watching(ticket))
 
 
 async def _events(ticket: Ticket) -> AsyncIterator[bytes]:

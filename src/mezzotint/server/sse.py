@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
-from starlette.types import Receive
+from starlette.types import Receive, Scope, Send
 
 HEARTBEAT_S = 10.0
 """A comment goes out when nothing else did for this long, so that proxies keep the connection."""
@@ -56,13 +57,26 @@ async def with_heartbeat(events: AsyncIterator[bytes], every_s: float = HEARTBEA
         await asyncio.gather(pending, return_exceptions=True)
 
 
-def stream(events: AsyncIterator[bytes]) -> StreamingResponse:
-    """The response for a generator of event bytes; it ends the generator when the client goes."""
-    return StreamingResponse(with_heartbeat(events), media_type=MEDIA_TYPE, headers=HEADERS)
+class _Stream(StreamingResponse):
+    def __init__(self, events: AsyncIterator[bytes], around: AbstractContextManager[None]) -> None:
+        super().__init__(with_heartbeat(events), media_type=MEDIA_TYPE, headers=HEADERS)
+        self._around = around
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._around:
+            await super().__call__(scope, receive, send)
+
+
+def stream(events: AsyncIterator[bytes], around: AbstractContextManager[None]) -> StreamingResponse:
+    """The response for a generator of event bytes; it ends the generator when the client goes.
+
+    `around` is held from the response's first moment to its last, whether or not the generator ever begins.
+    """
+    return _Stream(events, around)
 
 
 async def or_gone(receive: Receive, work: Coroutine[Any, Any, Result], on_gone: Callable[[], None]) -> Result:
-    """The result of `work`, or ClientGone (after `on_gone`) when the client hangs up first.
+    """The result of `work`, or ClientGone (after `on_gone`) when the client hangs up before it has it.
 
     The request's body must have been read. Plain handlers are not told of a disconnect, hence the watching.
     """
@@ -70,9 +84,9 @@ async def or_gone(receive: Receive, work: Coroutine[Any, Any, Result], on_gone: 
     working = asyncio.ensure_future(work)
     try:
         await asyncio.wait({watching, working}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
+        if watching.done():  # also where the result came in the same moment: nobody is there to read it
+            raise ClientGone
+        return working.result()
     except (ClientGone, asyncio.CancelledError):
         on_gone()
         raise
