@@ -129,8 +129,10 @@ def test_a_key_is_shown_once_listed_by_name_and_revoked(run: Run) -> None:
     assert secret not in listed.stdout
     assert secret.encode() not in b"".join(path.read_bytes() for path in Path("mezzotint-data").iterdir())
 
-    made = json.loads(run("keys", "create", "admin", "--admin", "--json").stdout)
-    assert (made["name"], made["admin"]) == ("admin", True)
+    made = json.loads(run("keys", "create", "admin", "--admin", "--priority", "-3", "--json").stdout)
+    assert (made["name"], made["admin"], made["limits"]["priority"]) == ("admin", True, -3)
+    refused = run("keys", "create", "vip", "--priority", "11")
+    assert (refused.returncode, "--priority" in refused.stderr) == (2, True)
     assert made["key"].startswith("mz_")
 
     again = run("keys", "create", "laptop")

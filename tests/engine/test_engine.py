@@ -300,6 +300,19 @@ def test_a_short_job_overtakes_a_long_one(engine: Engine) -> None:
     assert done == ["short", "long"]
 
 
+@pytest.mark.parametrize(("late", "order"), [(False, ["paid", "free"]), (True, ["free", "paid"])])
+def test_a_job_that_was_overdue_is_no_longer_passed_by_a_higher_priority(
+    late: bool, order: list[str]
+) -> None:
+    engine = Engine(pipeline(), rows=1)
+    engine.submit(request(num_inference_steps=3), "free")
+    engine.submit(request(num_inference_steps=9, priority=1), "paid")
+    engine.step()
+    engine._active["free"].parked -= 2 * engine.max_wait_s * late
+    assert [event.job_id for event in drain(engine) if isinstance(event, Done)] == order
+    engine.close()
+
+
 @pytest.mark.parametrize(("rows", "late"), [(2, False), (1, True)])
 def test_where_jobs_merge_a_new_one_is_prepared_first_so_that_it_can_join(rows: int, late: bool) -> None:
     engine = Engine(pipeline(), rows=rows)

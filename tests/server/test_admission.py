@@ -342,6 +342,28 @@ def test_weights_come_from_the_key(host: Host) -> None:
         assert heavy.post(GENERATE, json=host.body()).status_code == 200
 
 
+def test_a_key_of_higher_priority_goes_first_and_its_workers_are_told(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.005", batching="off"))) as host:
+        common = [host.submit(f"job {number}", num_inference_steps=50) for number in range(12)]
+        with host.new_client(limits=Limits(priority=3)) as paying:
+            paid = []
+            for number in range(3):
+                body, headers = (
+                    host.body(f"paid {number}", num_inference_steps=50),
+                    {"prefer": "respond-async"},
+                )
+                paid.append(paying.post(GENERATE, json=body, headers=headers).json()["id"])
+        known = host.service.admission.tickets.by_id
+        tickets = [known[request_id] for request_id in (*common, *paid)]
+        assert {ticket.jobs[0].request.priority for ticket in tickets[:12]} == {0}
+        assert {ticket.jobs[0].request.priority for ticket in tickets[12:]} == {3}
+        waiting = [ticket for ticket in tickets if ticket.status == "queued"]
+        order: list[str] = []
+        host.run(ended_in_order(tickets, tickets[-1], order))
+        assert len(waiting) > 6, "most of the others must still be waiting"
+        assert len(order) <= 6, "at most the two that ran, and one that shared a worker's step"
+
+
 # ---------------------------------------------------------------- one's own requests
 
 

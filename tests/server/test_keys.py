@@ -36,6 +36,14 @@ def test_a_key_is_found_by_its_secret_and_by_nothing_else(engine: sa.Engine) -> 
             keys.authenticate(engine, wrong)
 
 
+def test_a_key_made_before_there_were_priorities_has_the_ordinary_one(engine: sa.Engine) -> None:
+    _, secret = keys.create_key(engine, "old", limits=Limits(weight=2.0))
+    old = {"requests_per_minute": None, "step_seconds_per_day": None, "weight": 2.0}
+    with engine.begin() as connection:
+        connection.execute(database.keys.update().values(limits=old))
+    assert keys.authenticate(engine, secret).limits == Limits(weight=2.0, priority=0)
+
+
 def test_secrets_are_random_and_only_their_hash_is_stored(engine: sa.Engine, tmp_path: Path) -> None:
     secrets = {keys.create_key(engine, f"key{number}")[1] for number in range(20)}
     assert len(secrets) == 20

@@ -9,12 +9,19 @@ from mezzotint.server.queueing import Job, JobQueue, Pace
 
 
 def job(
-    key: str = "a", work_s: float = 1.0, *, weight: float = 1.0, deadline: float = 1e9, steps: int = 10
+    key: str = "a",
+    work_s: float = 1.0,
+    *,
+    weight: float = 1.0,
+    priority: int = 0,
+    deadline: float = 1e9,
+    steps: int = 10,
 ) -> Job:
     return Job(
         Generate(f"{key}{work_s}", "x", steps, 0),
         key,
         weight,
+        priority,
         work_s,
         deadline,
         on_end=lambda job, outcome: None,
@@ -69,6 +76,65 @@ def test_two_keys_share_by_weight_however_many_jobs_one_has() -> None:
     assert first.count("modest") == 20
 
 
+def test_a_higher_priority_goes_first_whatever_its_key_has_had() -> None:
+    queue = JobQueue(max_wait_s=1000)
+    for _ in range(5):
+        queue.put(job("free"), 1.0)
+        queue.put(job("paid", work_s=9, priority=1), 1.0)
+        queue.put(job("idle", work_s=0.1, priority=-1), 1.0)
+    assert [one.key_id for one in run_all(queue, 2.0)] == ["paid"] * 5 + ["free"] * 5 + ["idle"] * 5
+
+
+def test_what_has_waited_too_long_takes_turns_with_a_higher_priority() -> None:
+    queue = JobQueue(max_wait_s=20)
+    for _ in range(10):
+        queue.put(job("free"), 1.0)
+    for _ in range(40):
+        queue.put(job("paid", priority=1), 1.0)
+    before = [one.key_id for one in take_some(queue, 15, now=20.0)]
+    after = [one.key_id for one in take_some(queue, 20, now=22.0)]
+    assert before == ["paid"] * 15
+    assert after.count("free") == 10, "half of it: the time behind the others earns nothing on top"
+
+
+def test_a_deadline_that_is_near_takes_turns_with_a_higher_priority() -> None:
+    queue = JobQueue(max_wait_s=1000)
+    urgent = job("free", deadline=10)
+    queue.put(urgent, 1.0)
+    for _ in range(3):
+        queue.put(job("paid", priority=1), 1.0)
+    assert urgent not in take_some(queue, 1, now=2.0)
+    assert urgent in take_some(queue, 2, now=8.5)
+
+
+def test_the_wait_behind_a_higher_priority_is_told() -> None:
+    queue = JobQueue(max_wait_s=20)
+    for _ in range(10):
+        queue.put(job("free"), 1.0)
+        queue.put(job("paid", priority=1), 1.0)
+    assert queue.work_before("new", 1.0, 0, 2.0) == 10
+    assert queue.work_before("new", 1.0, 1, 2.0) == 0
+    assert queue.work_before("paid", 1.0, 1, 2.0) == 10
+    assert queue.work_before("paid", 1.0, 1, 30.0) == 20, "what has waited too long takes turns with it"
+    (free,) = [one for one in queue.waiting() if one.key_id == "free"][-1:]
+    (paid,) = [one for one in queue.waiting() if one.key_id == "paid"][-1:]
+    assert sum(one.key_id == "paid" for one in queue.ahead(free)) == 10
+    assert all(one.key_id == "paid" for one in queue.ahead(paid))
+
+
+def take_some(queue: JobQueue, number: int, now: float) -> list[Job]:
+    """The next jobs, each run to its end."""
+    taken = []
+    for _ in range(number):
+        one = queue.peek(now)
+        assert one is not None
+        queue.take(one, now)
+        queue.progressed(one, one.request.num_inference_steps)
+        queue.finished(one)
+        taken.append(one)
+    return taken
+
+
 def test_a_newcomer_waits_for_one_job_at_most() -> None:
     queue = JobQueue(max_wait_s=1000)
     for _ in range(200):
@@ -116,15 +182,15 @@ def test_a_newcomers_wait_is_its_share_and_never_more_than_all() -> None:
     queue = JobQueue(max_wait_s=1000)
     for _ in range(100):
         queue.put(job("greedy"), 1.0)
-    assert queue.work_before("greedy", 1.0) == 100
-    assert queue.work_before("new", 1.0) == 0
+    assert queue.work_before("greedy", 1.0, 0, 2.0) == 100
+    assert queue.work_before("new", 1.0, 0, 2.0) == 0
     running = queue.peek(1.0)
     assert running is not None
     queue.take(running, 1.0)
-    assert queue.work_before("new", 1.0) == 1
+    assert queue.work_before("new", 1.0, 0, 2.0) == 1
     queue.put(job("new"), 1.0)
-    assert queue.work_before("new", 1.0) == 3
-    assert queue.work_before("new", 1.0) <= queue.backlog_s()
+    assert queue.work_before("new", 1.0, 0, 2.0) == 3
+    assert queue.work_before("new", 1.0, 0, 2.0) <= queue.backlog_s()
 
 
 def test_work_that_a_job_did_not_use_is_given_back() -> None:
@@ -178,7 +244,8 @@ def test_any_order_of_events_keeps_the_account_right() -> None:
     queue, waiting, running = JobQueue(max_wait_s=5), [], []
     for now in range(1, 3000):
         if chance.random() < 0.5:
-            one = job(chance.choice("abc"), work_s=chance.choice([0.0, 0.4, 5.0]), deadline=now + 50)
+            key, work_s = chance.choice("abc"), chance.choice([0.0, 0.4, 5.0])
+            one = job(key, work_s=work_s, priority="abc".index(key) // 2, deadline=now + 50)
             queue.put(one, now)
             waiting.append(one)
         action = chance.random()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 
+MAX_PRIORITY = 10
+
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="What the key is called in lists.")]
 
 
@@ -43,6 +45,12 @@ def create(
     weight: Annotated[
         float, typer.Option(metavar="W", min=0.01, help="Share of a busy endpoint beside other keys.")
     ] = 1.0,
+    priority: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=-MAX_PRIORITY, max=MAX_PRIORITY, help="Keys of higher priority go first."
+        ),
+    ] = 0,
     config: ConfigFlag = None,
     data_dir: DataDirFlag = None,
     as_json: JsonFlag = False,
@@ -53,7 +61,7 @@ def create(
     """
     from mezzotint.server.keys import Limits, create_key
 
-    limits = Limits(requests_per_minute, step_seconds_per_day, weight)
+    limits = Limits(requests_per_minute, step_seconds_per_day, weight, priority)
     with key_database(read_settings(config, data_dir=data_dir)) as database:
         key, secret = create_key(database, name, admin=admin, endpoints=endpoint or (), limits=limits)
     typer.echo(json.dumps({**_facts(key), "key": secret}) if as_json else secret)

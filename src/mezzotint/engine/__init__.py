@@ -66,6 +66,7 @@ class _Active:
     warnings: list[str]
     arrival: int
     admitted: float
+    priority: int
     parked: float = 0.0
     job: Job | None = None
     lease: Lease | None = None
@@ -256,6 +257,7 @@ class Engine:
             warnings=warnings,
             arrival=self._arrivals,
             admitted=time.perf_counter(),
+            priority=request.priority,
             previews_due=tuple(preview_steps(request.num_previews, request.num_inference_steps)),
         )
         self._queue.append(active)
@@ -323,6 +325,8 @@ class Engine:
         leads = self._service.leads(frozenset(active.request.owner for active in self._active.values()))
         waiting = [self._waiting(active, now, leads) for active in self._active.values()]
         picked = pick(waiting, max_rows=self.runner.num_rows, max_wait_s=self.max_wait_s)
+        if picked and picked[0].waited_s > self.max_wait_s:  # or it would get one step per wait
+            self._active[picked[0].job_id].priority = max(each.priority for each in waiting)
         return [self._active[each.job_id] for each in picked]
 
     def _waiting(self, active: _Active, now: float, leads: Mapping[str, float]) -> Waiting:
@@ -341,7 +345,7 @@ class Engine:
             waited_s=now - active.parked,
             owner=active.request.owner,
             owner_lead_s=leads[active.request.owner],
-            priority=active.request.priority,
+            priority=active.priority,
             arrival=active.arrival,
         )
 

@@ -31,7 +31,10 @@ class Waiting:
     owner_lead_s: float = 0.0
     """Seconds of forwards that its owner has had more than the least served one (see Service)."""
     priority: int = 0
-    """A job of higher priority goes before all of lower priority (but not before overdue ones)."""
+    """A job of higher priority goes before all of lower priority (but not before overdue ones).
+
+    The engine raises a job that was overdue to the highest priority there is, for the rest of its run.
+    """
     arrival: int = 0
     """Running number of the job; settles ties, so that nothing depends on chance."""
 

@@ -170,6 +170,7 @@ class Admission:
             request,
             ticket.key.id,
             ticket.key.limits.weight,
+            ticket.key.limits.priority,
             ticket.endpoint.facts.work_s(request),
             ticket.deadline,
             on_end=lambda job, outcome: self._job_ended(ticket, job, outcome),
@@ -200,7 +201,7 @@ class Admission:
                 f"the request needs about {start_s + alone_s:.1f} s, over its deadline ({timeout_s:g} s); "
                 "ask for fewer steps or smaller images, or raise X-Request-Timeout-S"
             )
-        wait_s = endpoint.wait_s(key.id, key.limits.weight, now)
+        wait_s = endpoint.wait_s(key, now)
         late_s = wait_s + alone_s - timeout_s / DEADLINE_MARGIN
         over_s = max(late_s, wait_s + share_s - endpoint.spec.max_queue_s - start_s)
         if wait_s > start_s and over_s > 0:
@@ -433,6 +434,7 @@ def _parts(request: ImageRequest, request_id: str, endpoint: Endpoint, key: Key)
             adapter=request.route,
             adapter_scale=request.adapter_scale,
             num_previews=request.num_previews,
+            priority=key.limits.priority,
             owner=key.id,
         )
         for number in range(request.n)

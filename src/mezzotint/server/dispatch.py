@@ -139,7 +139,8 @@ class Dispatcher:
 
         A worker holds only what fills its next forwards, because a job in the server's queue can still be
         overtaken by another key's. At once goes a job shorter than all that runs, and one whose key has
-        none in this worker, for there keys take turns. A suspect runs alone.
+        none in this worker, for there keys take turns. What is of lower priority than the job takes no room
+        from it, for it goes before. A suspect runs alone.
         """
         held, facts = self._held.get(replica, {}), self._facts()
         if not held:
@@ -147,11 +148,12 @@ class Dispatcher:
         suspicion = job.deaths or any(other.deaths for other in held.values())
         if suspicion or len(held) >= facts.spec.max_jobs:
             return False
-        if len(held) < max(2, 2 * facts.rows):
+        level = [other for other in held.values() if other.priority >= job.priority]
+        if len(level) < max(2, 2 * facts.rows):
             return True
         if all(other.key_id != job.key_id for other in held.values()):
             return True
-        return job.remaining_s < min(other.remaining_s for other in held.values())
+        return job.remaining_s < min(other.remaining_s for other in level)
 
     def _adapter_suits(self, job: Job, replica: Replica) -> bool:
         """False when a worker as free as this one has the job's adapter in memory and this one has not."""

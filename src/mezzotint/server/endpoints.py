@@ -41,6 +41,7 @@ from mezzotint.messages import (
 from mezzotint.schemas import nearest
 from mezzotint.server.dispatch import Dispatcher
 from mezzotint.server.facts import Calibration, Facts, fingerprint, load_message
+from mezzotint.server.keys import Key
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.queueing import Job
 from mezzotint.server.supervisor import Launcher, Replica, ReplicaState
@@ -160,9 +161,10 @@ class Endpoint:
         starting = [r.started_at for r in self.current.replicas if r.state is ReplicaState.STARTING]
         return max(0.0, expected - (now - min(starting))) if starting else expected
 
-    def wait_s(self, key_id: str, weight: float, now: float) -> float:
+    def wait_s(self, key: Key, now: float) -> float:
         """Estimated seconds before a new job of this key would get its turn."""
-        work_s = self.dispatcher.queue.work_before(key_id, weight)
+        limits = key.limits
+        work_s = self.dispatcher.queue.work_before(key.id, limits.weight, limits.priority, now)
         return self.start_left_s(now) + work_s / self.dispatcher.speed
 
     def left_s(self, job: Job, now: float) -> float:

@@ -29,7 +29,9 @@ class Limits:
     requests_per_minute: float | None = None
     step_seconds_per_day: float | None = None
     weight: float = 1.0
-    """Share of a busy endpoint relative to other keys."""
+    """Share of a busy endpoint relative to other keys of the same priority."""
+    priority: int = 0
+    """Keys of higher priority go first; what has waited `max_wait_s` goes in turn with them all the same."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """One endpoint's queue: whose job goes next, how long a new one would wait. Plain Python, no event loop.
 
-Between keys: fair share in step-seconds (start-time fair queueing, by weight). Within a key: least
-remaining work first, except that the oldest job goes first once it has waited too long or its deadline is
-near. Work is counted in seconds that a lone job would take; `Pace` says how much of it is done per second
-of clock.
+Between keys: the highest priority first, and fair share in step-seconds (start-time fair queueing, by
+weight) among equals. Within a key: least remaining work first. A job that has waited too long or whose
+deadline is near goes first within its key, and its key takes turns with those of the highest priority. Work
+is counted in seconds that a lone job would take; `Pace` says how much of it is done per second of clock.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Job:
     request: Generate
     key_id: str
     weight: float
+    priority: int
     work_s: float
     deadline: float
     """On the event loop's clock, as all times here."""
@@ -57,6 +58,7 @@ class _Share:
     """One key's part of the queue."""
 
     weight: float
+    priority: int
     by_work: list[tuple[float, float, int, Job]] = field(default_factory=list)
     by_age: deque[Job] = field(default_factory=deque)
     waiting: int = 0
@@ -86,7 +88,7 @@ class JobQueue:
         """Adds a job; one that comes back from a dead worker keeps its place in age."""
         share = self._shares.get(job.key_id)
         if share is None:
-            share = self._shares[job.key_id] = _Share(job.weight)
+            share = self._shares[job.key_id] = _Share(job.weight, job.priority)
         if not share.active:  # an idle key gathers no credit
             floor = min((other.served for other in self._shares.values() if other.active), default=0.0)
             share.served = max(share.served, floor)
@@ -109,11 +111,16 @@ class JobQueue:
         waiting = [share for share in self._shares.values() if share.waiting]
         if not waiting:
             return None
-        return self._first(min(waiting, key=lambda share: (share.served, share.running)), now)
+        highest = max(share.priority for share in waiting)
+        first = [share for share in waiting if share.priority == highest or self._overdue(share, now)]
+        return self._first(min(first, key=lambda share: (share.served, share.running)), now)
 
     def take(self, job: Job, now: float) -> None:
         """Moves a waiting job to the account of the running ones."""
         share = self._leave(job)
+        for other in self._shares.values():
+            if other.priority < share.priority:  # to have waited behind a higher priority earns nothing
+                other.served = max(other.served, share.served)
         job.started_at = now
         share.served += job.work_s / share.weight
         share.running += 1
@@ -139,13 +146,20 @@ class JobQueue:
         self._forget_idle(job.key_id)
 
     def ahead(self, job: Job) -> list[Job]:
-        """The waiting jobs that go before this one, as things stand: its key's, and the other keys' share."""
+        """The waiting jobs that go before this one, as things stand: its key's, and the other keys' share.
+
+        That is all of a higher priority and none of a lower one.
+        """
         mine = self._shares[job.key_id]
         rank = (job.work_s, job.queued_at)
         before = [other for other in mine.by_age if other.queued and (other.work_s, other.queued_at) < rank]
-        for share in self._shares.values():
-            if share is not mine:
+        others = [share for share in self._shares.values() if share is not mine]
+        for share in others:
+            if share.priority == mine.priority:
                 before += [other for other in share.by_age if other.queued][: len(before) + 1]
+        for share in others:
+            if share.priority > mine.priority:
+                before += [other for other in share.by_age if other.queued]
         return before
 
     def running_s(self) -> float:
@@ -156,17 +170,23 @@ class JobQueue:
         """Work that waits or runs, of all keys."""
         return sum(share.waiting_s + share.running_s for share in self._shares.values())
 
-    def work_before(self, key_id: str, weight: float) -> float:
+    def work_before(self, key_id: str, weight: float, priority: int, now: float) -> float:
         """Work done before a new job of this key would be finished, the job itself not counted.
 
-        A key's jobs wait behind its own and behind the others' fair share of that time, never behind more
-        than all there is.
+        A key's jobs wait behind its own, behind the fair share that others have of that time, and behind all
+        of a higher priority; never behind more than all there is.
         """
         mine = self._shares.get(key_id)
         own = mine.waiting_s + mine.running_s if mine else 0.0
         others = [share for key, share in self._shares.items() if key != key_id and share.active]
-        shared = own * (1 + sum(share.weight for share in others) / weight)
-        return min(self.backlog_s(), shared + sum(share.running_s for share in others))
+        higher = sum(share.waiting_s + share.running_s for share in others if share.priority > priority)
+        level = [
+            share
+            for share in others
+            if share.priority == priority or (share.priority < priority and self._overdue(share, now))
+        ]
+        shared = own * (1 + sum(share.weight for share in level) / weight)
+        return min(self.backlog_s(), higher + shared + sum(share.running_s for share in level))
 
     def reestimate(self, work_s: Callable[[Job], float]) -> None:
         """Counts the waiting jobs' work anew, when the model's speed has become known."""
@@ -181,13 +201,18 @@ class JobQueue:
     def waiting(self) -> list[Job]:
         return [job for share in self._shares.values() for job in share.by_age if job.queued]
 
-    def _first(self, share: _Share, now: float) -> Job:
-        while not share.by_age[0].queued:
+    def _overdue(self, share: _Share, now: float) -> bool:
+        """Whether this key's oldest waiting job has waited too long or is near its deadline."""
+        while share.by_age and not share.by_age[0].queued:
             share.by_age.popleft()
+        if not share.by_age:
+            return False
         oldest = share.by_age[0]
-        late = oldest.deadline - now < 2 * oldest.work_s
-        if late or now - oldest.queued_at > self.max_wait_s:
-            return oldest
+        return now - oldest.queued_at > self.max_wait_s or oldest.deadline - now < 2 * oldest.work_s
+
+    def _first(self, share: _Share, now: float) -> Job:
+        if self._overdue(share, now):
+            return share.by_age[0]
         while not share.by_work[0][-1].queued:
             heapq.heappop(share.by_work)
         return share.by_work[0][-1]
