@@ -1,0 +1,87 @@
+"""Draws the pages' pictures with the built-in model, through the HTTP interface like everybody.
+
+mezzotint serve --no-auth &
+python docs/pictures.py           writes docs/images/{emoji,styles}.png; the same model gives the same files
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from mezzotint import Client, ImageFields
+
+FOLDER = Path(__file__).parent / "images"
+PROMPTS = (
+    "a red apple", "a rocket on a light blue background", "an octopus", "a pizza",
+    "a smiling face with sunglasses",
+    "a ghost on a purple background", "a cactus", "a robot on a yellow background",
+    "a fox on a green background", "an ice cream", "a crown", "a happy cat on a teal background",
+    "a red heart on a pink background", "a mushroom", "a rainbow", "a penguin on a blue background",
+    "a hamburger", "an alien on a black background", "a snowman on a light blue background", "a watermelon",
+    "a bee on a yellow background", "a balloon", "a strawberry", "a whale on a teal background",
+)  # fmt: skip
+COLUMNS = 8
+STYLES = ("emoji", "emoji:flat", "emoji:mono", "emoji:noto")
+STYLED = (
+    "a red apple", "a pizza", "a rocket on a light blue background", "a fox on a green background",
+    "an ice cream", "a robot on a yellow background", "a mushroom", "a hamburger", "a snowman",
+    "a bee on a yellow background", "a smiling face with sunglasses", "a strawberry on a pink background",
+)  # fmt: skip
+GAP, LABEL = 16, 18
+"""Pixels between the two halves of the style sheet, and above each of its columns."""
+STEPS, GUIDANCE, SEED = 20, 3.5, 7
+
+
+def draw(client: Client, wanted: list[tuple[str, str]]) -> list[Image.Image]:
+    """The pictures of (model, prompt), all with one seed."""
+    requests: list[ImageFields] = [
+        {
+            "model": model,
+            "prompt": prompt,
+            "num_inference_steps": STEPS,
+            "guidance_scale": GUIDANCE,
+            "seed": SEED,
+            "response_format": "png",
+        }
+        for model, prompt in wanted
+    ]
+    return [result.image for result in client.images.generate_many(requests)]
+
+
+def show(client: Client) -> Image.Image:
+    """What the model draws."""
+    pictures = draw(client, [("emoji", prompt) for prompt in PROMPTS])
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (COLUMNS * width, len(pictures) // COLUMNS * height))
+    for place, picture in enumerate(pictures):
+        sheet.paste(picture, (place % COLUMNS * width, place // COLUMNS * height))
+    return sheet
+
+
+def show_styles(client: Client) -> Image.Image:
+    """The same prompts and seed in every style: a column each, in two halves."""
+    half = len(STYLED) // 2
+    pictures = draw(client, [(style, prompt) for prompt in STYLED for style in STYLES])
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (2 * len(STYLES) * width + GAP, half * height + LABEL), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, len(STYLES))
+        left = row // half * (len(STYLES) * width + GAP) + column * width
+        sheet.paste(picture, (left, row % half * height + LABEL))
+        if row % half == 0:
+            pen.text((left + 4, 3), STYLES[column], fill="black")
+    return sheet
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    with Client() as client:
+        show(client).save(FOLDER / "emoji.png", optimize=True)
+        show_styles(client).save(FOLDER / "styles.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
