@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Literal
 
 import pytest
 import structlog
@@ -45,3 +46,26 @@ def test_lines_go_to_the_stderr_of_the_moment(capsys: pytest.CaptureFixture[str]
     finally:
         structlog.configure(**before)
     assert '"status": "done"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_a_traceback_shows_where_it_was_and_no_values(
+    form: Literal["console", "json"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = structlog.get_config()
+
+    def fail(authorization: str) -> None:
+        raise ValueError("broken")
+
+    try:
+        logs.configure("info", form)
+        try:
+            fail("Bearer " + "-".join(("mz", "a", "key")))
+        except ValueError:
+            structlog.get_logger("test").exception("defect in a request")
+    finally:
+        structlog.configure(**before)
+    shown = capsys.readouterr().err
+    assert "ValueError: broken" in shown
+    assert "in fail" in shown
+    assert "mz-a-key" not in shown

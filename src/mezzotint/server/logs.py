@@ -30,12 +30,15 @@ _STDERR = _Stderr()
 def configure(level: str, form: Literal["console", "json"]) -> None:
     """Log lines go to stderr from now on; `request_id` and what else is bound stand on every line.
 
-    Lines of libraries that use the standard library's logging appear from `warning` up.
+    Tracebacks are plain: the values of variables would show keys and prompts, and take seconds to draw. Lines
+    of libraries that use the standard library's logging appear from `warning` up.
     """
     last: structlog.types.Processor = (
         structlog.processors.JSONRenderer()
         if form == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24)
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), pad_event_to=24, exception_formatter=structlog.dev.plain_traceback
+        )
     )
     structlog.configure(
         processors=[
