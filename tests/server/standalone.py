@@ -1,5 +1,6 @@
-"""A server in a process of its own, for tests that send it signals: its arguments are FOLDER and DRAIN_S.
+"""A server in a process of its own: its arguments are FOLDER, DRAIN_S and any number of ID=MODEL.
 
+With models it has real workers, which its forkserver makes quickly; without, one endpoint with a fake worker.
 Prints its address and the key that its first start made.
 """
 
@@ -11,12 +12,18 @@ from pathlib import Path
 
 from mezzotint.server import logs
 from mezzotint.server.app import create_app, serve
+from mezzotint.server.supervisor import ENGINE_WORKER
 from tests.server.hosting import FAKE, endpoint, settings_for
 
 if __name__ == "__main__":
-    settings = settings_for(Path(sys.argv[1]), endpoint("fake:step_s=0.02"), drain_s=float(sys.argv[2]))
+    models = [text.partition("=")[::2] for text in sys.argv[3:]]
+    endpoints = [
+        endpoint(model, id=name, dtype="bf16", num_threads=1, batching="off", performance="reference")
+        for name, model in models
+    ] or [endpoint("fake:step_s=0.02")]
+    settings = settings_for(Path(sys.argv[1]), *endpoints, drain_s=float(sys.argv[2]))
     logs.configure("info", "json")
-    app = create_app(settings, worker=FAKE)
+    app = create_app(settings, worker=ENGINE_WORKER if models else FAKE)
 
     def tell(url: str) -> None:
         print(url, app.state.service.first_key, flush=True)  # noqa: T201

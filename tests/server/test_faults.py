@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -19,6 +20,9 @@ import psutil
 import pytest
 
 from tests.server.hosting import GENERATE, PATIENCE_S, client, endpoint, hosting, settings_for
+
+START_S = 120.0
+"""How long a server with real workers may take to start on a busy machine."""
 
 
 @contextlib.contextmanager
@@ -120,8 +124,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def server_process(folder: Path, drain_s: float) -> Iterator[Process]:
+def server_process(folder: Path, drain_s: float, **models: Path) -> Iterator[Process]:
     command = [sys.executable, "-m", "tests.server.standalone", str(folder), str(drain_s)]
+    command += [f"{name}={model}" for name, model in models.items()]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdout is not None
@@ -130,6 +135,7 @@ def server_process(folder: Path, drain_s: float) -> Iterator[Process]:
         children: list[psutil.Process] = []
         try:
             with client(url, key) as http:  # once it has answered, its worker is there
+                http.timeout = START_S
                 body = {"model": "one", "prompt": "x", "num_inference_steps": 1}
                 assert http.post(GENERATE, json=body).status_code == 200
             children = server.children()
@@ -172,3 +178,120 @@ def test_workers_do_not_outlive_a_server_that_was_killed(tmp_path: Path) -> None
         os.kill(server.process.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(children, timeout=PATIENCE_S)
         assert not alive
+
+
+# ---------------------------------------------------------------- models on disk, in real workers
+
+
+BASE = "/dedicated/beta/endpoint"
+
+
+@dataclass
+class Studio:
+    """A server with two real models, each in a folder of its own."""
+
+    http: httpx2.Client
+    folder: Path
+    """Of endpoint `one`."""
+    copy: Path
+
+    def post(self, model: str) -> httpx2.Response:
+        body = {
+            "model": model,
+            "prompt": "a fox",
+            "num_inference_steps": 2,
+            "response_format": "raw",
+            "seed": 1,
+        }
+        return self.http.post(GENERATE, json=body)
+
+    def picture(self, model: str = "one") -> str:
+        answer = self.post(model)
+        assert answer.status_code == 200, answer.text
+        data: str = answer.json()["data"][0]["b64_json"]
+        return data
+
+    def put(self, verb: str) -> None:
+        assert self.http.put(f"{BASE}/one/{verb}").status_code == 200
+
+    def wait_until(self, status: str, message: str = "") -> str:
+        """Waits until endpoint `one` has this status and a message with these words."""
+        end = time.monotonic() + START_S
+        while time.monotonic() < end:
+            found = self.http.get(f"{BASE}/one/status").json()
+            if found["status"] == status and message in (found["message"] or ""):
+                return str(found["message"] or "")
+        raise AssertionError(f"endpoint one is {found}")
+
+    def kill_worker(self) -> None:
+        pid = self.http.get(f"{BASE}/one").json()["mezzotint"]["replicas"][0]["pid"]
+        os.kill(pid, signal.SIGKILL)
+
+    def refused(self) -> None:
+        """Endpoint `one` says that it has failed and not where its files are; the other one works."""
+        answer = self.post("one")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "endpoint_failed")
+        assert str(self.folder) not in answer.text
+        assert self.picture("two")
+
+    def mend(self) -> None:
+        """Puts the whole folder back and restarts the endpoint."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(self.copy, self.folder)
+        self.put("restart")
+        assert self.wait_until("RUNNING") == "", "what was wrong is told no more"
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    import torch
+
+    from tests.engine import tiny
+
+    folder = tmp_path_factory.mktemp("studio")
+    one, two, copy = (folder / name for name in ("one", "two", "copy"))
+    tiny.save("flux", copy, torch.bfloat16)  # in the endpoints' own type the weights stay mapped files
+    for place in (one, two):
+        shutil.copytree(copy, place)
+    with server_process(folder, 1, one=one, two=two) as server, client(server.url, server.key) as http:
+        http.timeout = START_S
+        yield Studio(http, one, copy)
+
+
+def test_a_model_folder_that_vanishes_is_noticed_at_the_next_start(studio: Studio) -> None:
+    before = studio.picture()
+    shutil.rmtree(studio.folder)
+    assert studio.picture() == before, "a loaded model keeps what was removed"
+
+    studio.put("restart")  # the old worker stays until the new one is ready, which it never is
+    said = studio.wait_until("RUNNING", "was not found")
+    assert str(studio.folder) in said
+    assert studio.picture() == before
+
+    studio.kill_worker()
+    said = studio.wait_until("FAILED", "was not found")
+    assert str(studio.folder) in said
+    studio.refused()
+    studio.mend()
+    assert studio.picture() == before
+
+    studio.put("sleep")
+    studio.wait_until("SLEEPING")
+    shutil.rmtree(studio.folder)
+    studio.refused()  # the request woke it
+    studio.wait_until("FAILED", "was not found")
+    studio.mend()
+    assert studio.picture() == before
+
+
+def test_weights_that_are_cut_short_fail_their_endpoint_and_no_other(studio: Studio) -> None:
+    before = studio.picture()
+    for weights in studio.folder.rglob("*.safetensors"):
+        os.truncate(weights, weights.stat().st_size // 2)
+    studio.refused()  # the worker lost what it had mapped, and the next one saw that it is damaged
+    said = studio.wait_until("FAILED", "is damaged or cut short")
+    assert str(studio.folder) in said
+    assert ".safetensors" in said
+    studio.refused()
+    studio.mend()
+    assert studio.picture() == before

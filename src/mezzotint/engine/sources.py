@@ -175,7 +175,8 @@ def _snapshot(repository: str, revision: str | None, files: list[str], bar: type
         code, permanent, reason = next(
             refusal for kind, refusal in _REFUSALS.items() if isinstance(error, kind)
         )
-        where = f"repository {repository}" + (f" at {revision}" if revision else "")
+        where = f"there is no folder {repository} here, and repository {repository}"
+        where += f" at {revision}" if revision else ""
         text = reason.format(repository=repository, error=error)
         raise ModelLoadError(f"{where} {text}", code=code, permanent=permanent) from error
     return Path(folder)

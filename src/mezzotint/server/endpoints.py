@@ -270,6 +270,7 @@ class Endpoint:
             if self.next is None:  # else an update is bringing up new workers already
                 self.update(self.spec, self.current.version)
             return
+        self.update_failure = ""
         await self._stop_workers()
         self.start()
 
