@@ -225,6 +225,7 @@ def test_parameters_of_other_tools_are_read() -> None:
         "a cat\nSteps: many, Seed: 1",
         "a cat\nSteps: 8, Seed: -1",
         "Steps: ²",
+        f"a cat\nSteps: 8, Seed: {'9' * 5000}",
         "a" * 100_000,
         " " * 100_000,
         'a: "' * 50_000,

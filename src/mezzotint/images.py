@@ -249,7 +249,7 @@ def parse_infotext(text: str) -> Parameters | None:
     """The parameters in a `parameters` text, None if it lacks steps or seed; unknown settings are skipped."""
     *lines, last = text.strip().split("\n")
     values = {key.strip(): _unquoted(value) for key, value in _PAIR.findall(last)}
-    if not (values.get("Steps", "").isdecimal() and values.get("Seed", "").isdecimal()):
+    if not all(re.fullmatch(r"\d{1,20}", values.get(name, "")) for name in ("Steps", "Seed")):
         return None
     prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
     size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", values.get("Size", ""))

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -333,7 +334,7 @@ def parse_prefer(header: str | None) -> Preference:
         name, _, value = (text.strip().lower() for text in part.partition("="))
         respond_async |= name == "respond-async"
         if name == "previews":
-            if not value.isdecimal() or int(value) > MAX_PREVIEWS:
+            if not re.fullmatch(r"\d{1,9}", value) or int(value) > MAX_PREVIEWS:
                 raise InvalidRequestError(
                     f"Prefer: previews must be an integer between 0 and {MAX_PREVIEWS} (got {echo(value)})",
                     code="out_of_range",
