@@ -260,7 +260,7 @@ def account(
     answered = [outcome for outcome in waited if outcome.status == 200]
     tickets = Counter(outcome.ticket for outcome in answered)
     made = {
-        kind: num_images([o for o in of_kind if o.status == 200 or o.code == DISK_FULL])
+        kind: num_images([outcome for outcome in of_kind if outcome.status == 200])
         for kind, of_kind in outcomes.items()
     }
     left = num_images([outcome for outcome in everything if outcome.left])

@@ -18,7 +18,9 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
+import sqlalchemy as sa
 
+from mezzotint.server.database import usage
 from tests.server.hosting import GENERATE, PATIENCE_S, client, endpoint, hosting, settings_for
 
 START_S = 120.0
@@ -53,6 +55,10 @@ def test_a_full_disk_is_507_leaves_nothing_behind_and_passes(tmp_path: Path) -> 
         assert host.post(response_format="png", seed=2).status_code == 200, "answers without files go on"
         before[0].unlink()
         assert host.post(response_format="url", seed=2).status_code == 200
+        host.service.quotas.store()
+        with host.service.engine.connect() as connection:
+            charged = connection.scalar(sa.select(usage.c.images))
+        assert charged == 3, "not for the picture that could not be stored"
 
 
 def test_pictures_are_made_while_another_process_holds_the_database(tmp_path: Path) -> None:

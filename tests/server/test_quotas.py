@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from mezzotint.errors import RateLimitError
+from mezzotint.messages import Generate
 from mezzotint.server import database
 from mezzotint.server.keys import Key, Limits, create_key
 from mezzotint.server.quotas import Quotas
@@ -39,16 +40,16 @@ def test_step_seconds_of_a_day_are_counted_and_kept(engine: sa.Engine) -> None:
     key = Key("k", "k", limits=Limits(step_seconds_per_day=10))
     quotas = Quotas(engine)
     quotas.load(key)
-    quotas.used(key, 6.0, 1)
+    quotas.used(key, step_seconds=6.0, images=1)
     quotas.require(key, 0.0)
     quotas.store()
-    quotas.used(key, 3.0, 1)
+    quotas.used(key, step_seconds=3.0, images=1)
     assert quotas.today(key) == pytest.approx(9.0)
     quotas.store()
     again = Quotas(engine)
     again.load(key)
     assert again.today(key) == pytest.approx(9.0)
-    again.used(key, 1.0, 1)
+    again.used(key, step_seconds=1.0, images=1)
     with pytest.raises(RateLimitError) as caught:
         again.require(key, 0.0)
     assert caught.value.code == "quota_exceeded"
@@ -58,7 +59,7 @@ def test_step_seconds_of_a_day_are_counted_and_kept(engine: sa.Engine) -> None:
 def test_what_is_used_while_it_is_written_is_not_forgotten(engine: sa.Engine) -> None:
     key, quotas = Key("k", "k", limits=Limits(step_seconds_per_day=10)), Quotas(engine)
     for _ in range(5):
-        quotas.used(key, 1.0, 1)
+        quotas.used(key, step_seconds=1.0, images=1)
         quotas.store()
     again = Quotas(engine)
     again.load(key)
@@ -82,3 +83,22 @@ def test_both_limits_over_http_and_across_a_restart(tmp_path: Path, database_url
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "quota_exceeded")
     with hosting(settings, key=poor) as host:
         assert host.post().json()["error"]["code"] == "quota_exceeded"
+
+
+def test_only_images_that_were_answered_are_counted_and_all_work_that_was_done(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.01"))) as host:
+        engine = host.service.engine
+        key, secret = create_key(engine, "payer")
+        with client(host.url, secret) as http:
+            assert http.post(GENERATE, json=host.body(n=3)).status_code == 200
+            assert http.post(GENERATE, json=host.body("a !fail@3")).status_code == 500
+            headers = {"x-request-timeout-s": "2"}
+            assert http.post(GENERATE, json=host.body("a !hang@3"), headers=headers).status_code == 504
+        host.service.quotas.store()
+        with engine.connect() as connection:
+            (row,) = connection.execute(
+                sa.select(database.usage).where(database.usage.c.key_id == key.id)
+            ).mappings()
+        assert row["images"] == 3
+        whole_s = host.endpoint().facts.work_s(Generate("any", "a cat", 4, 0))
+        assert row["step_seconds"] == pytest.approx(whole_s * (3 + 2 / 4 + 2 / 4))

@@ -343,8 +343,8 @@ class Admission:
         ticket.touch()
 
     def _job_ended(self, ticket: Ticket, job: Job, outcome: Done | MezzotintError) -> None:
-        steps = job.step / job.request.num_inference_steps
-        self._quotas.used(ticket.key, job.work_s * steps, int(isinstance(outcome, Done)))
+        done = job.step / job.request.num_inference_steps
+        self._quotas.used(ticket.key, step_seconds=job.work_s * done)
         if ticket.ended:
             return
         if isinstance(outcome, MezzotintError):
@@ -397,6 +397,7 @@ class Admission:
             return
         if isinstance(outcome, Answer):
             ticket.status, ticket.answer = "done", outcome
+            self._quotas.used(ticket.key, images=len(ticket.jobs))
         else:
             cancelled = isinstance(outcome, RequestCancelledError)
             ticket.status, ticket.error = "cancelled" if cancelled else "failed", outcome

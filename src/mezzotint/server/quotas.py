@@ -1,5 +1,8 @@
 """What each key has used, and where its limits are.
 
+Work counts as it is done, whatever becomes of it: limits protect the machine. Images count when a request has
+its answer: nobody is charged for what failed, was cancelled or could not be stored.
+
 Requests per minute are a token bucket in memory. Step-seconds per day (UTC) stand in the database: read once,
 counted in memory, written now and then, so a crash forgets at most the last minute.
 """
@@ -71,8 +74,8 @@ class Quotas:
             )
         bucket.tokens -= 1
 
-    def used(self, key: Key, step_seconds: float, images: int) -> None:
-        """Books what a job of this key has cost."""
+    def used(self, key: Key, *, step_seconds: float = 0.0, images: int = 0) -> None:
+        """Books work done for this key, or images it was answered with."""
         if step_seconds or images:
             with self._lock:
                 use = self._fresh.setdefault((key.id, today()), _Use())
