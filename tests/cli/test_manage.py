@@ -112,6 +112,7 @@ def test_settings_are_written_as_in_the_file() -> None:
 
 def test_an_unknown_adapter_is_named_with_those_there_are(run: Run) -> None:
     assert run("adapters", "list", "emoji").returncode == 0
+    assert run("adapters", "list").stdout.startswith("name")
     unknown = run("adapters", "show", "emoji:nowhere")
     assert unknown.returncode == 1
     assert "no adapter nowhere" in unknown.stderr

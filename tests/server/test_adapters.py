@@ -222,6 +222,9 @@ def test_adapters_of_the_configuration_come_change_and_go_with_it(tmp_path: Path
     assert registered(("a", first, 1.0)) == {"a": (1.0, sums[0])}
     assert registered(("a", first, 0.5), ("b", second, 1.0)) == {"a": (0.5, sums[0]), "b": (1.0, sums[1])}
     assert registered(("a", second, 0.5)) == {"a": (0.5, sums[1])}
+    again = write(tmp_path / "c.safetensors", text="b")
+    assert registered(("a", again, 0.7)) == {"a": (0.7, sums[1])}, "the same content from elsewhere"
+    assert registered(("a", second, 0.5)) == {"a": (0.5, sums[1])}
     second.unlink()
     assert registered(("a", second, 0.5)) == {"a": (0.5, sums[1])}, (
         "the copy stands for a source that is gone"
@@ -250,6 +253,62 @@ def test_built_in_adapters_belong_to_the_built_in_model_only(
     assert registry.built_in_adapters("owner/model") == []
 
 
+@pytest.fixture
+def built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterSettings:
+    """An adapter `flat` that comes with the model of endpoint `one`."""
+    own = AdapterSettings(route="flat", source=str(write(tmp_path / "package" / "flat.safetensors")))
+    monkeypatch.setattr(registry, "built_in_adapters", lambda model: [own])
+    return own
+
+
+def test_a_built_in_adapter_serves_from_the_start_and_cannot_be_removed(
+    tmp_path: Path, built_in: AdapterSettings
+) -> None:
+    with hosting(settings_for(tmp_path)) as host:
+        assert models(host) == ["one", "one:flat"]
+        assert host.picture(model="one:flat", seed=1) != host.picture(seed=1)
+        answer = host.client.delete(f"{ADAPTERS}/flat")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "conflict")
+        assert "comes with the built-in model" in answer.json()["error"]["message"]
+        assert models(host) == ["one", "one:flat"]
+
+
+def test_ones_own_adapter_takes_the_place_of_a_built_in_one_and_gives_it_back(
+    tmp_path: Path, built_in: AdapterSettings
+) -> None:
+    mine = write(tmp_path / "mine.safetensors", text="b")
+    with hosting(settings_for(tmp_path)) as host:
+        message = add(host, "flat", mine, 409)["error"]["message"]
+        assert "has the built-in adapter flat already; take another route, or replace it" in message
+        assert add(host, "flat", mine, replace=True)["origin"] == "api"
+        key = host.service.first_key
+    with hosting(settings_for(tmp_path), key=key) as host:
+        (entry,) = host.client.get(ADAPTERS).json()["data"]
+        assert (entry["origin"], entry["source"]) == ("api", str(mine)), "it survives a restart"
+        in_use = host.endpoint().adapters["flat"]
+        assert host.client.delete(f"{ADAPTERS}/flat").status_code == 200
+        (entry,) = host.client.get(ADAPTERS).json()["data"]
+        assert (entry["origin"], entry["source"]) == ("built-in", built_in.source)
+        assert host.endpoint().adapters["flat"].checksum == entry["checksum"] != in_use.checksum
+        assert host.post(model="one:flat").status_code == 200
+
+
+def test_the_configuration_may_take_a_built_in_route_for_a_while(
+    tmp_path: Path, built_in: AdapterSettings
+) -> None:
+    mine = AdapterSettings(route="flat", source=str(write(tmp_path / "mine.safetensors", text="b")))
+    origins = []
+    for named in ((), (mine,), ()):
+        app = create_app(settings_for(tmp_path, endpoint(adapters=named)), worker=FAKE)
+        service = app.state.service
+        service.registry.load(service.settings.endpoints)
+        service.adapters.load(service.registry)
+        origins += [(each.source, each.origin) for each in service.adapters.registered("one")]
+        service.engine.dispose()
+    own = (built_in.source, "built-in")
+    assert origins == [own, (mine.source, "configuration"), own]
+
+
 # ---------------------------------------------------------------- without a server
 
 
@@ -268,7 +327,7 @@ def test_the_registry_works_on_a_data_folder_alone(store: AdapterStore, tmp_path
     )
     assert store.get("one", "flat").rank == 8
     assert store.get("one", "flat").shown()["state"] == "unchecked"
-    with pytest.raises(ConflictError, match="has an adapter flat already"):
+    with pytest.raises(ConflictError, match="has the adapter flat already; remove it first"):
         store._require_free("one", "flat", overwrite=False)
     with pytest.raises(NotFoundError, match=r"did you mean flat\?"):
         store.forget("one", "flatt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, ServerFlag
 from mezzotint.cli.reach import ENDPOINTS, managed
 from mezzotint.cli.tables import print_facts, print_table
 from mezzotint.errors import InvalidRequestError, NotFoundError
+from mezzotint.schemas import nearest
 
 adapters = typer.Typer(help="Manage the adapters of a running server's endpoints.", no_args_is_help=True)
 
@@ -44,23 +45,25 @@ def add(
         source = str(Path(source).resolve())  # the server runs in another folder
     body = {"route": route, "source": source, "scale": scale, "replace": replace}
     with managed(server, config, data_dir) as running:
-        _print(running.ask("POST", f"{ENDPOINTS}/{id}/adapters", body), as_json)
+        added = running.ask("POST", f"{ENDPOINTS}/{id}/adapters", body)
+    typer.echo(json.dumps(added) if as_json else f"{added['name']} {added['state']}")
 
 
 @adapters.command("list")
 def list_(
-    id: IdArgument,
+    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The endpoint; all of them else.")] = None,
     server: ServerFlag = None,
     config: ConfigFlag = None,
     data_dir: DataDirFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Lists an endpoint's adapters.
+    """Lists the adapters of one endpoint, or of all.
 
     Example: `mezzotint adapters list emoji`
     """
     with managed(server, config, data_dir) as running:
-        found = running.ask("GET", f"{ENDPOINTS}/{id}/adapters")["data"]
+        ids = [id] if id else list(running.ask("GET", ENDPOINTS)["data"])
+        found = [one for id in ids for one in running.ask("GET", f"{ENDPOINTS}/{id}/adapters")["data"]]
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -70,7 +73,7 @@ def list_(
             one["state"],
             str(one["rank"] or ""),
             f"{one['file_bytes'] / 1e6:.1f} MB",
-            one["source"],
+            "built-in" if one["origin"] == "built-in" else one["source"],
         )
         for one in found
     ]
@@ -94,10 +97,10 @@ def show(
         found = running.ask("GET", f"{ENDPOINTS}/{id}/adapters")["data"]
     one = next((one for one in found if one["route"] == route), None)
     if one is None:
-        routes = ", ".join(one["route"] for one in found) or "none"
-        raise NotFoundError(
-            f"endpoint {id} has no adapter {route}; it has {routes}", code="adapter_not_found"
-        )
+        routes = [one["route"] for one in found]
+        hint = nearest(route, routes)
+        nearby = f"did you mean {id}:{hint}?" if hint else f"it has {', '.join(routes) or 'none'}"
+        raise NotFoundError(f"endpoint {id} has no adapter {route}; {nearby}", code="adapter_not_found")
     if as_json:
         typer.echo(json.dumps(one))
     else:
@@ -112,13 +115,14 @@ def remove(
     data_dir: DataDirFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Removes an adapter; requests that already use it finish.
+    """Removes an adapter; requests that already use it finish. Those of the built-in model stay.
 
     Example: `mezzotint adapters remove emoji:ink`
     """
     id, route = split_name(name)
     with managed(server, config, data_dir) as running:
-        _print(running.ask("DELETE", f"{ENDPOINTS}/{id}/adapters/{route}"), as_json)
+        removed = running.ask("DELETE", f"{ENDPOINTS}/{id}/adapters/{route}")
+    typer.echo(json.dumps(removed) if as_json else f"{removed['name']} removed")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -127,7 +131,3 @@ def split_name(name: str) -> tuple[str, str]:
     if not id or not route or ":" in route or "/" in name:
         raise InvalidRequestError(f"an adapter is named ID:ROUTE, like emoji:flat (got {name})", param="name")
     return id, route
-
-
-def _print(adapter: dict[str, Any], as_json: bool) -> None:
-    typer.echo(json.dumps(adapter) if as_json else f"{adapter['name']} {adapter['state']}")

@@ -149,7 +149,7 @@ class AdapterStore:
         known = {adapter.route: adapter for adapter in self.registered(spec.id)}
         named = {adapter.route: (CONFIGURED, adapter) for adapter in spec.adapters}
         for adapter in built_in_adapters(spec.model):
-            if adapter.route not in known or known[adapter.route].origin == BUILT_IN:
+            if adapter.route not in known or known[adapter.route].origin != CALLED:
                 named.setdefault(adapter.route, (BUILT_IN, adapter))
         for route, earlier in known.items():
             if earlier.origin != CALLED and route not in named:
@@ -171,19 +171,27 @@ class AdapterStore:
         except InvalidRequestError as error:
             place = f"endpoint {spec.id}, adapter {adapter.route}"
             raise ConfigError(f"{place}: {error.message}") from None
-        if before is None or (before.checksum, before.path) != (kept.checksum, kept.path):
-            self._record(_new(spec.id, adapter, kept, origin))
+        new = _new(spec.id, adapter, kept, origin)
+        if before is None or (before.path, before.source, before.scale) != (new.path, new.source, new.scale):
+            self._record(new)
 
     # ------------------------------------------------------------ beside running endpoints
 
-    async def add(self, endpoint: Endpoint, adapter: AdapterSettings, *, overwrite: bool = False) -> Adapter:
+    async def add(
+        self,
+        endpoint: Endpoint,
+        adapter: AdapterSettings,
+        *,
+        overwrite: bool = False,
+        origin: str = CALLED,
+    ) -> Adapter:
         """Registers an adapter beside running workers; one of them checks it against its model first.
 
         InvalidRequestError says what is wrong with the source or the file; nothing is registered then.
         """
         await asyncio.to_thread(self._require_free, endpoint.id, adapter.route, overwrite)
         kept = await asyncio.to_thread(keep, adapter.source, self.folder, _max_file_bytes(endpoint.spec))
-        new = _new(endpoint.id, adapter, kept, CALLED)
+        new = _new(endpoint.id, adapter, kept, origin)
         try:
             added = await endpoint.add_adapter(new.message())
         except ModelLoadError as error:
@@ -195,8 +203,22 @@ class AdapterStore:
         return await asyncio.to_thread(self._record, new)
 
     async def remove(self, endpoint: Endpoint, route: str) -> Adapter:
-        """Refuses new requests for the route at once; workers forget it when the last old one has ended."""
-        adapter = await asyncio.to_thread(self.forget, endpoint.id, route)
+        """Refuses new requests for the route at once; workers forget it when the last old one has ended.
+
+        A built-in adapter stays (ConflictError), and comes back when the one that had taken its place goes.
+        """
+        adapter = await asyncio.to_thread(self.get, endpoint.id, route)
+        if adapter.origin == BUILT_IN:
+            raise ConflictError(
+                f"{endpoint.id}:{route} comes with the built-in model and cannot be removed; one of your own "
+                "can take its place (replace)",
+                param="route",
+            )
+        own = [each for each in built_in_adapters(endpoint.spec.model) if each.route == route]
+        if own:
+            await self.add(endpoint, own[0], overwrite=True, origin=BUILT_IN)
+            return adapter
+        await asyncio.to_thread(self.forget, endpoint.id, route)
         endpoint.adapters.pop(route, None)
         task = asyncio.get_running_loop().create_task(_forget_when_unused(endpoint, route))
         self._removals.add(task)
@@ -210,10 +232,12 @@ class AdapterStore:
         return [_checked(each, endpoint.adapter_facts.get(each.route), endpoint) for each in found]
 
     def _require_free(self, endpoint_id: str, route: str, overwrite: bool) -> None:
-        if not overwrite and any(each.route == route for each in self.registered(endpoint_id)):
+        there = [each for each in self.registered(endpoint_id) if each.route == route]
+        if there and not overwrite:
+            way = "take another route" if there[0].origin == BUILT_IN else "remove it first"
+            kind = "built-in adapter" if there[0].origin == BUILT_IN else "adapter"
             raise ConflictError(
-                f"endpoint {endpoint_id} has an adapter {route} already; remove it first, or replace it",
-                param="route",
+                f"endpoint {endpoint_id} has the {kind} {route} already; {way}, or replace it", param="route"
             )
 
     def _record(self, adapter: Adapter) -> Adapter:
