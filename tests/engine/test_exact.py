@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
 from mezzotint.engine import Engine, Request
 from mezzotint.messages import Done, Failed
@@ -290,6 +291,24 @@ def test_a_shape_whose_rows_depend_on_their_place_is_not_merged() -> None:
         assert one is not None
         assert other is not None
         assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [(FlowMatchLCMScheduler, {}), (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True})],
+)
+def test_noise_that_a_scheduler_draws_comes_from_the_seed(scheduler: Any, options: dict[str, Any]) -> None:
+    """Pipelines of flow-matching models hand their generator to no step of the scheduler."""
+    pipe = tiny.build("flux")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
+    engine = Engine(pipe, rows=ROWS)
+    requests = [REQUESTS[4], REQUESTS[9], replace(REQUESTS[4], seed=77)]
+    single = [engine.generate([request])[0].image for request in requests]
+    together = [result.image for result in engine.generate(requests)]
+    engine.close()
+    pictures = [image.tobytes() for image in (*single, *together) if image is not None]
+    assert pictures[:3] == pictures[3:]
+    assert len(set(pictures)) == 3
 
 
 def test_a_second_engine_gives_the_bytes_of_the_first() -> None:

@@ -107,30 +107,40 @@ class Job:
         self._closed = False
         self._before_step = before_step
         self._schedulers: list[Any] = []
-        view = self._view(pipe)
         generator = torch.Generator("cpu").manual_seed(seed)
+        view = self._view(pipe, generator)
         self._greenlet: _JobGreenlet | None = _JobGreenlet(lambda: view(generator=generator, **arguments))
         self._greenlet.job = self
 
-    def _view(self, pipe: Any) -> Any:
+    def _view(self, pipe: Any, generator: torch.Generator) -> Any:
         """A shallow copy of the pipeline: the modules are shared, and left where they are when it ends."""
         view = copy.copy(pipe)
         for name, value in vars(pipe).items():
             if isinstance(value, DiffusionPipeline):  # combined pipelines hold pipelines
-                view.__dict__[name] = self._view(value)
+                view.__dict__[name] = self._view(value, generator)
         for name, component in pipe.components.items():
             if callable(getattr(component, "step", None)) and hasattr(component, "set_timesteps"):
                 own = copy.deepcopy(component)
-                own.step = self._counted(own, own.step)
+                own.step = self._counted(own, own.step, generator)
                 self._schedulers.append(own)
                 view.__dict__[name] = own
         view.__dict__["_progress_bar_config"] = {"disable": True}
         view.__dict__["maybe_free_model_hooks"] = _nothing
         return view
 
-    def _counted(self, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _counted(
+        self, scheduler: Any, step: Callable[..., Any], generator: torch.Generator
+    ) -> Callable[..., Any]:
+        """`step`, told of and counted; where a pipeline hands it no generator, it draws from the job's.
+
+        Else its noise would come from the one generator of the process, which all jobs share.
+        """
+        draws = "generator" in inspect.signature(step).parameters
+
         @functools.wraps(step)
         def counted(*args: Any, **kwargs: Any) -> Any:
+            if draws and len(args) <= len(_STEP_ARGUMENTS) and kwargs.get("generator") is None:
+                kwargs["generator"] = generator
             if self._before_step is not None:
                 self._before_step(scheduler, dict(zip(_STEP_ARGUMENTS, args, strict=False)) | kwargs)
             result = step(*args, **kwargs)
