@@ -173,7 +173,8 @@ class Settings(_Table):
     )
     heartbeat_s: Seconds = Field(
         30.0,
-        description="A worker that has not answered for this long while it should is killed and restarted.",
+        description="A worker that has said nothing for this long while it should is killed and restarted, "
+        "and so is one that is busy with one forward for 20 times as long.",
     )
     load_timeout_s: Seconds = Field(
         1800.0, description="A model that has not loaded after this long has failed."

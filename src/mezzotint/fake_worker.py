@@ -11,8 +11,9 @@ Server tests and examples run it in place of the engine's worker. What it does i
     fake:once=/tmp/flag,...           the three faults above happen only while that file is missing, once
 
 Prompts that hold one of these words make a fault: `!die@K` kills the process at step K, `!die-once@K:FILE`
-does so only while FILE is missing, `!hang@K` stops answering for good, `!fail@K` fails that one job, `!oom`
-fails it for memory.
+does so only while FILE is missing, `!hang@K` stops answering for good, `!slow@K` makes step K last two
+seconds and says meanwhile that it is busy, `!stuck@K` says that it has been busy for a day, `!fail@K` fails
+that one job, `!oom` fails it for memory.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mezzotint.messages import (
     AdapterAdded,
     AdapterFailed,
     AddAdapter,
+    Busy,
     Cancel,
     Cancelled,
     Done,
@@ -62,7 +64,8 @@ DEFAULTS = {
     "hang_at_start": "",
     "once": "",
 }
-_FAULT = re.compile(r"!(?P<kind>die-once|die|hang|fail|oom)(?:@(?P<step>\d+))?(?::(?P<file>\S+))?")
+SLOW_STEP_S = 2.0
+_FAULT = re.compile(r"!(?P<kind>die-once|die|hang|slow|stuck|fail|oom)(?:@(?P<step>\d+))?(?::(?P<file>\S+))?")
 
 
 @dataclass(slots=True)
@@ -249,7 +252,14 @@ class _Worker:
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "hang":
+        if kind == "slow" and job.step == int(found["step"] or 1):
+            began = time.monotonic()
+            while (seconds := time.monotonic() - began) < SLOW_STEP_S:
+                time.sleep(SLOW_STEP_S / 40)
+                self._send(Busy(seconds))
+        if kind == "stuck":
+            self._send(Busy(86_400))
+        if kind in ("hang", "stuck"):
             while True:
                 signal.pause()
         if kind in ("fail", "oom"):

@@ -230,6 +230,14 @@ class Pong:
 
 
 @dataclass(frozen=True, slots=True)
+class Busy:
+    """Sent twice a second by a worker that is long at one thing: it lives, though it answers no Ping."""
+
+    seconds: float
+    """How long it has been at it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Sent about once a second while jobs run, and whenever the worker turns idle."""
 
@@ -263,6 +271,7 @@ FromWorker = (
     | Failed
     | Cancelled
     | Pong
+    | Busy
     | Stats
 )
 Message = ToWorker | FromWorker

@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+import torch
+from diffusers import FluxTransformer2DModel
 
 from mezzotint.engine import Engine, Request, worker
 from mezzotint.engine.worker import MAX_BACKLOG, Outbox
@@ -21,6 +23,7 @@ from mezzotint.messages import (
     AdapterAdded,
     AdapterFailed,
     AddAdapter,
+    Busy,
     Cancel,
     Cancelled,
     Done,
@@ -222,6 +225,35 @@ def test_a_ping_is_answered_between_steps(shared: Process) -> None:
     assert not any(isinstance(message, Done) for message in shared.seen)
     shared.send(Cancel("a"))
     shared.wait_for(Cancelled, "a")
+
+
+def test_a_worker_in_a_long_forward_says_that_it_is_busy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step holds one long native call; the worker is forked with this patch in it."""
+    real = FluxTransformer2DModel.forward
+    matrix = torch.rand(2048, 2048)
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        torch.mm(matrix, matrix)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", forward)
+    monkeypatch.setattr(worker, "BUSY_EVERY_S", 0.01)
+    slow = Process()
+    try:
+        slow.send(load_model(folder), generate("a", num_inference_steps=1))
+        slow.wait_for(Progress, "a")
+        slow.seen.clear()
+        slow.wait_for(Done, "a")
+    finally:
+        slow.kill()
+    said = [message.seconds for message in slow.seen if isinstance(message, Busy)]
+    longest = max(range(len(said)), key=said.__getitem__)
+    assert len(said[:longest]) >= 3
+    assert said[longest - 3 : longest + 1] == sorted(said[longest - 3 : longest + 1]), (
+        "in one and the same turn"
+    )
 
 
 def test_a_bad_request_fails_alone(shared: Process) -> None:

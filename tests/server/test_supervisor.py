@@ -240,6 +240,23 @@ def test_a_model_whose_steps_are_slow_is_not_taken_for_a_hung_one(tmp_path: Path
         assert pid(host) == before
 
 
+def test_a_worker_that_says_it_is_busy_is_not_taken_for_a_hung_one(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, heartbeat_s=0.3)) as host:
+        before = pid(host)
+        assert host.post("a !slow@2", num_inference_steps=4).status_code == 200
+        assert pid(host) == before
+
+
+def test_a_worker_that_is_busy_for_too_long_is_killed(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, heartbeat_s=30)) as host:
+        before = pid(host)
+        answer = host.post("a !stuck@2")
+        assert (answer.status_code, error_code(answer)) == (500, "worker_crashed")
+        host.wait_for(State.READY)
+        assert pid(host) != before
+        assert host.post().status_code == 200
+
+
 def test_a_worker_that_does_not_read_never_blocks_the_server(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, heartbeat_s=30)) as host:
         os.kill(pid(host), signal.SIGSTOP)

@@ -1,4 +1,5 @@
-"""The worker process: receive, admit, step, send. One loop in one thread, and a second that only writes.
+"""The worker process: receive, admit, step, send. One loop in one thread, a second that only writes, and a
+third that says that the process lives while the loop is long at one forward.
 
 Importing this module imports what a model needs, so that a forkserver which has preloaded it starts workers
 in hundredths of a second. Nothing here touches a device before a model is asked for.
@@ -14,6 +15,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe, wait
 
@@ -29,6 +31,7 @@ from mezzotint.messages import (
     AdapterAdded,
     AdapterFailed,
     AddAdapter,
+    Busy,
     Cancel,
     Cancelled,
     FromWorker,
@@ -53,6 +56,7 @@ from mezzotint.messages import (
 MAX_BACKLOG = 256
 """Unsent messages above which progress, previews and stats are dropped: a sleeping reader costs little."""
 STATS_EVERY_S = 1.0
+BUSY_EVERY_S = 0.5
 FLUSH_S = 5.0
 """How long the last messages may take to leave before the process ends."""
 
@@ -64,7 +68,7 @@ PRELOAD = (
 )
 """Modules that both libraries would otherwise import only when the built-in model loads."""
 
-_DROPPABLE = (Progress, Preview, Stats)
+_DROPPABLE = (Progress, Preview, Stats, Busy)
 _log = logging.getLogger(__name__)
 
 
@@ -191,6 +195,36 @@ class Outbox:
                 return
 
 
+class Pulse:
+    """Says `Busy` from its own thread while a turn of the loop takes long; torch lets it run meanwhile."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._began: float | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Around one turn of the loop."""
+        self._began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began = None
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._closed.wait(BUSY_EVERY_S):
+            began = self._began
+            if began is not None and (seconds := time.monotonic() - began) >= BUSY_EVERY_S:
+                self._outbox.send(Busy(seconds))
+
+
 class Worker:
     """The loop around one engine."""
 
@@ -200,6 +234,7 @@ class Worker:
         self._outbox = outbox
         self._open = True
         self._stats = StatsKeeper(engine)
+        self._pulse = Pulse(outbox)
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="adapter-checker")
         self._checks: dict[str, tuple[AddAdapter, Future[CheckedFile]]] = {}
         self._held: list[Generate] = []
@@ -211,23 +246,24 @@ class Worker:
         """Runs until Shutdown; EOFError when the other end is gone."""
         try:
             while self._open and not self._outbox.broken.is_set():
-                self._receive_all()
-                self._finish_checks()
-                for event in self.engine.step():
-                    self._outbox.send(event)
-                stats = self._stats.due()
-                if stats is not None:
-                    self._outbox.send(stats)
+                if not self.engine.has_work and not self._stats.pending:
+                    wait([self._connection, self._woken])
+                with self._pulse.turn():
+                    self._turn()
         finally:
+            self._pulse.close()
             self._checker.shutdown(wait=False, cancel_futures=True)
             self.engine.close()
 
-    def _receive_all(self) -> None:
-        """Takes what has arrived; waits for something to do where there is nothing."""
-        if not self.engine.has_work and not self._stats.pending:
-            wait([self._connection, self._woken])
+    def _turn(self) -> None:
         while self._open and self._connection.poll():
             self._receive(decode(self._connection.recv_bytes()))
+        self._finish_checks()
+        for event in self.engine.step():
+            self._outbox.send(event)
+        stats = self._stats.due()
+        if stats is not None:
+            self._outbox.send(stats)
 
     def _receive(self, message: Message) -> None:
         match message:

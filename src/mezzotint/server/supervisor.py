@@ -33,6 +33,7 @@ import structlog
 from mezzotint.config import Settings
 from mezzotint.messages import (
     EXIT_PERMANENT,
+    Busy,
     Done,
     FromWorker,
     Generate,
@@ -60,6 +61,8 @@ EXIT_GRACE_S = 1.0
 """How long a worker that has closed its pipe may take to exit before it is killed."""
 SLOW_STEPS = 20
 """A worker is never taken for hung before it could have done this many steps of a full batch."""
+STUCK_BEATS = 20
+"""A worker that says it is busy may be at one forward for this many times `heartbeat_s`."""
 STOP_GRACE_S = 2.0
 """How long a worker may take to exit after Shutdown before it is killed."""
 
@@ -309,6 +312,13 @@ class Replica:
         match message:
             case Pong():
                 return
+            case Busy(seconds):
+                if seconds > max(STUCK_BEATS * self._launcher.heartbeat_s, self._slow_s):
+                    log.error(
+                        "worker is stuck; killing it", replica=self.name, pid=process.pid, s=round(seconds, 1)
+                    )
+                    process.kill()
+                return
             case Done():
                 self._delivered = True
             case Loading(stage):
@@ -336,13 +346,13 @@ class Replica:
     def _beat(self, process: WorkerProcess) -> None:
         """Pings; a worker that has said nothing for `heartbeat_s` although asked is killed.
 
-        It answers between steps only, so a model whose steps are slow is given longer.
+        It answers between steps only, says that it is busy during long ones, and is given longer where its
+        model's steps are slow.
         """
         if process is not self._process:
             return
         silent_s = asyncio.get_running_loop().time() - self._heard
-        slow_s = SLOW_STEPS * self.info.step_s * self.info.rows if self.info else 0.0
-        if silent_s > max(self._launcher.heartbeat_s, slow_s):
+        if silent_s > max(self._launcher.heartbeat_s, self._slow_s):
             log.error(
                 "worker hangs; killing it", replica=self.name, pid=process.pid, silent_s=round(silent_s, 1)
             )
@@ -351,6 +361,10 @@ class Replica:
         self._pings += 1
         process.send(Ping(self._pings))
         self._later(self._launcher.heartbeat_s / 3, self._beat, process)
+
+    @property
+    def _slow_s(self) -> float:
+        return SLOW_STEPS * self.info.step_s * self.info.rows if self.info else 0.0
 
     # ------------------------------------------------------------ dying
 
