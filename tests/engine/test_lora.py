@@ -8,6 +8,7 @@ import gc
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -770,6 +771,25 @@ def test_forty_eight_requests_at_once_are_each_what_they_are_alone(
         assert image is not None
         assert found[index] == image.tobytes(), f"request {index}"
     engine.close()
+
+
+@pytest.mark.parametrize("first", [1.0, 0.5])
+def test_a_scale_gives_the_same_bytes_where_several_rows_are_computed_one_by_one(
+    first: float, adapters: dict[str, Path]
+) -> None:
+    """An adapter whose copies for all rows would take too much runs row by row, alone or not."""
+    engine = Engine(tiny.build("flux", torch.bfloat16), rows=4)
+    info = engine.adapters.add("a", adapters["a"])
+    engine.adapters.byte_budget = 20 * info.file.num_bytes
+    engine.generate([replace(small("a"), adapter_scale=first)])  # settles which row counts are exact
+    wanted = [replace(small("a"), adapter_scale=0.7, seed=seed) for seed in range(4)]
+    alone = [engine.generate([request])[0].image for request in wanted]
+    together = [result.image for result in engine.generate(wanted)]
+    engine.close()
+    for one, other in zip(alone, together, strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.tobytes() == other.tobytes()
 
 
 def test_each_adapter_changes_the_picture_by_a_margin(adapters: dict[str, Path]) -> None:

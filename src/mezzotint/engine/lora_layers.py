@@ -238,7 +238,8 @@ class RowCopies:
         torch._foreach_copy_(self._downs_of[index], row.packed.downs)
         torch._foreach_copy_(self._ups_of[index], [up for ups in row.packed.ups for up in ups])
         if row.scale != 1.0:
-            torch._foreach_mul_(self._ups_of[index], row.scale)
+            for up in self._ups_of[index]:  # _foreach_mul_ would round the scale itself to bf16
+                up.mul_(row.scale)
         self._held[index] = (row.serial, row.scale)
 
 
@@ -335,7 +336,8 @@ class _OneByOne:
 
 def _add_linear(out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> None:
     inner = x.reshape(-1, x.shape[-1]) @ down
-    out.view(-1, out.shape[-1]).addmm_(inner, up, alpha=scale)
+    scaled = up if scale == 1.0 else up * scale  # not `alpha`: rounded as in RowCopies
+    out.view(-1, out.shape[-1]).addmm_(inner, scaled)
 
 
 def _add_conv(module: nn.Conv2d) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], None]:
