@@ -211,6 +211,10 @@ class _Worker:
                 pass
 
     def _admit(self, request: Generate) -> None:
+        if request.adapter is not None and request.adapter not in self.adapters:
+            text = f"there is no adapter {request.adapter!r} here"
+            self._send(Failed(request.job_id, "adapter_not_found", text, "model"))
+            return
         job = FakeJob(request, request.width or self.size, request.height or self.size)
         self.jobs[request.job_id] = job
         self._send(Progress(request.job_id, 0, request.num_inference_steps))

@@ -174,6 +174,15 @@ def test_removing_lets_requests_that_were_taken_in_finish(tmp_path: Path) -> Non
 # ---------------------------------------------------------------- across restarts
 
 
+def test_a_request_that_waited_for_its_worker_finds_its_adapter(tmp_path: Path) -> None:
+    named = (AdapterSettings(route="flat", source=str(write(tmp_path / "flat.safetensors"))),)
+    with hosting(settings_for(tmp_path, endpoint("fake:load_s=0.5", adapters=named)), ready=False) as host:
+        assert host.post(model="one:flat").status_code == 200, "it came while the model was loading"
+        fatal = f"a cat !die-once@2:{tmp_path / 'flag'}"
+        answer = host.post(fatal, model="one:flat")
+        assert answer.status_code == 200, f"its worker died, and the next one runs it again: {answer.text}"
+
+
 def test_adapters_survive_a_restart_and_the_loss_of_their_source(tmp_path: Path) -> None:
     file = write(tmp_path / "flat.safetensors")
     with hosting(settings_for(tmp_path)) as host:

@@ -347,6 +347,9 @@ class Endpoint:
             self._all_replicas.add(replica)
 
     def _replica_changed(self, replica: Replica) -> None:
+        if replica.is_ready:
+            for adapter in self.adapters.values():  # before any request that names one
+                replica.send(adapter)
         coming = self.next
         if coming is not None and replica in coming.replicas:
             if all(other.is_ready for other in coming.replicas):
@@ -434,8 +437,6 @@ class Endpoint:
                 self.dispatcher.hear(replica, message)
 
     def _became_ready(self, replica: Replica, info: ModelInfo, load_s: float) -> None:
-        for adapter in self.adapters.values():
-            replica.send(adapter)
         generation = self.next if self.next and replica in self.next.replicas else self.current
         self._calibration = Calibration(fingerprint(generation.spec), info, load_s)
         self._on_calibrated(self, self._calibration)
@@ -466,7 +467,7 @@ class Endpoint:
             return None
         waiter: asyncio.Future[AdapterAdded | AdapterFailed] = asyncio.get_running_loop().create_future()
         self._adapter_waiters.setdefault(adapter.route, []).append(waiter)
-        for replica in ready:
+        for replica in [*ready, *self._coming]:
             replica.send(adapter)
         found = await waiter
         if isinstance(found, AdapterFailed):
@@ -484,8 +485,13 @@ class Endpoint:
         """Forgets an adapter; jobs that already use it finish."""
         self.adapters.pop(route, None)
         self.adapter_facts.pop(route, None)
-        for replica in self.current.ready:
+        for replica in [*self.current.ready, *self._coming]:
             replica.send(RemoveAdapter(route))
+
+    @property
+    def _coming(self) -> list[Replica]:
+        """Workers of an update that are up and wait for the others."""
+        return self.next.ready if self.next is not None else []
 
     def _heard_of_adapter(self, message: AdapterAdded | AdapterFailed) -> None:
         self.adapter_facts[message.route] = message
