@@ -196,7 +196,9 @@ BASE = "/dedicated/beta/endpoint"
 class Studio:
     """A server with two real models, each in a folder of its own."""
 
+    server: Process
     http: httpx2.Client
+    log: Path
     folder: Path
     """Of endpoint `one`."""
     copy: Path
@@ -261,7 +263,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
         shutil.copytree(copy, place)
     with server_process(folder, 1, one=one, two=two) as server, client(server.url, server.key) as http:
         http.timeout = START_S
-        yield Studio(http, one, copy)
+        yield Studio(server, http, folder / "log", one, copy)
 
 
 def test_a_model_folder_that_vanishes_is_noticed_at_the_next_start(studio: Studio) -> None:
@@ -301,3 +303,15 @@ def test_weights_that_are_cut_short_fail_their_endpoint_and_no_other(studio: Stu
     studio.refused()
     studio.mend()
     assert studio.picture() == before
+
+
+def test_killed_workers_leave_no_semaphore_behind(studio: Studio) -> None:
+    """The last test of this server: only when it ends does Python tell of what was left."""
+    studio.kill_worker()
+    assert studio.picture()
+    children = studio.server.children()
+    studio.server.process.send_signal(signal.SIGTERM)
+    studio.server.process.wait(PATIENCE_S)
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE_S)
+    assert not alive
+    assert "leaked" not in studio.log.read_text()

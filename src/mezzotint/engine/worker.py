@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 
 import diffusers
 import transformers
+from tqdm.std import tqdm
 
 from mezzotint.engine import Engine, Request, loading
 from mezzotint.engine.lora import CheckedFile
@@ -147,7 +148,11 @@ def _load_failed(error: Exception) -> LoadFailed:
 
 
 def _quiet() -> None:
-    """Warnings and worse to stderr; of the libraries only errors, for their warnings quote prompts."""
+    """Warnings and worse to stderr; of the libraries only errors, for their warnings quote prompts.
+
+    The progress bars, shown or not, would make a lock between processes, which a killed worker leaves behind.
+    """
+    tqdm.set_lock(threading.RLock())
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
     )
@@ -278,6 +283,7 @@ class Worker:
             case RemoveAdapter(route):
                 self._checks.pop(route, None)
                 self.engine.adapters.remove(route)
+                self._go_on(route)
             case PrefetchAdapter(route):
                 self.engine.adapters.prefetch(route)
             case Shutdown():
@@ -335,10 +341,14 @@ class Worker:
         for route in finished:
             message, future = self._checks.pop(route)
             self._outbox.send(self._register(message, future))
-            ready = [each for each in self._held if each.adapter == route]
-            self._held = [each for each in self._held if each.adapter != route]
-            for each in ready:
-                self._generate(each)
+            self._go_on(route)
+
+    def _go_on(self, route: str) -> None:
+        """Hands over what waited for this adapter, which is known now or refused."""
+        ready = [each for each in self._held if each.adapter == route]
+        self._held = [each for each in self._held if each.adapter != route]
+        for each in ready:
+            self._generate(each)
 
     def _register(self, message: AddAdapter, future: Future[CheckedFile]) -> AdapterAdded | AdapterFailed:
         try:
