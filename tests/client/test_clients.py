@@ -102,6 +102,7 @@ def test_events_of_a_forgotten_request_are_told(connect: Connect, script: Script
         ("out_of_memory", "server_error", errors.GenerationError),
         ("deadline_exceeded", "server_error", errors.DeadlineError),
         ("endpoint_failed", "server_error", errors.UnavailableError),
+        ("server_stopping", "server_error", errors.UnavailableError),
         ("not_supported", "invalid_request_error", errors.InvalidRequestError),
         ("adapter_load_failed", "server_error", errors.InternalError),
     ],
