@@ -17,6 +17,7 @@ from typing import Any, Self
 import httpx2
 import pytest
 
+from mezzotint.messages import Done
 from mezzotint.server import keys
 from mezzotint.server.endpoints import State
 from mezzotint.server.keys import Limits
@@ -455,9 +456,33 @@ def test_a_watcher_sees_its_place_change_and_gets_the_answer_too(tmp_path: Path)
         assert told[-1] == ("done", waiting.result().json())
 
 
-@pytest.mark.parametrize("text", ["respond-async, previews=11", "previews=x"])
+@pytest.mark.parametrize("text", ["respond-async, previews=11", "previews=x", f"previews={'9' * 5000}"])
 def test_a_bad_prefer_header_is_422(host: Host, text: str) -> None:
     assert host.post(headers={"prefer": text}).status_code == 422
+
+
+def test_a_server_that_remembers_nothing_still_answers_who_waits(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, endpoint("fake:step_s=0.01"), idempotency_ttl_s=0)
+    with hosting(settings) as host:
+        assert host.picture("a fox", seed=1) == host.picture("a fox", seed=1)
+        request_id = host.submit("told", num_inference_steps=20)
+        assert events(host, request_id)[-1][0] == "done"
+        tickets = host.service.admission.tickets
+        host.until(lambda: not tickets.by_id)
+        assert host.call(lambda: tickets.num_bytes) == 0
+
+
+def test_a_request_cancelled_in_the_moment_of_its_last_picture_ends_once(host: Host) -> None:
+    ticket = host.service.admission.tickets.by_id[host.submit("just now", num_inference_steps=50)]
+    (job,) = ticket.jobs
+
+    async def both() -> None:
+        job.end(Done(job.request.job_id, 16, 16, 0.1, bytes(16 * 16 * 3)))
+        host.service.admission.cancel(ticket)
+        await host.service.admission.settle()
+
+    host.run(both())
+    assert ticket.status == "cancelled"
 
 
 # ---------------------------------------------------------------- many at once

@@ -109,13 +109,6 @@ def test_a_bad_request_is_refused_before_any_work(
     assert answer.json()["detail"] == error["message"]
 
 
-@pytest.mark.parametrize("number", ["11", "-1", "two", "9" * 5000], ids=["large", "negative", "word", "huge"])
-def test_more_previews_than_there_may_be_are_refused(host: Host, number: str) -> None:
-    answer = host.post(headers={"prefer": f"previews={number}"})
-    error = answer.json()["error"]
-    assert (answer.status_code, error["code"], error["param"]) == (422, "out_of_range", "Prefer")
-
-
 def test_the_nearest_endpoint_is_named(host: Host) -> None:
     assert "did you mean one?" in host.post(model="onee").json()["detail"]
 

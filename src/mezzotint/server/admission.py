@@ -364,6 +364,8 @@ class Admission:
             task.add_done_callback(self._finishing.discard)
 
     async def _finish(self, ticket: Ticket) -> None:
+        if ticket.ended:  # in the same turn of the loop as its last picture came
+            return
         pictures = [ticket.pictures[number] for number in range(len(ticket.jobs))]
         for text in (text for picture in pictures for text in picture.warnings):
             if text not in ticket.warnings:

@@ -150,7 +150,8 @@ class Tickets:
         self.by_id: dict[str, Ticket] = {}
         self.by_idempotency: dict[tuple[str, str], Ticket] = {}
         self._ended: deque[tuple[float, Ticket]] = deque()
-        self._bytes = 0
+        self.num_bytes = 0
+        """Of the answers kept."""
 
     def add(self, ticket: Ticket) -> None:
         self.by_id[ticket.id] = ticket
@@ -163,9 +164,9 @@ class Tickets:
     def keep(self, ticket: Ticket, now: float) -> None:
         """Takes note that a request has ended; forgets old ones that no longer fit."""
         self._ended.append((now, ticket))
-        self._bytes += len(ticket.answer.body) if ticket.answer else 0
+        self.num_bytes += len(ticket.answer.body) if ticket.answer else 0
         for _, other in self._ended:
-            if self._bytes <= MAX_KEPT_BYTES:
+            if self.num_bytes <= MAX_KEPT_BYTES:
                 break
             if not other.clients:
                 self.drop_answer(other)
@@ -174,14 +175,18 @@ class Tickets:
     def drop_answer(self, ticket: Ticket) -> None:
         """Frees the memory of an answer that nobody will ask for."""
         if ticket.answer is not None:
-            self._bytes -= len(ticket.answer.body)
+            if ticket.id in self.by_id:
+                self.num_bytes -= len(ticket.answer.body)
             ticket.answer = None
 
     def sweep(self, now: float) -> None:
-        """Forgets the requests that ended too long ago."""
+        """Forgets the requests that ended too long ago; whoever waits for an answer still gets it."""
         while self._ended and (self._ended[0][0] + self.ttl_s <= now or len(self._ended) > MAX_KEPT):
             _, ticket = self._ended.popleft()
-            self.drop_answer(ticket)
+            if not (ticket.clients or ticket.watchers):
+                self.drop_answer(ticket)
+            elif ticket.answer is not None:
+                self.num_bytes -= len(ticket.answer.body)
             self.by_id.pop(ticket.id, None)
             place = (ticket.key.id, ticket.idempotency_key or "")
             if self.by_idempotency.get(place) is ticket:
