@@ -55,7 +55,7 @@ def test_every_line_is_checked_before_the_first_is_sent(run: Run) -> None:
     Path("prompts.txt").write_text('a cat\n{"prompt": "a dog", "num_inference_steps": 99}\n')
     done = run("generate", "--prompts", "prompts.txt", "--out", "out")
     assert done.returncode == 2
-    assert "num_inference_steps" in done.stderr
+    assert "line 2: num_inference_steps" in done.stderr
     assert not Path("out").exists()
 
 
@@ -76,5 +76,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="nowhere"):
         read_prompts(tmp_path / "nowhere", {})
     (tmp_path / "broken").write_text('a cat\n{"prompt": }\n')
-    with pytest.raises(InvalidRequestError, match="line 2"):
+    with pytest.raises(InvalidRequestError, match="line 2: is no JSON object"):
         read_prompts(tmp_path / "broken", {})
+    (tmp_path / "empty").write_text("\n\n")
+    with pytest.raises(InvalidRequestError, match="no prompt in it"):
+        read_prompts(tmp_path / "empty", {})

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,9 @@ def test_an_endpoint_is_made_shown_changed_put_to_sleep_and_deleted(run: Run) ->
 
     shown = json.loads(run("endpoints", "show", "second", "--json").stdout)
     assert shown["settings"]["max_rows"] == 2
-    assert "max_rows" in run("endpoints", "show", "second").stdout
+    for_people = run("endpoints", "show", "second").stdout
+    assert "max_rows" in for_people
+    assert f"{datetime.fromtimestamp(shown['created']):%Y-%m-%d %H:%M:%S}" in for_people
 
     assert run("endpoints", "update", "second", "--set", "max_rows=3").returncode == 0
     wait_for_status(run, "second", "RUNNING")

@@ -59,6 +59,8 @@ def read_prompts(file: Path, common: Mapping[str, Any]) -> list[Entry]:
             _fields_of(file, number, line) if line.lstrip().startswith("{") else {"prompt": line.strip()}
         )
         entries.append(Entry(number, fields))
+    if not entries:
+        raise InvalidRequestError(f"--prompts {file}: has no prompt in it", param="prompts")
     return entries
 
 
@@ -66,7 +68,8 @@ def _fields_of(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
         fields: dict[str, Any] = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InvalidRequestError(f"{file}, line {number + 1}: {error}", param="prompts") from None
+        text = f"{file}, line {number + 1}: is no JSON object ({error})"
+        raise InvalidRequestError(text, param="prompts") from None
     return fields
 
 
@@ -74,8 +77,12 @@ def run(client: Client, entries: list[Entry], folder: Path, suffix: str, *, as_j
     """Makes what is missing, printing each file as it is done; the number of requests that failed."""
     from mezzotint.schemas import make_body
 
-    for entry in entries:
-        make_body(entry.fields)  # every line is checked before the first is sent
+    for entry in entries:  # every line is checked before the first is sent
+        try:
+            make_body(entry.fields)
+        except InvalidRequestError as error:
+            text = f"line {entry.line + 1}: {error.message}"
+            raise InvalidRequestError(text, code=error.code, param=error.param) from None
     folder.mkdir(parents=True, exist_ok=True)
     done = finished(folder)
     _end_the_last_line(folder / MANIFEST)

@@ -61,6 +61,9 @@ def show(
         typer.echo(json.dumps(spec))
         return
     replicas = {replica.pop("name"): replica for replica in spec.pop("replicas")}
+    for replica in replicas.values():
+        if not replica["stage"]:
+            del replica["stage"]
     info = spec.pop("info") or {}
     calibration = {
         f"{int(row['rows'])} rows": f"{row['rows_per_s']:.1f} rows/s" for row in info.pop("calibration", [])

@@ -6,6 +6,7 @@ Both run the engine's own programs as child processes, because only the engine m
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Annotated
@@ -48,4 +49,7 @@ def _engine_program(module: str, *arguments: str, capture: bool = False) -> subp
     require_engine()
     program = f"import sys; from mezzotint.engine.{module} import main; sys.exit(main())"
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, text=True, stdout=subprocess.PIPE if capture else None, check=False)
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}  # without advice on optional packages
+    return subprocess.run(
+        command, text=True, stdout=subprocess.PIPE if capture else None, check=False, env=environment
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 
 import typer
 
@@ -33,12 +34,14 @@ def _fact_lines(facts: Mapping[str, object], indent: str) -> Iterator[tuple[str,
         elif isinstance(value, list):
             yield name, ", ".join(str(item) for item in value) or "none"
         else:
-            yield name, _said(value, is_bytes=key.endswith("_bytes"))
+            yield name, _said(key, value)
 
 
-def _said(value: object, is_bytes: bool) -> str:
-    if is_bytes and isinstance(value, int):
+def _said(key: str, value: object) -> str:
+    if key.endswith("_bytes") and isinstance(value, int):
         return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+    if isinstance(value, float):
+        return f"{datetime.fromtimestamp(value):%Y-%m-%d %H:%M:%S}" if key == "created" else f"{value:.4g}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)

@@ -324,7 +324,7 @@ class Replica:
             case Loading(stage):
                 self.stage = stage
             case Ready(info, load_s):
-                self.info, self.load_s, self.failure = info, load_s, ""
+                self.info, self.load_s, self.failure, self.stage = info, load_s, "", ""
                 self.ready_at = self._heard
                 self._clear_timers()
                 self._later(self._launcher.heartbeat_s / 3, self._beat, process)
