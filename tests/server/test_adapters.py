@@ -390,6 +390,8 @@ def _text(file: Path, text: str = "hello, this is no safetensors file") -> Path:
 
 
 BAD_SOURCES: dict[str, tuple[Any, str, str]] = {
+    "a name too long": (lambda f: f / ("a" * 5000), "adapter_source_not_found", "cannot be looked at"),
+    "nobody's home": (lambda f: "~nobody-of-that-name/a", "adapter_source_not_found", "cannot be looked at"),
     "nothing there": (lambda f: f / "none.safetensors", "adapter_source_not_found", "no file or folder"),
     "a pickle": (lambda f: _text(f / "a.bin"), "adapter_unsupported", "pickle"),
     "another file": (lambda f: _text(f / "a.txt"), "adapter_unsupported", "no safetensors file"),

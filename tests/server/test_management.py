@@ -144,6 +144,20 @@ def test_bad_bodies_are_refused(host: Host, body: dict[str, Any], code: str, par
     assert (answer.status_code, error["code"], error["param"]) == (422, code, param)
 
 
+def test_an_endpoint_whose_adapter_cannot_be_had_is_not_made(tmp_path: Path) -> None:
+    adapters = [{"route": "ink", "source": str(tmp_path / "none.safetensors")}]
+    body = {"name": "made", "settings": {"model": "fake", "adapters": adapters}}
+    with hosting(settings_for(tmp_path)) as host:
+        answer = host.client.post(BASE, json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "settings.adapters")
+        changed = host.client.put(f"{BASE}/one", json={"settings": {"adapters": adapters}})
+        assert (changed.status_code, changed.json()["error"]["code"]) == (422, "not_supported")
+        assert set(host.client.get(BASE).json()["data"]) == {"one"}
+        key = host.service.first_key
+    with hosting(settings_for(tmp_path), key=key) as host:  # nothing stored stops the next start
+        assert host.post().status_code == 200
+
+
 def test_an_endpoint_cannot_be_renamed(host: Host) -> None:
     assert host.client.put(f"{BASE}/one", json={"name": "two"}).json()["error"]["param"] == "name"
 

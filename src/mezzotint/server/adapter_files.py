@@ -53,7 +53,13 @@ class Kept:
 
 def keep(source: str, folder: Path, max_bytes: int) -> Kept:
     """Fetches `source`, checks its frame and copies it below `folder`; InvalidRequestError says why not."""
-    weights = _locate(source, max_bytes)
+    try:
+        weights = _locate(source, max_bytes)
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that is not ours, nobody's home
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise _refusal(
+            f"source {echo(source)} cannot be looked at: {why}", "adapter_source_not_found"
+        ) from None
     if weights.suffix != ".safetensors":
         pickled = weights.suffix in PICKLES
         why = "a pickle file, which can run code when opened" if pickled else "no safetensors file"

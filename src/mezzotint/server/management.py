@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from mezzotint.config import EndpointSettings
-from mezzotint.errors import ConflictError, InvalidRequestError, echo
+from mezzotint.errors import ConfigError, ConflictError, InvalidRequestError, echo
 from mezzotint.server.endpoints import Desired, Endpoint, State
 from mezzotint.server.registry import Version
 from mezzotint.server.routes import ERRORS, TheAdmin, TheService, admin_of
@@ -149,7 +149,12 @@ router = APIRouter(
 async def create(body: EndpointCreate, service: TheService, admin: TheAdmin) -> EndpointStatus:
     spec = _changed(EndpointSettings.model_construct(id=body.name), body)
     endpoint = await service.registry.create(spec, admin.name, body.initial_version_comment or "")
-    await service.adapters.adopt(endpoint)
+    try:
+        await service.adapters.adopt(endpoint)
+    except ConfigError as error:  # nothing may be stored that would stop the next start
+        await endpoint.terminate(drain_s=0)
+        await service.registry.delete(endpoint)
+        raise InvalidRequestError(error.message, param="settings.adapters") from None
     return status_of(endpoint)
 
 
@@ -170,6 +175,12 @@ async def update(
     endpoint: ThePath, body: EndpointUpdate, service: TheService, admin: TheAdmin
 ) -> EndpointSpec:
     """Starts workers with the new settings and retires the old when those are ready: no request fails."""
+    if "adapters" in (body.settings or {}):
+        raise InvalidRequestError(
+            f"settings.adapters cannot be changed here; add and remove them at .../{endpoint.id}/adapters",
+            code="not_supported",
+            param="settings.adapters",
+        )
     spec = _changed(endpoint.spec, body)
     await service.registry.update(endpoint, spec, admin.name, body.new_version_comment or "")
     history = await service.registry.history(endpoint.id)
