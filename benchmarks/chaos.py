@@ -394,6 +394,7 @@ def show(
 ) -> None:
     everything = [outcome for of_kind in outcomes.values() for outcome in of_kind]
     seconds = [outcome.seconds for outcome in outcomes["patient"] if outcome.status == 200]
+    codes = Counter(outcome.code for outcome in everything if outcome.code)
     words = Counter(words[0] for words in ended.values() if words)
     hang = "not noticed" if faults.hang_noticed_s is None else f"noticed after {faults.hang_noticed_s:.1f} s"
     counts = {
@@ -401,7 +402,7 @@ def show(
         "of these hung up for good": sum(outcome.left for outcome in everything),
         "of these sent more than once": sum(outcome.attempts > 1 for outcome in everything),
         "answered": sum(outcome.status == 200 for outcome in everything),
-        "refused by the full disk": sum(outcome.code == DISK_FULL for outcome in everything),
+        **{f"answered with {code}": number for code, number in sorted(codes.items())},
         **{f"ended as {word}": number for word, number in sorted(words.items())},
         "workers killed": faults.killed,
     }
