@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, Self
@@ -470,6 +471,23 @@ def test_a_server_that_remembers_nothing_still_answers_who_waits(tmp_path: Path)
         tickets = host.service.admission.tickets
         host.until(lambda: not tickets.by_id)
         assert host.call(lambda: tickets.num_bytes) == 0
+
+
+def test_what_had_no_effect_is_said_once_and_by_the_worker(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.05"))) as host:
+        (replica,) = host.endpoint().current.replicas
+        assert replica.info is not None
+        replica.info = replace(replica.info, guidance_effective=False)
+        waiting = host.post_soon("a cat", guidance_scale=3.0, n=2, num_inference_steps=50)
+        host.until(lambda: host.service.admission.tickets.by_id)
+        (ticket,) = host.service.admission.tickets.by_id.values()
+
+        def end() -> None:
+            for job in ticket.jobs:
+                job.end(Done(job.request.job_id, 16, 16, 0.1, bytes(16 * 16 * 3), warnings=["no effect"]))
+
+        host.call(end)
+        assert waiting.result().json()["warnings"] == ["no effect"]
 
 
 def test_a_request_cancelled_in_the_moment_of_its_last_picture_ends_once(host: Host) -> None:

@@ -148,13 +148,10 @@ class Admission:
         endpoint.require_available()
         now = asyncio.get_running_loop().time()
         timeout_s = endpoint.spec.deadline_s if timeout_s is None else timeout_s
-        ticket = Ticket(
-            request_id, key, endpoint, finish, fingerprint, idempotency_key, now + timeout_s, warnings=[]
-        )
+        ticket = Ticket(request_id, key, endpoint, finish, fingerprint, idempotency_key, now + timeout_s)
         jobs = [self._job(ticket, part) for part in _parts(request, request_id, endpoint, key)]
         for job in jobs:
             endpoint.facts.check(job.request)
-        ticket.warnings = endpoint.facts.warnings(guidance=request.guidance_scale)
         self._quotas.require(key, now)
         self._require_room(endpoint, key, [job.work_s for job in jobs], timeout_s, now)
         ticket.jobs = jobs

@@ -89,12 +89,6 @@ class Facts:
                 param="negative_prompt",
             )
 
-    def warnings(self, *, guidance: float | None) -> list[str]:
-        """What was accepted without effect."""
-        if guidance is not None and self.info and not self.info.guidance_effective:
-            return [f"guidance_scale has no effect on endpoint {self.spec.id}: its model ignores it"]
-        return []
-
 
 @dataclass(frozen=True, slots=True)
 class Calibration:

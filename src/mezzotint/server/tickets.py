@@ -80,7 +80,8 @@ class Ticket:
     idempotency_key: str | None
     deadline: float
     """On the event loop's clock."""
-    warnings: list[str]
+    warnings: list[str] = field(default_factory=list)
+    """What had no effect, as the workers said; each once."""
     created: float = field(default_factory=time.time)
     status: RequestStatus = "queued"
     jobs: list[Job] = field(default_factory=list)
