@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from tests.server.hosting import GENERATE, Host, hosting, settings_for
+from mezzotint.server import keys
+from tests.server.hosting import GENERATE, Host, client, hosting, settings_for
 
 SIZE = 4
 LONG_AGO_S = 1_000_000
@@ -95,6 +97,31 @@ def test_the_newest_outlive_their_urls_and_older_ones_do_not(host: Host, http: h
     assert seeds(http) == [5, 4, 3, 2]
     left = {file.name for file in folder.iterdir()} & mine
     assert left == {item["name"] for item in http.get("/dedicated/v1/images").json()["data"]}
+
+
+@pytest.mark.parametrize("end", ["revoked", "deleted"])
+def test_pictures_of_a_key_that_is_no_more_end_with_their_urls(host: Host, end: str) -> None:
+    engine = host.service.engine
+    key, secret = keys.create_key(engine, f"to be {end}")
+    with client(host.url, secret) as http:
+        url = make(host, http, 1)
+    (keys.revoke_key if end == "revoked" else keys.delete_key)(engine, key.id)
+    host.service.gallery.clean()
+    assert httpx2.get(url).status_code == 200, "the URL has not expired"
+    file = host.service.storage.folder / httpx2.URL(url).path.rpartition("/")[2]
+    os.utime(file, (time.time() - LONG_AGO_S,) * 2)
+    host.service.gallery.clean()
+    assert not file.exists()
+
+
+def test_without_keys_everybodys_pictures_outlive_their_urls(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, auth=False)) as host:
+        make(host, host.client, 1)
+        (file,) = host.service.storage.folder.iterdir()
+        os.utime(file, (time.time() - LONG_AGO_S,) * 2)
+        host.service.gallery.clean()
+        assert seeds(host.client) == [1]
+        assert file.exists()
 
 
 def test_the_page_and_its_files_are_served_without_a_key(host: Host) -> None:

@@ -1,6 +1,6 @@
 """The gallery: which stored pictures are whose, what made them, and how long they stay.
 
-The newest pictures of a key stay when their URLs have expired, so that their maker finds them again;
+The newest pictures of a living key stay when their URLs have expired, so that their maker finds them again;
 whoever else held such a URL cannot use it any more. Methods touch the database and the disk: call them from
 a thread.
 """
@@ -18,6 +18,7 @@ import structlog
 from mezzotint.errors import NotFoundError, echo
 from mezzotint.images import Parameters
 from mezzotint.server import database
+from mezzotint.server.keys import ANONYMOUS
 from mezzotint.server.storage import Storage
 
 _TABLE = database.pictures
@@ -83,8 +84,10 @@ class Gallery:
         )
         ranked = sa.select(_TABLE.c.name, newest.label("rank")).subquery()
         beyond = sa.select(ranked.c.name).where(ranked.c.rank > self._size)
+        living = sa.select(database.keys.c.id).where(database.keys.c.revoked.is_(None))
+        orphan = _TABLE.c.key_id.not_in(living) & (_TABLE.c.key_id != ANONYMOUS.id)
         with self._engine.begin() as connection:
-            connection.execute(_TABLE.delete().where(_TABLE.c.name.in_(beyond)))
+            connection.execute(_TABLE.delete().where(_TABLE.c.name.in_(beyond) | orphan))
             kept = frozenset(connection.scalars(sa.select(_TABLE.c.name)))
         return self._storage.clean(kept)
 
