@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.engine.scheduler import Service, StepTimes, Waiting, pick
+from mezzotint.engine.scheduler import MAX_SIZES, Service, StepTimes, Waiting, pick
 
 
 def waiting(job_id: str, **fields: Any) -> Waiting:
@@ -248,6 +248,15 @@ def test_measured_times_follow_slow_changes_and_shrug_off_a_hiccup() -> None:
     for _ in range(50):
         times.add(8, 8, 2.0)
     assert times.estimate(8, 8) == pytest.approx(2.0, rel=1e-3)
+
+
+def test_only_the_latest_sizes_are_remembered() -> None:
+    times = StepTimes()
+    for width in range(1, 2 * MAX_SIZES):
+        times.add(8, 8, 1.0)
+        times.add(width, 100, 0.1)
+    assert len(times.table()) == MAX_SIZES
+    assert times.estimate(8, 8) == 1.0, "what is still in use stays"
 
 
 def test_the_scheduler_itself_imports_no_torch() -> None:

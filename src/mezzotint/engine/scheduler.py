@@ -111,6 +111,10 @@ class Service:
         self._present = frozenset()
 
 
+MAX_SIZES = 64
+"""Sizes of pictures whose times are remembered: those measured last."""
+
+
 class StepTimes:
     """Measured seconds of one denoiser forward by shape, as a running average that follows slow changes."""
 
@@ -120,9 +124,11 @@ class StepTimes:
 
     def add(self, width: int, height: int, seconds: float) -> None:
         """Records one measured forward for pictures of this size."""
-        known = self._seconds.get((width, height))
+        known = self._seconds.pop((width, height), None)
         change = 0.0 if known is None else self._weight * (seconds - known)
         self._seconds[width, height] = seconds if known is None else known + change
+        if len(self._seconds) > MAX_SIZES:
+            del self._seconds[next(iter(self._seconds))]
 
     def estimate(self, width: int, height: int) -> float:
         """Seconds of one forward; an unmeasured size is scaled by pixels from the nearest measured one."""
