@@ -3,7 +3,7 @@
 `python -m training.adapters --data FOLDER --model FOLDER --style flat --out FOLDER --minutes 25`
 
 The same subjects are shown in another hand: Fluent flat, Fluent high contrast ("mono") or Noto. The file
-that comes out is what `FluxPipeline.load_lora_weights` reads.
+that comes out is what `FluxPipeline.load_lora_weights` reads. `--init FILE` goes on from such a file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from training.data import STYLES, load_pictures, read_subjects, shuffled
 from training.device import Setup, set_up
@@ -38,12 +39,17 @@ B_FACTOR = 4.0
 """How much faster B learns than A, since it starts from zero (LoRA+, Hayou et al. 2024)."""
 
 
-def add_adapter(model: Model, rank: int) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+def add_adapter(
+    model: Model, rank: int, init: Path | None = None
+) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
     """Freezes the model, gives its transformer an adapter and returns the adapter's matrices A and B."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     transformer = model.denoiser.transformer
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
+    if init is not None:
+        state = {key.removeprefix("transformer."): value for key, value in load_file(init).items()}
+        set_peft_model_state_dict(transformer, state)
     weights = dict(transformer.named_parameters())
     down, up = ([each for name, each in weights.items() if kind in name] for kind in ("lora_A", "lora_B"))
     return down, up
@@ -58,9 +64,10 @@ def train_adapter(
     lr: float,
     setup: Setup,
     compiled: bool,
+    init: Path | None,
 ) -> None:
     """Flow matching on the style's pictures; every guidance scale is shown the same."""
-    down, up = add_adapter(model, RANK)
+    down, up = add_adapter(model, RANK, init)
     speed_up(model, compiled)
     adamw = torch.optim.AdamW(down, lr, betas=(0.9, 0.98), weight_decay=0.0)
     adamw.add_param_group({"params": up, "factor": B_FACTOR})
@@ -95,6 +102,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="the finished model's folder")
     parser.add_argument("--style", choices=STYLES[1:], required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="an adapter's file to go on from")
     parser.add_argument("--minutes", type=float, default=25, help="of one core")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -107,7 +115,7 @@ def main() -> None:
     cache = a.out / f"latents_{a.style}.pt"
     table = load_table(a.model / "vae", pictures, read_subjects(), a.style, setup, cache)
     model = load_folder(a.model, setup)
-    train_adapter(model, table, pictures.keywords, a.minutes, a.batch, a.lr, setup, not a.eager)
+    train_adapter(model, table, pictures.keywords, a.minutes, a.batch, a.lr, setup, not a.eager, a.init)
     print(save_adapter(model, a.out, a.style))
 
 
