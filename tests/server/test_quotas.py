@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,34 @@ def test_what_is_used_while_it_is_written_is_not_forgotten(engine: sa.Engine) ->
     again = Quotas(engine)
     again.load(key)
     assert again.today(key) == pytest.approx(5.0)
+
+
+def test_two_who_write_at_once_write_it_once(engine: sa.Engine) -> None:
+    """The writing of each minute may still be under way when the server ends and writes for the last time."""
+    key, quotas = Key("k", "k", limits=Limits(step_seconds_per_day=10)), Quotas(engine)
+    quotas.used(key, step_seconds=1.0, images=1)
+    other = threading.Thread(target=quotas.store)
+
+    def meanwhile(_: sa.Connection) -> None:
+        if other.ident is None:
+            other.start()
+            other.join(0.2)  # it waits for its turn; were there none, it would be done by now
+
+    sa.event.listen(engine, "begin", meanwhile)
+    quotas.store()
+    other.join()
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(database.usage.c.images)).scalars().all() == [1]
+
+
+def test_past_days_are_not_kept_in_memory(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, quotas = Key("k", "k", limits=Limits(step_seconds_per_day=10)), Quotas(engine)
+    for day in ("2026-11-21", "2026-11-22", "2026-11-23"):
+        monkeypatch.setattr("mezzotint.server.quotas.today", lambda day=day: day)
+        quotas.used(key, step_seconds=1.0, images=1)
+        quotas.store()
+        assert quotas.today(key) == pytest.approx(1.0)
+    assert len(quotas._stored) == 1
 
 
 def test_both_limits_over_http_and_across_a_restart(tmp_path: Path, database_url: str) -> None:

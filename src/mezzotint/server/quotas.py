@@ -46,6 +46,7 @@ class Quotas:
         self._fresh: dict[tuple[str, str], _Use] = {}
         """Use that has not been written yet."""
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
 
     def load(self, key: Key) -> None:
         """Reads today's use of a key that has a daily limit; does nothing the second time."""
@@ -91,6 +92,10 @@ class Quotas:
 
     def store(self) -> None:
         """Writes what was used since the last time; on an error it stays for the next time."""
+        with self._writing:
+            self._store()
+
+    def _store(self) -> None:
         with self._lock:
             fresh = {place: replace(use) for place, use in self._fresh.items()}
         if not fresh:
@@ -106,6 +111,8 @@ class Quotas:
                 self._stored[place] = self._stored.get(place, 0.0) + use.step_seconds
                 if not rest.images and rest.step_seconds <= 1e-9:
                     del self._fresh[place]
+            for place in [place for place in self._stored if place[1] != today()]:
+                del self._stored[place]
 
     def _require_daily(self, key: Key) -> None:
         limit = key.limits.step_seconds_per_day
