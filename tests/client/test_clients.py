@@ -75,6 +75,13 @@ def test_lost_events_are_taken_up_again(connect: Connect, script: Script) -> Non
     assert len(script.seen) == 4
 
 
+def test_a_result_is_asked_for_once(connect: Connect, script: Script) -> None:
+    script.answers(ACCEPTED, sse(PROGRESS, DONE))
+    handle = connect(script.url).submit(**CAT)
+    assert handle.result() is handle.result()
+    assert len(script.seen) == 2
+
+
 def test_a_large_picture_fits_into_the_last_event(connect: Connect, script: Script) -> None:
     pixels = bytes(2048 * 2048 * 3)
     large = item("raw", b64_json=base64.b64encode(pixels).decode(), width=2048, height=2048)

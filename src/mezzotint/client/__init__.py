@@ -282,10 +282,11 @@ class Handle:
                         exchange.raise_for_error(response)
                     for sse in httpx2.EventSource(response, MAX_EVENT_BYTES):
                         event = watch.read(sse)
+                        if isinstance(event, Completed):
+                            self._result = event.result
                         if event is not None:
                             yield event
                         if isinstance(event, Completed):
-                            self._result = event.result
                             return
             except httpx2.TransportError as error:
                 failure = error
@@ -491,10 +492,11 @@ class AsyncHandle:
                         exchange.raise_for_error(response)
                     async for sse in httpx2.EventSource(response, MAX_EVENT_BYTES):
                         event = watch.read(sse)
+                        if isinstance(event, Completed):
+                            self._result = event.result
                         if event is not None:
                             yield event
                         if isinstance(event, Completed):
-                            self._result = event.result
                             return
             except httpx2.TransportError as error:
                 failure = error
