@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -491,6 +492,14 @@ def test_a_hub_that_is_away_is_told_at_once(
     with pytest.raises(InvalidRequestError, match=r"cannot be reached, .*copy the file") as caught:
         keep(source, tmp_path / "kept", MAX_BYTES)
     assert caught.value.code == "adapter_source_not_found"
+
+
+def test_a_hub_that_says_nothing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mezzotint.server.adapter_files.HUB_TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        point_at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(InvalidRequestError, match="cannot be reached"):
+            keep("own/nowhere", tmp_path / "kept", MAX_BYTES)
 
 
 @pytest.mark.parametrize("source", SOURCES)
