@@ -2,7 +2,7 @@
 
     MezzotintError
     ├── AuthenticationError      401  missing_api_key, invalid_api_key
-    ├── PermissionDeniedError    403  forbidden_endpoint, forbidden, invalid_signature
+    ├── PermissionDeniedError    403  forbidden_endpoint, forbidden, invalid_signature, forbidden_origin
     ├── NotFoundError            404  not_found, endpoint_not_found, adapter_not_found, request_not_found
     ├── MethodNotAllowedError    405  method_not_allowed
     ├── BodyTimeoutError         408  body_timeout
@@ -10,6 +10,7 @@
     ├── GoneError                410  url_expired
     ├── BodyTooLargeError        413  body_too_large
     ├── UnsupportedMediaError    415  unsupported_media_type
+    ├── MisdirectedError         421  wrong_host
     ├── InvalidRequestError      422  invalid_json, duplicate_key, unknown_field, missing_field, invalid_type, invalid_value, out_of_range, not_supported, invalid_image
     ├── QueueFullError           429  queue_full                      retryable
     ├── RateLimitError           429  rate_limited, quota_exceeded    retryable
@@ -105,6 +106,11 @@ class UnsupportedMediaError(MezzotintError):
     default_code = "unsupported_media_type"
 
 
+class MisdirectedError(MezzotintError):
+    status = 421
+    default_code = "wrong_host"
+
+
 class InvalidRequestError(MezzotintError):
     status = 422
     default_code = "invalid_value"
@@ -185,6 +191,7 @@ _BY_STATUS: Mapping[int, type[MezzotintError]] = {
         GoneError,
         BodyTooLargeError,
         UnsupportedMediaError,
+        MisdirectedError,
         InvalidRequestError,
         RateLimitError,
         RequestCancelledError,

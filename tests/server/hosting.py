@@ -98,7 +98,7 @@ class Host:
         body = json.dumps(self.body(**fields)).encode()
         lines = [
             f"POST {GENERATE} HTTP/1.1",
-            "Host: x",
+            "Host: localhost",
             f"Authorization: {self.client.headers['authorization']}",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",

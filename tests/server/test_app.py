@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from mezzotint.errors import ConfigError
@@ -118,7 +119,7 @@ def test_a_body_that_is_too_large_is_refused_without_its_length_being_told(host:
 
 
 def test_a_body_that_does_not_arrive_is_408(host: Host) -> None:
-    whole = host.raw_post().replace(b"Host: x", b"Host: x\r\nConnection: close")
+    whole = host.raw_post().replace(b"Host: localhost", b"Host: localhost\r\nConnection: close")
     with host.connect() as raw:
         raw.sendall(whole[:-5])
         answer = b"".join(iter(lambda: raw.recv(65536), b"")).decode()
@@ -141,6 +142,55 @@ def test_without_auth_anyone_may_ask(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, auth=False)) as host, client(host.url, None) as anyone:
         assert anyone.post(GENERATE, json=host.body()).status_code == 200
         assert host.service.first_key is None
+
+
+@pytest.fixture(scope="module")
+def keyless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    settings = settings_for(
+        tmp_path_factory.mktemp("keyless"),
+        auth=False,
+        public_url="https://pictures.example/mezzotint",
+        cors_origins=("https://friend.example",),
+    )
+    with hosting(settings) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", ["localhost:{port}", "127.0.0.1:{port}", "[::1]:{port}", "pictures.example"])
+def test_a_server_without_keys_answers_under_its_own_names(keyless: Host, name: str) -> None:
+    host = name.format(port=httpx2.URL(keyless.url).port)
+    assert keyless.client.get("/readyz", headers={"host": host}).status_code == 200
+    own = keyless.client.post(
+        GENERATE, json=keyless.body(), headers={"host": host, "origin": f"http://{host}"}
+    )
+    assert own.status_code == 200, own.text
+
+
+@pytest.mark.parametrize(
+    "name", ["evil.example:{port}", "127.0.0.1.evil.example", "localhost@evil.example", "", "["]
+)
+def test_a_server_without_keys_refuses_names_that_anyone_may_point_at_it(keyless: Host, name: str) -> None:
+    host = name.format(port=httpx2.URL(keyless.url).port)
+    for method, path in (("GET", "/"), ("GET", "/dedicated/beta/endpoint"), ("POST", GENERATE)):
+        answer = keyless.client.request(method, path, headers={"host": host})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (421, "wrong_host")
+        assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+def test_a_server_without_keys_refuses_changes_that_foreign_pages_ask_for(keyless: Host) -> None:
+    sleep = "/dedicated/beta/endpoint/one/sleep"
+    for foreign in ("https://evil.example", "http://127.0.0.1:1", "null", ""):
+        for method, path in (("POST", sleep), ("DELETE", "/dedicated/beta/endpoint/one")):
+            answer = keyless.client.request(method, path, headers={"origin": foreign})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden_origin")
+    for friendly in ("https://friend.example", "https://pictures.example"):
+        answer = keyless.client.post(GENERATE, json=keyless.body(), headers={"origin": friendly})
+        assert answer.status_code == 200, answer.text
+
+
+def test_with_keys_the_name_and_the_page_do_not_matter(host: Host) -> None:
+    headers = {"host": "pictures.example", "origin": "https://page.example"}
+    assert host.client.post(GENERATE, json=host.body(), headers=headers).status_code == 200
 
 
 def test_the_first_start_makes_one_key_and_the_second_none(tmp_path: Path) -> None:
@@ -168,6 +218,16 @@ def test_cors_is_off_unless_set(host: Host, tmp_path: Path) -> None:
         answer = open_host.client.get("/healthz", headers=origin)
         assert answer.headers["access-control-allow-origin"] == "https://page.example"
         assert answer.headers["x-request-id"]
+
+
+def test_a_page_may_read_why_its_body_was_refused_and_the_refusal_is_counted(tmp_path: Path) -> None:
+    page = {"origin": "https://page.example", "content-type": "text/plain"}
+    with hosting(settings_for(tmp_path, cors_origins=("https://page.example",))) as open_host:
+        answer = open_host.client.post(GENERATE, content=b"{}", headers=page)
+        assert answer.status_code == 415
+        assert answer.headers["access-control-allow-origin"] == "https://page.example"
+        counted = 'mezzotint_error_answers_total{code="unsupported_media_type"} 1.0'
+        assert counted in open_host.client.get("/metrics").text
 
 
 def test_the_data_folder_keeps_its_secrets_to_its_owner(host: Host) -> None:

@@ -43,7 +43,7 @@ from mezzotint.server.adapters import AdapterStore
 from mezzotint.server.admission import Admission
 from mezzotint.server.gallery import Gallery
 from mezzotint.server.metrics import Metrics
-from mezzotint.server.middleware import Bodies, Envelope, error_response
+from mezzotint.server.middleware import Bodies, Envelope, OwnPages, Refusals, error_response
 from mezzotint.server.quotas import Quotas
 from mezzotint.server.registry import Registry
 from mezzotint.server.routes import Service
@@ -85,6 +85,9 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
         dialect.install(app)
     documentation.install(app)
     app.add_middleware(Bodies, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    if not settings.auth:
+        app.add_middleware(OwnPages, settings=settings)
+    app.add_middleware(Refusals, on_error=_count_error(service.metrics))
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -249,8 +252,12 @@ def _count(metrics: Metrics) -> Callable[[Scope, int], None]:
     return count
 
 
+def _count_error(metrics: Metrics) -> Callable[[MezzotintError], None]:
+    return lambda error: metrics.error_answers.labels(error.code).inc()
+
+
 def _refusal(request: Request, error: MezzotintError) -> Response:
-    request.app.state.service.metrics.error_answers.labels(error.code).inc()
+    _count_error(request.app.state.service.metrics)(error)
     return error_response(error, getattr(request.state, "request_id", None))
 
 

@@ -8,17 +8,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mezzotint.config import Settings, is_loopback
 from mezzotint.errors import (
     BodyTimeoutError,
     BodyTooLargeError,
     InternalError,
     MezzotintError,
+    MisdirectedError,
+    PermissionDeniedError,
     UnsupportedMediaError,
     echo,
 )
@@ -34,6 +38,7 @@ SECURITY_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; "
     "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
 }
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 BODY_METHODS = ("POST", "PUT", "PATCH")
 IMAGE_PATHS = ("/sdapi/v1/png-info",)
 """Where a body holds a picture, and so may be larger."""
@@ -54,7 +59,7 @@ def error_response(error: MezzotintError, request_id: str | None) -> Response:
 
 
 class Envelope:
-    """Outermost: request id and security headers on every response, and no traceback to anyone."""
+    """Outermost: request id and security headers on every response."""
 
     def __init__(self, app: ASGIApp, on_answer: Callable[[Scope, int], None]) -> None:
         self._app = app
@@ -80,29 +85,93 @@ class Envelope:
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
-                await self._guarded(scope, receive, dressed, request_id, lambda: status > 0)
+                await self._app(scope, receive, dressed)
             finally:
                 self._on_answer(scope, status or 499)
                 milliseconds = round((time.perf_counter() - began) * 1000, 1)
                 log.debug("http", method=scope["method"], path=scope["path"], status=status, ms=milliseconds)
 
-    async def _guarded(
-        self, scope: Scope, receive: Receive, send: Send, request_id: str, begun: Callable[[], bool]
-    ) -> None:
-        try:
+
+class Refusals:
+    """Answers what the middleware below refuses and what no one foresaw; no traceback goes to anyone.
+
+    It stands below CORS, so that a page may read these answers as any other. `on_error` counts them.
+    """
+
+    def __init__(self, app: ASGIApp, on_error: Callable[[MezzotintError], None]) -> None:
+        self._app = app
+        self._on_error = on_error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+            return
         except ClientGone:
             return
-        except MezzotintError as error:
-            if not begun():
-                await error_response(error, request_id)(scope, receive, send)
+        except MezzotintError as refused:
+            error = refused
         except Exception:
             log.exception("defect in a request", method=scope["method"], path=scope["path"])
-            if not begun():
-                defect = InternalError(
-                    "the server made a mistake; its log has the details under this request id"
-                )
-                await error_response(defect, request_id)(scope, receive, send)
+            error = InternalError("the server made a mistake; its log has the details under this request id")
+        if not begun:
+            self._on_error(error)
+            await error_response(error, scope["state"]["request_id"])(scope, receive, send)
+
+
+class OwnPages:
+    """For a server without keys: refuses what a browser sends for a page of somebody else's.
+
+    Such a page may come under a name that its owner lets point at this machine (DNS rebinding): then Host has
+    that name. Or it asks this server across origins: then Origin has the page's own.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._public_name: str | None = None
+        self._origins = set(settings.cors_origins)
+        if settings.public_url:
+            public = urlsplit(settings.public_url)
+            self._public_name = public.hostname
+            self._origins.add(f"{public.scheme}://{public.netloc}")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            host = headers.get("host", "")
+            self._require_own_name(host)
+            if scope["method"] not in SAFE_METHODS:
+                self._require_own_origin(headers.get("origin"), host)
+        await self._app(scope, receive, send)
+
+    def _require_own_name(self, host: str) -> None:
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:  # no address at all
+            name = None
+        if name is None or not (is_loopback(name) or name == self._public_name):
+            raise MisdirectedError(
+                f"a server without keys answers only as localhost or 127.0.0.1, not as {echo(host)}; "
+                "ask it there, or set public_url or leave auth on"
+            )
+
+    def _require_own_origin(self, origin: str | None, host: str) -> None:
+        if origin is None or {"*", origin} & self._origins or origin.partition("://")[2] == host:
+            return
+        raise PermissionDeniedError(
+            f"a server without keys takes no requests from the pages of {echo(origin)}; "
+            "name it in cors_origins, or leave auth on",
+            code="forbidden_origin",
+        )
 
 
 class Bodies:
