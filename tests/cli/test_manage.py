@@ -4,6 +4,7 @@ import json
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from mezzotint.errors import InvalidRequestError
 from mezzotint.server.keys import list_keys
 from tests.cli.conftest import Run
 from tests.conftest import Fake
+from tests.serving import serving
 
 DEADLINE_S = 30.0
 
@@ -170,3 +172,26 @@ def test_an_address_that_a_dead_server_left_is_no_server(fake: Fake, tmp_path: P
     (tmp_path / "server.json").write_text('{"url": "http://127.0.0.1:1", "pid": 1}')
     assert running_server(dead) is None
     assert running_server(fake.settings) == fake.url
+
+
+@pytest.mark.parametrize(
+    "answer", [b'{"status": "ok"}', b'{"status": "ok", "proof": "00"}', b"[]", b"<html>"]
+)
+def test_another_program_on_the_port_of_a_dead_server_is_no_server_and_gets_no_key(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    asked = []
+
+    async def stranger(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            asked.append((scope["path"], dict(scope["headers"]).get(b"authorization")))
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": answer})
+
+    with serving(stranger) as url:
+        (tmp_path / "server.json").write_text(json.dumps({"url": url, "pid": 1}))
+        monkeypatch.setenv("MEZZOTINT_DATA_DIR", str(tmp_path))
+        done = run("endpoints", "list")
+    assert done.returncode == 3, done.stdout
+    assert "no server runs" in done.stderr
+    assert asked == [("/healthz", None)]

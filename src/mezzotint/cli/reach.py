@@ -26,15 +26,23 @@ TIMEOUT_S = 120.0
 
 
 def running_server(settings: Settings) -> str | None:
-    """The URL of the server that runs on this data folder; None when there is none."""
+    """The URL of the server that runs on this data folder; None when there is none.
+
+    The server must prove that it is ours: after a crash another program may listen on its port, and would be
+    sent a key.
+    """
     import httpx2
 
     try:
         url = json.loads((settings.data_dir / SERVER_FILE).read_text())["url"]
-        httpx2.get(f"{url}/healthz", timeout=5.0)
-    except (OSError, ValueError, KeyError, httpx2.HTTPError):
+        challenge = secrets.token_hex(16)
+        answer = httpx2.get(f"{url}/healthz", params={"challenge": challenge}, timeout=5.0).json()
+        told = answer["proof"]
+    except (OSError, ValueError, KeyError, TypeError, httpx2.HTTPError, httpx2.InvalidURL):
         return None
-    return str(url)
+    from mezzotint.server.storage import load_secret, proof
+
+    return str(url) if told == proof(load_secret(settings.data_dir), challenge) else None
 
 
 @contextlib.contextmanager

@@ -488,8 +488,11 @@ async def picture(name: str, service: TheService, expires: str = "", signature: 
 
 
 @router.get("/healthz", summary="Is the server alive?", tags=["Operations"])
-async def healthz() -> dict[str, str]:
-    return {"status": "ok"}
+async def healthz(service: TheService, challenge: str | None = None) -> dict[str, str]:
+    """With a `challenge` the answer proves that this server runs on a data folder that the asker can read."""
+    if challenge is None:
+        return {"status": "ok"}
+    return {"status": "ok", "proof": storage.proof(service.storage.secret, challenge)}
 
 
 @router.get(
