@@ -126,8 +126,9 @@ def baseline_server(
 
 
 def fake_server() -> contextlib.AbstractContextManager[Running]:
-    """The server process with workers that paint in no time."""
-    return mezzotint_server("fake:step_s=0.0001,size=16", server={"log_level": "error"})
+    """The server process with workers that paint in no time; it soon forgets answers, which are not growth."""
+    settings: dict[str, Value] = {"log_level": "error", "idempotency_ttl_s": 10}
+    return mezzotint_server("fake:step_s=0.0001,size=16", server=settings)
 
 
 @contextlib.contextmanager

@@ -87,10 +87,10 @@ def small(pictures: list[Image.Image]) -> torch.Tensor:
 
 
 def originals(
-    pictures: Pictures, subjects: list[Subject], background: tuple[int, int, int]
+    pictures: Pictures, subjects: list[Subject], background: tuple[int, int, int], style: str = "3d"
 ) -> list[Image.Image]:
     """The subjects' own pictures on that background."""
-    rows = [pictures.rows["3d"][subject.name] for subject in subjects]
+    rows = [pictures.rows[style][subject.name] for subject in subjects]
     colours = torch.tensor([background] * len(rows), dtype=torch.float32)
     pixels = ((composite(pictures.pixels[rows], colours) + 1) * 127.5).round().clamp(0, 255).byte()
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
