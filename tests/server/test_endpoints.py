@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from mezzotint.config import EndpointSettings
 from mezzotint.errors import ConflictError
-from mezzotint.server.endpoints import Desired, State
+from mezzotint.server.endpoints import Desired, Endpoint, State
 from mezzotint.server.registry import Registry
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
@@ -54,6 +55,38 @@ def test_a_request_during_the_drain_keeps_the_endpoint_awake(host: Host) -> None
     host.wait_until(first, "done")
     sleeping.result()
     assert host.endpoint().state is State.READY
+
+
+def test_of_two_updates_at_once_one_is_recorded_and_goes_live(host: Host) -> None:
+    host.call(host.endpoint().start)
+    host.wait_for(State.READY)
+    specs = [endpoint("fake:step_s=0.005", default_guidance=value) for value in (3.0, 4.0)]
+
+    async def both() -> list[int | BaseException]:
+        updates = (registry(host).update(host.endpoint(), spec, "test") for spec in specs)
+        return await asyncio.gather(*updates, return_exceptions=True)
+
+    before = host.run(registry(host).history("one"))[0].version
+    done, refused = host.run(both())
+    assert done == before + 1
+    assert isinstance(refused, ConflictError)
+    assert host.run(registry(host).history("one"))[0].version == before + 1
+    host.wait_for(State.READY)
+    assert host.endpoint().spec == specs[0]
+
+
+def test_of_two_endpoints_made_at_once_under_one_id_one_is_refused(host: Host) -> None:
+    async def both() -> list[Endpoint | BaseException]:
+        spec = endpoint(id="twin")
+        return await asyncio.gather(
+            *(registry(host).create(spec, "test") for _ in range(2)), return_exceptions=True
+        )
+
+    made, refused = host.run(both())
+    assert isinstance(refused, ConflictError), refused
+    assert made is host.endpoint("twin")
+    host.run(host.endpoint("twin").terminate(drain_s=0))
+    host.run(registry(host).delete(host.endpoint("twin")))
 
 
 def test_an_update_fails_no_request(host: Host) -> None:

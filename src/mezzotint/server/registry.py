@@ -48,6 +48,8 @@ class Registry:
         self._endpoints: dict[str, Endpoint] = {}
         self._writes: set[asyncio.Task[None]] = set()
         self._from_file: set[str] = set()
+        self._changing = asyncio.Lock()
+        """Held from the look at what there is until the change stands in the database and here."""
 
     def __iter__(self) -> Iterator[Endpoint]:
         return iter(list(self._endpoints.values()))
@@ -124,25 +126,28 @@ class Registry:
 
     async def create(self, spec: EndpointSettings, by: str, comment: str = "") -> Endpoint:
         """A new endpoint, started at once."""
-        if spec.id in self._endpoints:
-            raise ConflictError(
-                f"endpoint {spec.id} exists already; update it or take another id", param="id"
-            )
-        await asyncio.to_thread(self._transact, lambda c: self._insert(c, spec, comment, by, None))
-        endpoint = self._make(spec, 1, Desired.RUNNING)
+        async with self._changing:
+            if spec.id in self._endpoints:
+                raise ConflictError(
+                    f"endpoint {spec.id} exists already; update it or take another id", param="id"
+                )
+            await asyncio.to_thread(self._transact, lambda c: self._insert(c, spec, comment, by, None))
+            endpoint = self._make(spec, 1, Desired.RUNNING)
         endpoint.start()
         return endpoint
 
     async def update(self, endpoint: Endpoint, spec: EndpointSettings, by: str, comment: str = "") -> int:
         """Records a new version and begins to bring it up; answers its number."""
-        if endpoint.next is not None:
-            raise ConflictError(
-                f"endpoint {endpoint.id} is being updated to version {endpoint.next.version}; wait for that"
+        async with self._changing:
+            if endpoint.next is not None:
+                raise ConflictError(
+                    f"endpoint {endpoint.id} is being updated to version {endpoint.next.version}; "
+                    "wait for that"
+                )
+            version: int = await asyncio.to_thread(
+                self._transact, lambda c: self._add_version(c, spec, comment, by)
             )
-        version: int = await asyncio.to_thread(
-            self._transact, lambda c: self._add_version(c, spec, comment, by)
-        )
-        endpoint.update(spec, version)
+            endpoint.update(spec, version)
         return version
 
     async def remember(self, endpoint: Endpoint, desired: Desired) -> None:
