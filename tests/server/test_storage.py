@@ -26,7 +26,7 @@ def storage(tmp_path: Path) -> Storage:
 
 def test_what_was_saved_is_found_by_its_url(storage: Storage) -> None:
     name = storage.save(b"picture")
-    assert storage.find(*parts(storage.url("http://x", name))).read_bytes() == b"picture"
+    assert storage.read(*parts(storage.url("http://x", name))) == (b"picture", "image/png")
 
 
 def test_names_are_random_and_files_are_whole(storage: Storage) -> None:
@@ -46,37 +46,37 @@ def test_a_signature_holds_for_one_name_and_one_expiry(storage: Storage) -> None
         (name, expires, "é"),
     ):
         with pytest.raises(PermissionDeniedError):
-            storage.find(*forged)
+            storage.read(*forged)
 
 
 def test_another_secret_makes_other_signatures(storage: Storage) -> None:
     name = storage.save(b"1")
     other = Storage(storage.folder, b"t" * 32, 3600)
     with pytest.raises(PermissionDeniedError):
-        storage.find(*parts(other.url("http://x", name)))
+        storage.read(*parts(other.url("http://x", name)))
 
 
 @pytest.mark.parametrize("name", ["../signing-key", "x.png", "", "a" * 32 + ".svg", "a" * 32 + ".png\n"])
 def test_what_no_save_ever_made_is_not_found(storage: Storage, name: str) -> None:
     with pytest.raises(NotFoundError):
-        storage.find(name, "99999999999", "x")
+        storage.read(name, "99999999999", "x")
 
 
 def test_an_expiry_that_is_no_number_is_not_found(storage: Storage) -> None:
     name = storage.save(b"1")
     for expires in ("", "-1", "1e9", "²", "9" * 13):
         with pytest.raises(NotFoundError):
-            storage.find(name, expires, "x")
+            storage.read(name, expires, "x")
 
 
 def test_expired_is_gone_and_so_is_a_file_that_was_cleaned_away(storage: Storage) -> None:
     name = storage.save(b"1")
     with pytest.raises(GoneError):
-        storage.find(*parts(storage.url("http://x", name, expires=int(time.time()) - 1)))
+        storage.read(*parts(storage.url("http://x", name, expires=int(time.time()) - 1)))
     url = storage.url("http://x", name)
     (storage.folder / name).unlink()
     with pytest.raises(GoneError):
-        storage.find(*parts(url))
+        storage.read(*parts(url))
 
 
 def test_cleaning_removes_what_is_past_its_life_and_counts_the_rest(storage: Storage) -> None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 import structlog
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import MISSING, BaseModel
 
 from mezzotint import images
@@ -482,9 +482,9 @@ def _state_json(ticket: Ticket, *, full: bool = False) -> bytes:
 )
 async def picture(name: str, service: TheService, expires: str = "", signature: str = "") -> Response:
     """The URL is the permission: no key is asked for, the signature and the expiry are checked."""
-    file = await asyncio.to_thread(service.storage.find, name, expires, signature)
+    data, media_type = await asyncio.to_thread(service.storage.read, name, expires, signature)
     headers = {"cache-control": "private, max-age=3600, immutable"}
-    return FileResponse(file, media_type=storage.MEDIA_TYPES[file.suffix], headers=headers)
+    return Response(data, media_type=media_type, headers=headers)
 
 
 @router.get("/healthz", summary="Is the server alive?", tags=["Operations"])

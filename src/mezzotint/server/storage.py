@@ -88,8 +88,11 @@ class Storage:
         until = int(time.time() + self.ttl_s) if expires is None else expires
         return f"{base.rstrip('/')}{PATH}{name}?expires={until}&signature={self._sign(name, until)}"
 
-    def find(self, name: str, expires: str, signature: str) -> Path:
-        """The file behind a URL; 403 for a forged one, 410 for an expired one, 404 for what never was."""
+    def read(self, name: str, expires: str, signature: str) -> tuple[bytes, str]:
+        """The picture behind a URL and its media type.
+
+        403 for a forged one, 410 for an expired one, 404 for what never was.
+        """
         if not _NAME.fullmatch(name) or not expires.isascii() or not expires.isdigit() or len(expires) > 12:
             raise NotFoundError("there is no such picture; take the URL from an answer as it is")
         expected = self._sign(name, int(expires))
@@ -98,12 +101,13 @@ class Storage:
                 "the signature of this picture URL is not valid; take the URL from an answer as it is",
                 code="invalid_signature",
             )
-        file = self.folder / name
-        if time.time() >= int(expires) or not file.is_file():
-            raise GoneError(
-                "this picture URL has expired; the same request with the same seed makes the picture again"
-            )
-        return file
+        with contextlib.suppress(FileNotFoundError):  # cleaning may remove it at any moment
+            if time.time() < int(expires):
+                file = self.folder / name
+                return file.read_bytes(), MEDIA_TYPES[file.suffix]
+        raise GoneError(
+            "this picture URL has expired; the same request with the same seed makes the picture again"
+        )
 
     def clean(self, kept: frozenset[str] = frozenset()) -> tuple[int, int]:
         """Removes files past their life, but for `kept`; answers how many went and how many bytes stay."""
