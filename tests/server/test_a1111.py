@@ -49,6 +49,15 @@ def ask(http: httpx2.Client, **fields: Any) -> dict[str, Any]:
     return values
 
 
+def test_a_number_that_json_cannot_write_comes_back_as_null(http: httpx2.Client) -> None:
+    body = b'{"prompt": "a fox", "steps": 4, "eta": 1e999, "more": [-1e999, 1.5]}'
+    answer = http.post("/txt2img", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200, answer.text
+    assert "Infinity" not in answer.text
+    values = answer.json()["parameters"]
+    assert (values["eta"], values["more"]) == (None, [None, 1.5])
+
+
 def test_a_picture_comes_with_an_info_that_is_a_json_string(http: httpx2.Client) -> None:
     answer = ask(http, seed=7, cfg_scale=5, negative_prompt="text", width=32, height=16)
     info = json.loads(answer["info"])

@@ -153,11 +153,16 @@ def _finish(values: Mapping[str, Any], wish: Wish, ticket: Ticket, pictures: lis
     files = [routes.encode(ticket.endpoint, model, "png", picture) for picture in pictures]
     answer = {
         "images": [base64.b64encode(data).decode() for data in files],
-        "parameters": dict(values),
+        "parameters": _writable(values),
         "info": json.dumps(_info(model, ticket, pictures)),
     }
     text = json.dumps(answer, separators=(",", ":"))  # ASCII: what is echoed may hold half a surrogate pair
     return routes.made_answer(text.encode(), pictures, time.perf_counter() - began)
+
+
+def _writable(values: Mapping[str, Any]) -> Any:
+    """The body as JSON can write it: what was read as infinite (1e999, in an ignored key) is null."""
+    return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
 
 def _info(model: str, ticket: Ticket, pictures: list[Picture]) -> dict[str, Any]:
