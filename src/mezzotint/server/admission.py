@@ -425,9 +425,7 @@ def _parts(request: ImageRequest, request_id: str, endpoint: Endpoint, key: Key)
             prompt=request.prompt,
             num_inference_steps=request.num_inference_steps,
             seed=seed + number,
-            guidance_scale=spec.default_guidance
-            if request.guidance_scale is None
-            else request.guidance_scale,
+            guidance_scale=endpoint.facts.guidance_scale(request.guidance_scale),
             width=request.width or spec.width,
             height=request.height or spec.height,
             negative_prompt=request.negative_prompt or None,

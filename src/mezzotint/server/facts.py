@@ -57,6 +57,15 @@ class Facts:
             return self.info.step_s
         return self.info.step_s * (size[0] * size[1]) / (self.info.width * self.info.height)
 
+    def guidance_scale(self, asked: float | None) -> float | None:
+        """The guidance asked for, else the endpoint's own unless the model is known to ignore it.
+
+        (Else the worker would warn a caller who asked for none.)
+        """
+        if asked is None and (self.info is None or self.info.guidance_effective):
+            return self.spec.default_guidance
+        return asked
+
     def work_s(self, request: Generate) -> float:
         """Seconds that this job would take alone; the text encoder and the decoder count as one step."""
         return (request.num_inference_steps + 1) * self.step_s(request.width, request.height)
