@@ -232,6 +232,31 @@ def test_a_bad_row_in_a_merged_forward_fails_alone() -> None:
         assert np.array_equal(image, wanted)
 
 
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (lambda images: images[..., 0], "shape (32, 32)"),
+        (lambda images: images[..., :1], "shape (32, 32, 1)"),
+        (lambda images: images[:0], "no picture"),
+        (lambda images: None, "no picture"),
+    ],
+)
+def test_an_output_that_is_no_colour_picture_fails_its_request_alone(
+    output: Callable[[Any], Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tiny.build("flux")
+    whole = pipe.image_processor.postprocess
+    engine = Engine(pipe, rows=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.image_processor, "postprocess", lambda *a, **fields: output(whole(*a, **fields)))
+        (odd,) = engine.generate([request()])
+    (good,) = engine.generate([request()])
+    engine.close()
+    assert isinstance(odd.error, GenerationError)
+    assert words in odd.error.message
+    assert good.error is None
+
+
 def test_running_out_of_memory_fails_one_job_with_advice() -> None:
     pipe = tiny.build("flux")
     big = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -296,6 +297,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "weights that are none": (
         lambda at: (at / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"<html>not here</html>"),
+        "corrupt_file",
+        "fetch the model again",
+    ),
+    "weights without a place in their file": (
+        lambda at: (at / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(
+            struct.pack("<Q", 25) + b'{"a":{"data_offsets":[]}}'
+        ),
         "corrupt_file",
         "fetch the model again",
     ),

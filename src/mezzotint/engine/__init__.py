@@ -28,11 +28,11 @@ from mezzotint.engine.jobs import Job, Tap
 from mezzotint.engine.loading import Loaded, Performance, load
 from mezzotint.engine.lora import AdapterBank, BankStats, Lease
 from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
-from mezzotint.engine.results import Result, failure, pixels, result_of
+from mezzotint.engine.results import Image, Result, failure, pixels, result_of
 from mezzotint.engine.rules import RULES
 from mezzotint.engine.runner import Mode, Runner
 from mezzotint.engine.scheduler import Service, StepTimes, Waiting, pick
-from mezzotint.errors import MezzotintError
+from mezzotint.errors import GenerationError, MezzotintError
 from mezzotint.messages import Cancelled, Done, Failed, ModelInfo, Preview, Progress
 
 __all__ = ["Engine", "Event", "Request", "Result"]
@@ -390,17 +390,21 @@ class Engine:
             if self.max_merge_pixels is not None and active.width * active.height > self.max_merge_pixels:
                 job.call.key = job.call.key if self.runner.mode == "fast" else None
             return
-        if job.error is None:
-            self._end(active, self._done(active, job.result))
+        if job.error is not None:
+            self._end(active, self._failed(active, job.error))
             return
-        self._end(active, self._failed(active, job.error))
+        try:
+            picture = pixels(job.result)
+        except GenerationError as error:  # this job's picture is none; others go on
+            self._end(active, self._failed(active, error))
+            return
+        self._end(active, self._done(active, picture))
 
     def _failed(self, active: _Active, error: Exception) -> Failed:
         size = f"{active.width}x{active.height}"
         return failure(active.job_id, error, size=size, refused=active.num_forwards == 0)
 
-    def _done(self, active: _Active, result: Any) -> Done:
-        picture = pixels(result)
+    def _done(self, active: _Active, picture: Image) -> Done:
         if active.clean is not None:
             self._preview.learn(active.clean, torch.from_numpy(picture))
         height, width, _ = picture.shape

@@ -138,7 +138,7 @@ def read_header(path: Path) -> dict[str, Any]:
         end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if end != size:
             raise ValueError(f"it has {size} bytes, its header says {end}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise ModelLoadError(
             f"{path} is damaged or cut short: {error}; delete it and fetch the model again",
             code="corrupt_file",

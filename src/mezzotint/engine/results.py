@@ -44,9 +44,19 @@ class Result:
 
 
 def pixels(result: Any) -> Image:
-    """uint8 pixels of a pipeline's first image, by the rule by which diffusers makes its PIL images."""
-    images = result[0] if isinstance(result, tuple) else result.images
-    picture: Image = (np.asarray(images[0]) * 255).round().astype(np.uint8)
+    """uint8 pixels of a pipeline's first image, by the rule by which diffusers makes its PIL images.
+
+    GenerationError where that is no colour picture.
+    """
+    try:
+        images = result[0] if isinstance(result, tuple) else result.images
+        picture: Image = (np.asarray(images[0]) * 255).round().astype(np.uint8)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise GenerationError(f"the pipeline returned no picture ({type(error).__name__}: {error})") from None
+    if picture.ndim != 3 or picture.shape[2] != 3:
+        raise GenerationError(
+            f"the pipeline returned an array of shape {picture.shape}; height x width x 3 can be shown"
+        )
     return picture
 
 
