@@ -72,6 +72,13 @@ def test_a_command_leaves_no_key_behind(run: Run, fake: Fake) -> None:
         assert list_keys(database) == before
 
 
+def test_a_server_named_without_a_key_is_asked_without_one(run: Run, fake: Fake) -> None:
+    refused = run("endpoints", "list", "--server", fake.url)
+    assert refused.returncode == 1
+    assert "key" in refused.stderr
+    assert "does not answer" not in refused.stderr
+
+
 def test_an_endpoint_is_made_shown_changed_put_to_sleep_and_deleted(run: Run) -> None:
     create = ("endpoints", "create", "second", "--model", "fake:size=8")
     made = run(*create, "--set", "max_rows=2", "--comment", "try")

@@ -104,5 +104,5 @@ def managed(server: str | None, config: Path | None, data_dir: Path | None) -> I
             key = stack.enter_context(passing_key(settings, admin=True))
         else:
             key = os.environ.get("MEZZOTINT_API_KEY", "")
-        headers = {"Authorization": f"Bearer {key}"}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         yield Server(stack.enter_context(httpx2.Client(base_url=server, headers=headers, timeout=TIMEOUT_S)))
