@@ -126,7 +126,7 @@ def baseline_server(
 
 
 def fake_server() -> contextlib.AbstractContextManager[Running]:
-    """The server process with workers that paint in no time; it soon forgets answers, which are not growth."""
+    """The server process with workers that paint in no time; it soon forgets its answers."""
     settings: dict[str, Value] = {"log_level": "error", "idempotency_ttl_s": 10}
     return mezzotint_server("fake:step_s=0.0001,size=16", server=settings)
 
