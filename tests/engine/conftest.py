@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+
+from mezzotint.engine import Engine, Request
+from mezzotint.engine.results import Image
 
 _DIFFUSERS_OWN = (
     "ignore:__array__ implementation:DeprecationWarning",
@@ -29,3 +32,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def same_alone_and_together(engine: Engine, requests: Sequence[Request]) -> list[Image]:
+    """The pictures of the requests one by one; all at once they must have the same bytes."""
+    alone = [engine.generate([request])[0].image for request in requests]
+    together = [result.image for result in engine.generate(requests)]
+    pictures = []
+    for one, other in zip(alone, together, strict=True):
+        assert one is not None
+        assert other is not None
+        assert (one.shape, one.tobytes()) == (other.shape, other.tobytes())
+        pictures.append(one)
+    return pictures

@@ -19,6 +19,7 @@ from mezzotint.engine.jobs import Job
 from mezzotint.errors import GenerationError, InvalidRequestError, NotFoundError
 from mezzotint.messages import Cancelled, Done, Failed, Preview, Progress
 from tests.engine import adapter_files, tiny
+from tests.engine.conftest import same_alone_and_together
 
 
 @functools.cache
@@ -476,18 +477,9 @@ def test_adapters_mix_in_one_batch_and_keep_each_rows_bytes(tmp_path: Path) -> N
     routes = (None, "flat", "mono", "flat", None, "mono")
     requests = [request(adapter=route, seed=5, num_inference_steps=3) for route in routes]
     requests.append(request(adapter="flat", adapter_scale=0.25, seed=5, num_inference_steps=3))
-    alone = [engine.generate([each])[0].image for each in requests]
-    together = [result.image for result in engine.generate(requests)]
+    alone = same_alone_and_together(engine, requests)
     engine.close()
-    for one, other in zip(alone, together, strict=True):
-        assert one is not None
-        assert other is not None
-        assert np.array_equal(one, other)
     base, flat, mono, weak = alone[0], alone[1], alone[2], alone[6]
-    assert base is not None
-    assert flat is not None
-    assert mono is not None
-    assert weak is not None
     assert not np.array_equal(base, flat)
     assert not np.array_equal(flat, mono)
     assert not np.array_equal(flat, weak)

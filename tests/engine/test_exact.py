@@ -15,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from mezzotint.engine import Engine, Request
 from mezzotint.messages import Done, Failed
 from tests.engine import tiny
+from tests.engine.conftest import same_alone_and_together
 
 ROWS = 4
 DTYPES = (torch.float32, torch.bfloat16)
@@ -270,13 +271,8 @@ def test_calls_of_two_rows_keep_the_promise_too(name: str, rows: int) -> None:
     """Classifier-free guidance sends two rows at once; guidance 1 sends one."""
     requests = [replace(each, guidance_scale=1.0 if each.seed == 2 else 4.0) for each in wanted(5, name)]
     engine = Engine(pipeline(name, torch.float32), rows=rows)
-    single = [engine.generate([request])[0].image for request in requests]
-    together = [result.image for result in engine.generate(requests)]
+    same_alone_and_together(engine, requests)
     engine.close()
-    for one, other in zip(single, together, strict=True):
-        assert one is not None
-        assert other is not None
-        assert one.tobytes() == other.tobytes()
 
 
 def test_a_shape_whose_rows_depend_on_their_place_is_not_merged() -> None:
@@ -284,13 +280,8 @@ def test_a_shape_whose_rows_depend_on_their_place_is_not_merged() -> None:
     torch.set_num_threads(2)
     engine = Engine(pipeline("flux", torch.float32), rows=5)
     requests = wanted(5)
-    single = [engine.generate([request])[0].image for request in requests]
-    together = [result.image for result in engine.generate(requests)]
+    same_alone_and_together(engine, requests)
     engine.close()
-    for one, other in zip(single, together, strict=True):
-        assert one is not None
-        assert other is not None
-        assert one.tobytes() == other.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from mezzotint.errors import ModelLoadError, NotFoundError
 from mezzotint.messages import Done, Failed
 from tests.engine import adapter_files, tiny
 from tests.engine.adapter_files import ATTENTION, FEED_FORWARD, LAYOUTS, MODULATION, USUAL, pairs, peft, write
+from tests.engine.conftest import same_alone_and_together
 
 BUDGET = 1 << 28
 DTYPES = (torch.float32, torch.bfloat16)
@@ -783,13 +784,8 @@ def test_a_scale_gives_the_same_bytes_where_several_rows_are_computed_one_by_one
     engine.adapters.byte_budget = 20 * info.file.num_bytes
     engine.generate([replace(small("a"), adapter_scale=first)])  # settles which row counts are exact
     wanted = [replace(small("a"), adapter_scale=0.7, seed=seed) for seed in range(4)]
-    alone = [engine.generate([request])[0].image for request in wanted]
-    together = [result.image for result in engine.generate(wanted)]
+    same_alone_and_together(engine, wanted)
     engine.close()
-    for one, other in zip(alone, together, strict=True):
-        assert one is not None
-        assert other is not None
-        assert one.tobytes() == other.tobytes()
 
 
 def test_each_adapter_changes_the_picture_by_a_margin(adapters: dict[str, Path]) -> None:
