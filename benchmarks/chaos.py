@@ -42,7 +42,7 @@ from benchmarks.serving import (
     percentile,
     report,
 )
-from mezzotint.server.database import database_url, open_database, usage
+from mezzotint.server.store.database import database_url, open_database, usage
 
 KINDS = ("patient", "leaving", "resending")
 """The clients, each kind with a key of its own."""

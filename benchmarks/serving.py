@@ -24,8 +24,8 @@ import httpx2
 import psutil
 
 import mezzotint
-from mezzotint.server.database import database_url, open_database
-from mezzotint.server.keys import create_key
+from mezzotint.server.store.database import database_url, open_database
+from mezzotint.server.store.keys import create_key
 
 BUILT_IN = Path(mezzotint.__file__).parent / "models" / "emoji"
 START_TIMEOUT_S = 300.0

@@ -21,11 +21,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
-from mezzotint.engine.lora import AdapterBank
-from mezzotint.engine.sources import locate
-from mezzotint.server.adapters import built_in_adapters
-from mezzotint.server.endpoints import State
-from mezzotint.server.supervisor import ENGINE_WORKER
+from mezzotint.engine.lora.bank import AdapterBank
+from mezzotint.engine.models.sources import locate
+from mezzotint.server.work.adapters import built_in_adapters
+from mezzotint.server.work.endpoints import State
+from mezzotint.server.workers.supervisor import ENGINE_WORKER
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 ROUTES = ("flat", "mono", "noto")

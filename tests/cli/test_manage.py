@@ -13,7 +13,7 @@ from mezzotint.cli.endpoints import parse_settings
 from mezzotint.cli.reach import running_server
 from mezzotint.cli.top import read_metrics
 from mezzotint.errors import InvalidRequestError
-from mezzotint.server.keys import list_keys
+from mezzotint.server.store.keys import list_keys
 from tests.cli.conftest import Run
 from tests.conftest import Fake
 from tests.serving import serving

@@ -62,4 +62,4 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     )
     app = create_app(settings, worker="mezzotint.fake_worker:run")
     with serving(app) as url:
-        yield url, app.state.service.first_key
+        yield url, app.state.context.first_key

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from mezzotint.config import EndpointSettings, Settings
 from mezzotint.server import logs
+from mezzotint.server.api.context import Context
 from mezzotint.server.app import create_app, serve
-from mezzotint.server.routes import Service
-from mezzotint.server.supervisor import ENGINE_WORKER
+from mezzotint.server.workers.supervisor import ENGINE_WORKER
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -43,7 +43,7 @@ def host(connection: Connection, source: str, worker: str, folder: Path) -> None
     endpoint = EndpointSettings(id=ENDPOINT, model=source, default_steps=8)
     settings = Settings(port=0, data_dir=folder / "data", endpoints=(endpoint,))
     app = create_app(settings, worker=worker)
-    service: Service = app.state.service
+    service: Context = app.state.context
     asyncio.run(
         serve(
             app, settings, on_started=lambda url: connection.send_bytes(f"{url} {service.first_key}".encode())

@@ -15,7 +15,7 @@ import torch
 from greenlet import greenlet
 
 from mezzotint.engine import Engine, Event, Request
-from mezzotint.engine.jobs import Job
+from mezzotint.engine.steps.jobs import Job
 from mezzotint.errors import GenerationError, InvalidRequestError, NotFoundError
 from mezzotint.messages import Cancelled, Done, Failed, Preview, Progress
 from tests.engine import adapter_files, tiny

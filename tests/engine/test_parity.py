@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from mezzotint.engine import Engine, Request, loading
-from mezzotint.engine.rules import RULES
+from mezzotint.engine import Engine, Request
+from mezzotint.engine.models import loading
+from mezzotint.engine.steps.rules import RULES
 from mezzotint.families import FAMILIES, family
 from mezzotint.messages import Done, Failed, Progress
 from tests.engine import tiny

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import httpx2
 
 from mezzotint.config import EndpointSettings, Settings
+from mezzotint.server.api.context import Context
 from mezzotint.server.app import create_app, serve
-from mezzotint.server.endpoints import Endpoint, State
-from mezzotint.server.keys import create_key
-from mezzotint.server.routes import Service
+from mezzotint.server.store.keys import create_key
+from mezzotint.server.work.endpoints import Endpoint, State
 
 FAKE = "mezzotint.fake_worker:run"
 GENERATE = "/dedicated/v1/images/generations"
@@ -34,7 +34,7 @@ class Host:
     """A running server."""
 
     url: str
-    service: Service
+    service: Context
     client: httpx2.Client
     loop: asyncio.AbstractEventLoop
     pool: ThreadPoolExecutor
@@ -155,7 +155,7 @@ def hosting(
 ) -> Iterator[Host]:
     """The server while the block runs; with `ready` it begins when every endpoint is up."""
     app = create_app(settings, worker=worker)
-    service: Service = app.state.service
+    service: Context = app.state.context
     started: Future[tuple[str, asyncio.AbstractEventLoop]] = Future()
 
     async def main() -> None:

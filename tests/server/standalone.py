@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mezzotint.server import logs
 from mezzotint.server.app import create_app, serve
-from mezzotint.server.supervisor import ENGINE_WORKER
+from mezzotint.server.workers.supervisor import ENGINE_WORKER
 from tests.server.hosting import FAKE, endpoint, settings_for
 
 if __name__ == "__main__":
@@ -26,6 +26,6 @@ if __name__ == "__main__":
     app = create_app(settings, worker=ENGINE_WORKER if models else FAKE)
 
     def tell(url: str) -> None:
-        print(url, app.state.service.first_key, flush=True)  # noqa: T201
+        print(url, app.state.context.first_key, flush=True)  # noqa: T201
 
     asyncio.run(serve(app, settings, on_started=tell))

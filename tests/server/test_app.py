@@ -13,7 +13,7 @@ import pytest
 from mezzotint.errors import ConfigError
 from mezzotint.server import app
 from mezzotint.server.app import create_app
-from mezzotint.server.keys import create_key, list_keys, revoke_key
+from mezzotint.server.store.keys import create_key, list_keys, revoke_key
 from tests.server.hosting import FAKE, GENERATE, Host, client, endpoint, hosting, settings_for
 
 
@@ -195,9 +195,9 @@ def test_with_keys_the_name_and_the_page_do_not_matter(host: Host) -> None:
 
 def test_the_first_start_makes_one_key_and_the_second_none(tmp_path: Path) -> None:
     settings = settings_for(tmp_path)
-    service = create_app(settings, worker=FAKE).state.service
+    service = create_app(settings, worker=FAKE).state.context
     assert service.first_key.startswith("mz_")
-    again = create_app(settings, worker=FAKE).state.service
+    again = create_app(settings, worker=FAKE).state.context
     assert again.first_key is None
     assert [key.name for key in list_keys(again.engine)] == ["first"]
     for one in (service, again):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import sqlalchemy
 
     from mezzotint.config import Settings
-    from mezzotint.server.keys import Key
+    from mezzotint.server.store.keys import Key
 
 keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 
@@ -59,7 +59,7 @@ def create(
 
     Example: `export MEZZOTINT_API_KEY=$(mezzotint keys create laptop)`
     """
-    from mezzotint.server.keys import Limits, create_key
+    from mezzotint.server.store.keys import Limits, create_key
 
     limits = Limits(requests_per_minute, step_seconds_per_day, weight, priority)
     with key_database(read_settings(config, data_dir=data_dir)) as database:
@@ -73,7 +73,7 @@ def list_(config: ConfigFlag = None, data_dir: DataDirFlag = None, as_json: Json
 
     Example: `mezzotint keys list`
     """
-    from mezzotint.server.keys import list_keys
+    from mezzotint.server.store.keys import list_keys
 
     with key_database(read_settings(config, data_dir=data_dir)) as database:
         found = list_keys(database)
@@ -108,7 +108,7 @@ def revoke(
 
     Example: `mezzotint keys revoke laptop`
     """
-    from mezzotint.server.keys import revoke_key
+    from mezzotint.server.store.keys import revoke_key
 
     with key_database(read_settings(config, data_dir=data_dir)) as database:
         key = revoke_key(database, name)
@@ -118,7 +118,7 @@ def revoke(
 @contextlib.contextmanager
 def key_database(settings: Settings) -> Iterator[sqlalchemy.Engine]:
     """The database of these settings, made where there is none yet."""
-    from mezzotint.server.database import database_url, open_database
+    from mezzotint.server.store.database import database_url, open_database
 
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     database = open_database(database_url(settings.data_dir, settings.database_url))

@@ -40,7 +40,7 @@ def running_server(settings: Settings) -> str | None:
         told = answer["proof"]
     except (OSError, ValueError, KeyError, TypeError, httpx2.HTTPError, httpx2.InvalidURL):
         return None
-    from mezzotint.server.storage import load_secret, proof
+    from mezzotint.server.store.storage import load_secret, proof
 
     return str(url) if told == proof(load_secret(settings.data_dir), challenge) else None
 
@@ -49,7 +49,7 @@ def running_server(settings: Settings) -> str | None:
 def passing_key(settings: Settings, *, admin: bool = False) -> Iterator[str]:
     """A key for this one command: whoever may write the data folder may make keys."""
     from mezzotint.cli.keys import key_database
-    from mezzotint.server.keys import create_key, delete_key
+    from mezzotint.server.store.keys import create_key, delete_key
 
     with key_database(settings) as database:
         key, secret = create_key(database, f"command-{secrets.token_hex(4)}", admin=admin)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mezzotint.engine.arguments import Request
-from mezzotint.engine.runner import is_out_of_memory
+from mezzotint.engine.steps.runner import is_out_of_memory
 from mezzotint.errors import (
     GenerationError,
     InvalidRequestError,

@@ -23,9 +23,10 @@ import diffusers
 import transformers
 from tqdm.std import tqdm
 
-from mezzotint.engine import Engine, Request, loading
-from mezzotint.engine.lora import CheckedFile
-from mezzotint.engine.runner import is_out_of_memory
+from mezzotint.engine import Engine, Request
+from mezzotint.engine.lora.bank import CheckedFile
+from mezzotint.engine.models import loading
+from mezzotint.engine.steps.runner import is_out_of_memory
 from mezzotint.errors import ModelLoadError
 from mezzotint.messages import (
     EXIT_PERMANENT,

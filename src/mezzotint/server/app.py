@@ -28,27 +28,28 @@ from mezzotint.errors import (
     MezzotintError,
     NotFoundError,
 )
-from mezzotint.server import (
+from mezzotint.server.api import (
     a1111,
-    adapter_routes,
-    database,
+    adapters,
+    dedicated,
     documentation,
-    keys,
     management,
     openai,
+    operations,
+    pictures,
     playground,
-    routes,
 )
-from mezzotint.server.adapters import AdapterStore
-from mezzotint.server.admission import Admission
-from mezzotint.server.gallery import Gallery
+from mezzotint.server.api.context import Context
+from mezzotint.server.api.middleware import Bodies, Envelope, OwnPages, Refusals, error_response
 from mezzotint.server.metrics import Metrics
-from mezzotint.server.middleware import Bodies, Envelope, OwnPages, Refusals, error_response
-from mezzotint.server.quotas import Quotas
-from mezzotint.server.registry import Registry
-from mezzotint.server.routes import Service
-from mezzotint.server.storage import Storage, load_secret
-from mezzotint.server.supervisor import ENGINE_WORKER, Launcher
+from mezzotint.server.store import database, keys
+from mezzotint.server.store.gallery import Gallery
+from mezzotint.server.store.quotas import Quotas
+from mezzotint.server.store.storage import Storage, load_secret
+from mezzotint.server.work.adapters import AdapterStore
+from mezzotint.server.work.admission import Admission
+from mezzotint.server.work.registry import Registry
+from mezzotint.server.workers.supervisor import ENGINE_WORKER, Launcher
 
 CLEAN_EVERY_S = 60.0
 BACKLOG = 2048
@@ -67,27 +68,27 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
     `only` names the one endpoint to serve; what is remembered of the others stays untouched.
 
     Opens the data folder and the database; worker processes start with the app's lifespan.
-    `app.state.service` is the Service; its `first_key` is the secret of the key that a first start makes.
+    `app.state.context` is the Context; its `first_key` is the secret of the key that a first start makes.
     ConfigError stops the start.
     """
-    service = _service(settings, worker)
+    context = _context(settings, worker)
     app = FastAPI(
         title="Mezzotint",
         version=mezzotint.__version__,
         summary="Image-generation models as dedicated endpoints.",
-        lifespan=_lifespan(service, only),
+        lifespan=_lifespan(context, only),
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
     )
-    app.state.service = service
-    for dialect in (routes, management, adapter_routes, openai, a1111, playground):
+    app.state.context = context
+    for dialect in (dedicated, pictures, operations, management, adapters, openai, a1111, playground):
         dialect.install(app)
     documentation.install(app)
     app.add_middleware(Bodies, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     if not settings.auth:
         app.add_middleware(OwnPages, settings=settings)
-    app.add_middleware(Refusals, on_error=_count_error(service.metrics))
+    app.add_middleware(Refusals, on_error=_count_error(context.metrics))
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -102,7 +103,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
             ],
             expose_headers=["x-request-id", "retry-after", "server-timing"],
         )
-    app.add_middleware(Envelope, on_answer=_count(service.metrics))
+    app.add_middleware(Envelope, on_answer=_count(context.metrics))
     app.add_exception_handler(MezzotintError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
@@ -113,13 +114,13 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
 class _Server(uvicorn.Server):
     """uvicorn, but what is not done `drain_s` after the signal is answered instead of cut off."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, context: Context) -> None:
         super().__init__(config)
-        self._service = service
+        self._context = context
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
-        ending = loop.call_later(self._service.settings.drain_s, _drop_requests, self._service)
+        ending = loop.call_later(self._context.settings.drain_s, _drop_requests, self._context)
         await super().shutdown(sockets)
         ending.cancel()
 
@@ -145,11 +146,11 @@ async def serve(
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     app.state.on_listening = lambda: on_started(f"http://{shown}:{port}")
-    app.state.server = _Server(config, app.state.service)
+    app.state.server = _Server(config, app.state.context)
     await app.state.server.serve(sockets=[listener])
 
 
-def _service(settings: Settings, worker: str) -> Service:
+def _context(settings: Settings, worker: str) -> Context:
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         store = Storage(settings.data_dir / "images", load_secret(settings.data_dir), settings.url_ttl_s)
@@ -163,7 +164,7 @@ def _service(settings: Settings, worker: str) -> Service:
     quotas = Quotas(engine)
     pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
     first = keys.create_first_key(engine) if settings.auth else None
-    return Service(
+    return Context(
         settings=settings,
         engine=engine,
         registry=Registry(engine, Launcher.of(settings, worker), metrics),
@@ -179,14 +180,14 @@ def _service(settings: Settings, worker: str) -> Service:
 
 
 def _lifespan(
-    service: Service, only: str | None
+    context: Context, only: str | None
 ) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(service.registry.load, service.settings.endpoints, only)
-        await asyncio.to_thread(service.adapters.load, service.registry)
-        service.registry.start()
-        cleaning = asyncio.create_task(_clean(service))
+        await asyncio.to_thread(context.registry.load, context.settings.endpoints, only)
+        await asyncio.to_thread(context.adapters.load, context.registry)
+        context.registry.start()
+        cleaning = asyncio.create_task(_clean(context))
         on_listening = getattr(app.state, "on_listening", None)
         if on_listening:
             on_listening()
@@ -194,31 +195,31 @@ def _lifespan(
             yield
         finally:
             cleaning.cancel()
-            _drop_requests(service)
-            await service.admission.settle()
-            await service.registry.stop()
-            service.pool.shutdown()
+            _drop_requests(context)
+            await context.admission.settle()
+            await context.registry.stop()
+            context.pool.shutdown()
             with contextlib.suppress(SQLAlchemyError):
-                await asyncio.to_thread(service.quotas.store)
-            service.engine.dispose()
+                await asyncio.to_thread(context.quotas.store)
+            context.engine.dispose()
 
     return lifespan
 
 
-def _drop_requests(service: Service) -> None:
-    dropped = service.admission.end_all()
+def _drop_requests(context: Context) -> None:
+    dropped = context.admission.end_all()
     if dropped:
         log.warning("requests dropped, the server stops", num=len(dropped), ids=dropped[:20])
 
 
-async def _clean(service: Service) -> None:
+async def _clean(context: Context) -> None:
     """Removes expired pictures and writes down what was used, now and then."""
     while True:
         try:
-            gone, left = await asyncio.to_thread(service.gallery.clean)
-            service.metrics.stored_bytes.set(left)
-            service.admission.sweep()
-            await asyncio.to_thread(service.quotas.store)
+            gone, left = await asyncio.to_thread(context.gallery.clean)
+            context.metrics.stored_bytes.set(left)
+            context.admission.sweep()
+            await asyncio.to_thread(context.quotas.store)
             if gone:
                 log.info("expired pictures removed", num=gone)
         except (OSError, SQLAlchemyError) as error:
@@ -257,7 +258,7 @@ def _count_error(metrics: Metrics) -> Callable[[MezzotintError], None]:
 
 
 def _refusal(request: Request, error: MezzotintError) -> Response:
-    _count_error(request.app.state.service.metrics)(error)
+    _count_error(request.app.state.context.metrics)(error)
     return error_response(error, getattr(request.state, "request_id", None))
 
 

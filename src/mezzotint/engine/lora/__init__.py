@@ -1,0 +1,1 @@
+"""LoRA adapters as rows: files, resident weights and the layers that apply them."""

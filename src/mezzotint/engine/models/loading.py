@@ -1,0 +1,298 @@
+"""Builds a pipeline: from a source, in a dtype, on a device, with memory laid out for speed or left as it is.
+
+Its `main` is the program behind `mezzotint pull`: it fetches a model and prints where it lies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import transformers
+from diffusers.loaders import single_file_utils
+from safetensors import SafetensorError
+
+from mezzotint.engine.models import checks, hardware, sources
+from mezzotint.errors import ModelLoadError
+from mezzotint.families import family
+
+Performance = Literal["auto", "reference", "compiled"]
+
+DECODERS = ("vae", "movq", "vqgan")
+"""Components that turn latents into pixels: convolutions, for which channels_last is faster."""
+ALIGNMENT = 64
+TOLERANCE = {torch.float32: 0.004, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest difference of a channel value (0 to 1) between performance settings; the mean is a tenth of it."""
+MAX_PACKED_BYTES = 512 * 1024 * 1024
+"""Largest linear layers in all that get a second, packed copy: larger models gain nothing from it."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A pipeline that is ready to run, and what was decided for it."""
+
+    pipe: Any
+    dtype: str
+    """bf16, fp16 or fp32."""
+    dtype_reason: str
+    device: str
+    num_threads: int
+    performance: Performance
+    num_parameters: int
+    load_s: float
+
+
+def load(
+    source: str | Path | Any,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    num_threads: int = 0,
+    performance: Performance = "auto",
+    offload: bool = False,
+    allow_remote_code: bool = False,
+    progress: sources.Progress = sources.nothing,
+) -> Loaded:
+    """Builds the pipeline of `source`: built-in name, folder, safetensors file, repository or pipeline.
+
+    A ready pipeline keeps its own dtype where `dtype` is auto. ModelLoadError says why a model cannot load,
+    and what to do about it.
+    """
+    start = time.perf_counter()
+    threads = hardware.set_threads(num_threads)
+    place = hardware.choose_device(device)
+    if isinstance(source, diffusers.DiffusionPipeline):
+        checks.check_text_to_image(type(source))
+        pipe = source
+        if dtype == "auto":
+            chosen, reason = _own_dtype(pipe)
+        else:
+            chosen, reason = hardware.choose_dtype(dtype, place)
+            pipe.to(chosen)
+    else:
+        chosen, reason = hardware.choose_dtype(dtype, place)
+        path = sources.locate(str(source), revision, progress=progress, code=allow_remote_code)
+        progress("loading weights", None)
+        pipe = _read(path, chosen, place, offload=offload, allow_remote_code=allow_remote_code)
+    _place(pipe, place, offload=offload)
+    tune(pipe, performance)
+    return Loaded(
+        pipe=pipe,
+        dtype=next(name for name, value in hardware.DTYPES.items() if value == chosen),
+        dtype_reason=reason,
+        device=str(place),
+        num_threads=threads,
+        performance=performance,
+        num_parameters=sum(
+            parameter.numel() for module in _modules(pipe) for parameter in module.parameters()
+        ),
+        load_s=time.perf_counter() - start,
+    )
+
+
+def pull(source: str, revision: str | None = None, *, progress: sources.Progress = sources.nothing) -> Path:
+    """Fetches a model if need be, checks that it is whole, and says where it lies."""
+    path = sources.locate(source, revision, progress=progress)
+    if path.is_dir():
+        checks.check_folder(path)
+    else:
+        checks.read_header(path)
+    return path
+
+
+def tune(pipe: Any, performance: Performance) -> None:
+    """Lays the weights out as `performance` says.
+
+    `reference` changes nothing: the same bytes as plain diffusers. `auto` gives the VAE the channels_last
+    layout, copies weights to aligned memory (results no longer depend on where a tensor lies in its file) and
+    packs the linear layers of a small bf16 denoiser on the CPU, which moves last bits in a few shapes.
+    `compiled` compiles the denoiser instead of packing it. Each keeps the promise of `exact` to itself;
+    TOLERANCE says how far they are from `reference`.
+    """
+    if performance == "reference":
+        return
+    for name, module in _named_modules(pipe):
+        for parameter in module.parameters():
+            if parameter.ndim == 4 and name in DECODERS:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone()
+    denoiser = getattr(pipe, family(type(pipe).__name__).denoiser, None)
+    if denoiser is None:
+        return
+    if performance == "compiled":
+        denoiser.forward = torch.compile(denoiser.forward, dynamic=True)
+    else:
+        _pack(denoiser)
+
+
+def _pack(denoiser: torch.nn.Module) -> None:
+    """Gives each linear layer a second copy of its weight in the order that oneDNN works in."""
+    layers = [
+        layer
+        for layer in denoiser.modules()
+        if type(layer) is torch.nn.Linear
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.bfloat16
+    ]
+    mkldnn: Any = torch.backends.mkldnn
+    if not mkldnn.is_available() or sum(layer.weight.nbytes for layer in layers) > MAX_PACKED_BYTES:
+        return
+    for layer in layers:
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+        layer.forward = functools.partial(_packed_forward, packed, layer.bias)  # type: ignore[method-assign]
+
+
+def _packed_forward(packed: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return result
+
+
+def _read(
+    path: Path, dtype: torch.dtype, device: torch.device, *, offload: bool, allow_remote_code: bool
+) -> Any:
+    free, total = hardware.memory(device)
+    try:
+        if path.is_file():
+            return _read_file(path, dtype, free, total, offload=offload)
+        plan = checks.check_folder(path, allow_remote_code=allow_remote_code)
+        checks.check_memory(plan, dtype, free, total, offload=offload)
+        with _quiet():
+            return diffusers.DiffusionPipeline.from_pretrained(
+                str(path),
+                dtype=dtype,
+                use_safetensors=True,
+                variant=plan.variant,
+                local_files_only=True,
+                trust_remote_code=allow_remote_code,
+            )
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+        raise _failure(path, error) from error
+    except SafetensorError as error:
+        raise ModelLoadError(
+            f"{path}: a weight file is damaged: {error}; fetch the model again", code="corrupt_file"
+        ) from error
+
+
+def _read_file(path: Path, dtype: torch.dtype, free: int, total: int, *, offload: bool) -> Any:
+    """A checkpoint in its author's own format; diffusers knows the repository with its configuration."""
+    if path.suffix != ".safetensors":
+        raise ModelLoadError(
+            f"{path} is not a safetensors file; other formats can run any program when loaded: use the "
+            "safetensors version of the checkpoint",
+            code="pickle_only",
+        )
+    checks.read_header(path)
+    checks.check_memory(checks.Plan("", None, {"file": [path]}), dtype, free, total, offload=offload)
+    state = single_file_utils.load_single_file_checkpoint(str(path), local_files_only=True)
+    known = single_file_utils.fetch_diffusers_config(state)
+    del state
+    config = sources.fetch(known["pretrained_model_name_or_path"], weights=False)
+    pipeline = checks.check_class(str(sources.read_index(config).get("_class_name")))
+    if not hasattr(pipeline, "from_single_file"):
+        raise ModelLoadError(
+            f"{path} belongs to {pipeline.__name__}, which diffusers reads only from a folder; use that",
+            code="unsupported_class",
+        )
+    with _quiet():
+        return pipeline.from_single_file(str(path), config=str(config), dtype=dtype, local_files_only=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of the libraries: loading is told through `progress`, and logs stay logs."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+def _failure(path: Path, error: Exception) -> ModelLoadError:
+    if isinstance(error, torch.OutOfMemoryError):
+        return ModelLoadError(
+            f"{path}: the device ran out of memory while loading; choose a smaller dtype or turn on offload",
+            code="not_enough_memory",
+            permanent=False,
+        )
+    _log.debug("loading %s failed", path, exc_info=error)
+    reason = " ".join(str(error).split())[:500]
+    return ModelLoadError(
+        f"{path} could not be loaded by diffusers {diffusers.__version__}: {type(error).__name__}: {reason}; "
+        "check that it is complete and made for this version",
+        code="model_load_failed",
+    )
+
+
+def _own_dtype(pipe: Any) -> tuple[torch.dtype, str]:
+    if pipe.dtype not in hardware.DTYPES.values():
+        raise ModelLoadError(
+            f"the pipeline is in {pipe.dtype}; name one of {', '.join(hardware.DTYPES)} as dtype",
+            code="invalid_setting",
+        )
+    return pipe.dtype, "the pipeline came with it"
+
+
+def _place(pipe: Any, device: torch.device, *, offload: bool) -> None:
+    if offload and device.type != "cpu":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    for module in _modules(pipe):
+        module.requires_grad_(False).eval()
+
+
+def _modules(pipe: Any) -> list[torch.nn.Module]:
+    return [module for _, module in _named_modules(pipe)]
+
+
+def _named_modules(pipe: Any) -> list[tuple[str, torch.nn.Module]]:
+    return [(name, part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`pull SOURCE [--revision R] [--json]`: the path to standard output, progress and errors to stderr."""
+    parser = argparse.ArgumentParser(prog="mezzotint")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("pull")
+    command.add_argument("source")
+    command.add_argument("--revision")
+    command.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    try:
+        path = pull(options.source, options.revision, progress=_show)
+    except ModelLoadError as error:
+        sys.stderr.write(("\n" if sys.stderr.isatty() else "") + f"mezzotint: {error.message}\n")
+        return 1
+    sys.stdout.write(
+        (json.dumps({"source": options.source, "path": str(path)}) if options.json else str(path)) + "\n"
+    )
+    return 0
+
+
+def _show(stage: str, fraction: float | None) -> None:
+    if fraction is not None and sys.stderr.isatty():
+        sys.stderr.write(f"\r{stage} {fraction:4.0%}" + ("\n" if fraction >= 1 else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

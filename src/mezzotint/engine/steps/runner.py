@@ -1,0 +1,160 @@
+"""Run: the forwards of picked calls, merged as the batching mode allows; a row that fails, fails alone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+
+from mezzotint.engine.lora.bank import AdapterBank, Lease
+from mezzotint.engine.steps.batching import Call, Part, join, merge, plan, split
+from mezzotint.engine.steps.exactness import exact_row_counts
+
+Mode = Literal["exact", "fast", "off"]
+
+_log = logging.getLogger(__name__)
+
+
+def _nothing() -> None:
+    """A device that never lags behind."""
+
+
+class Runner:
+    """Runs calls in one batching mode.
+
+    `exact`: every merged forward has `num_rows` rows, or fewer where this machine was seen to give a row the
+    same bytes in a forward of that many, padded with copies; a call of more rows goes through in chunks;
+    with `num_rows` 1 every call runs as the pipeline asked for it. A shape whose rows are found to depend on
+    their neighbours is not merged. `fast`: what is there, up to `num_rows`. `off`: never merged.
+    """
+
+    def __init__(
+        self, mode: Mode, num_rows: int, counted: str = "", synchronize: Callable[[], None] = _nothing
+    ) -> None:
+        """`counted` names the component whose forwards and rows are counted.
+
+        `synchronize` waits for the device: then times are true, and errors show in their own forward.
+        """
+        self.mode = mode
+        self.num_rows = 1 if mode == "off" else num_rows
+        self.adapters: AdapterBank | None = None
+        self.counted = counted
+        self.num_forwards = 0
+        self.num_real_rows = 0
+        self.num_padded_rows = 0
+        self.last_s = 0.0
+        """Seconds that the forwards of the last `run` took, checks of new shapes not counted."""
+        self._synchronize = synchronize
+        self._row_counts: dict[int, tuple[int, ...]] = {}
+
+    def run(self, calls: Sequence[Call]) -> list[Any]:
+        """For each call its result, or the exception that it alone caused. Several calls share one key."""
+        self.last_s = 0.0
+        try:
+            return self._run(calls)
+        except Exception as error:
+            free_memory(error)
+            if len(calls) == 1:
+                return [error]
+            _log.warning("a merged forward of %d calls failed; running each alone", len(calls), exc_info=True)
+        return [self.run([call])[0] for call in calls]
+
+    def _run(self, calls: Sequence[Call]) -> list[Any]:
+        if self.mode != "exact":
+            return [self._alone(calls[0])] if len(calls) == 1 else self._together(calls, ())
+        counts = [self._exact_row_counts(call) for call in calls]
+        merging = [call for call, allowed in zip(calls, counts, strict=True) if allowed]
+        common = [
+            count for count in range(1, self.num_rows + 1) if all(count in each for each in counts if each)
+        ]
+        together = iter(self._together(merging, common))
+        return [
+            next(together) if allowed else self._alone(call)
+            for call, allowed in zip(calls, counts, strict=True)
+        ]
+
+    def _together(self, calls: Sequence[Call], allowed: Sequence[int]) -> list[Any]:
+        """Results of calls in shared forwards of `allowed` row counts; () allows whatever there is."""
+        pieces: dict[int, list[Any]] = {id(call): [] for call in calls}
+        for parts in plan(calls, self.num_rows) if calls else ():
+            sizes = [part.stop - part.start for part in parts]
+            rows = next((count for count in allowed if count >= sum(sizes)), sum(sizes))
+            result = self._merged(parts, sizes, rows)
+            for part, piece in zip(parts, split(result, sizes), strict=True):
+                pieces[id(part.call)].append(piece)
+        return [join(pieces[id(call)]) for call in calls]
+
+    def _exact_row_counts(self, call: Call) -> tuple[int, ...]:
+        """Row counts that forwards of such calls may have; () for unmerged.
+
+        Settled once for each shape and each set of adapted layers, by forwards of noise in which every other
+        row has the call's adapter.
+        """
+        if self.num_rows == 1 or call.key is None:
+            return ()
+        packed = None if call.lease is None else call.lease.resident.packed.get(call.name)
+        shape = hash((call.key, self.num_rows, packed and packed.layout))
+        known = self._row_counts.get(shape)
+        if known is None:
+            if len(self._row_counts) >= _MAX_SHAPES:
+                self._row_counts.clear()
+
+            def around(order: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+                return self._adapted(call.name, [None if index % 2 else call.lease for index in order])
+
+            known = self._row_counts[shape] = exact_row_counts(call, self.num_rows, around)
+            if not known:
+                _log.warning("rows of %s depend on their neighbours in this shape: not merged", call.name)
+        return known
+
+    def _alone(self, call: Call) -> Any:
+        self._count(call, call.rows, call.rows)
+        with self._timed(), self._adapted(call.name, [call.lease]):
+            return call.alone()
+
+    def _merged(self, parts: Sequence[Part], sizes: Sequence[int], rows: int) -> Any:
+        call = parts[0].call
+        self._count(call, sum(sizes), rows)
+        leases = [part.call.lease for part, size in zip(parts, sizes, strict=True) for _ in range(size)]
+        leases += leases[-1:] * (rows - len(leases))
+        with self._timed(), self._adapted(call.name, leases):
+            return call.run(**merge(parts, rows))
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.last_s += time.perf_counter() - start
+
+    def _adapted(self, name: str, leases: Sequence[Lease | None]) -> contextlib.AbstractContextManager[None]:
+        return _NOTHING if self.adapters is None else self.adapters.rows(name, leases)
+
+    def _count(self, call: Call, real: int, rows: int) -> None:
+        if call.name == self.counted:
+            self.num_forwards += 1
+            self.num_real_rows += real
+            self.num_padded_rows += rows - real
+
+
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+_MAX_SHAPES = 1024
+"""Shapes whose check is remembered."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or the device ran out of memory."""
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def free_memory(error: BaseException) -> None:
+    """After an out-of-memory error: gives cached device memory back, so that what comes next has a chance."""
+    if is_out_of_memory(error) and torch.cuda.is_available():
+        torch.cuda.empty_cache()

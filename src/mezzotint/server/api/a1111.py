@@ -1,0 +1,313 @@
+"""The part of AUTOMATIC1111's web API that Open WebUI, SillyTavern and LibreChat use.
+
+Keys of the body that mean nothing here are ignored, as the original does. The API key is the password of
+Basic authentication, with any user name; a bearer token is taken as well. A LoRA in the prompt,
+`<lora:ROUTE:WEIGHT>`, is the adapter of that route.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response
+
+from mezzotint import images
+from mezzotint.errors import InvalidRequestError, echo
+from mezzotint.schemas import DedicatedImageGenerationBody, make_body, parse_json, shown, split_model
+from mezzotint.server.api import answers, dedicated, openai
+from mezzotint.server.api.context import Context, CurrentContext
+from mezzotint.server.api.disconnect import answer_or_gone
+from mezzotint.server.store.keys import Key
+from mezzotint.server.work.endpoints import Endpoint
+from mezzotint.server.work.tickets import Answer, Picture, Ticket
+
+SAMPLER = "Automatic"
+"""The one sampler there is to choose: the model's own. What clients send instead is ignored."""
+_LORA = re.compile(r"<lora:([^:<>]+)(?::(-?\d{1,3}(?:\.\d{1,6})?))?(?::[^<>]*)?>")
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    status: answers.ERRORS[status] for status in (401, 403, 404, 422, 503)
+}
+
+router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+
+
+async def basic_key_of(context: CurrentContext, authorization: Annotated[str | None, Header()] = None) -> Key:
+    """Dependency: who is calling, by Basic or Bearer."""
+    scheme, _, text = (authorization or "").partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            _, _, secret = base64.b64decode(text.strip(), validate=True).decode().partition(":")
+        except ValueError:  # no base64, or no text in it
+            secret = ""
+        authorization = f"Bearer {secret}"
+    return await context.authenticate(authorization)
+
+
+BasicKey = Annotated[Key, Depends(basic_key_of)]
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request of this dialect in the words of the dedicated route."""
+
+    body: DedicatedImageGenerationBody
+    endpoint: Endpoint
+    route: str | None
+    adapter_scale: float | None
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@router.post("/txt2img", summary="Generate images, as the web UI's API does", responses={**answers.ERRORS})
+async def txt2img(request: Request, context: CurrentContext, key: BasicKey) -> Response:
+    values = parse_json(await request.body())
+    wish = parse_wish(values, request, context, key)
+    made = dedicated.image_request(wish.body, wish.route, 0)
+    ticket = await context.admission.submit(
+        wish.endpoint,
+        replace(made, adapter_scale=wish.adapter_scale),
+        key=key,
+        finish=lambda ticket, pictures: _finish(values, wish, ticket, pictures),
+        request_id=request.state.request_id,
+        fingerprint=answers.fingerprint("a1111", values),
+        gone=request.is_disconnected,
+    )
+    running: dict[str, Ticket] = _running(request)
+    running[key.id] = ticket
+    try:
+        answer = await answer_or_gone(context.admission, ticket, request.receive)
+    finally:
+        if running.get(key.id) is ticket:
+            del running[key.id]
+    return Response(answer.body, media_type="application/json", headers=answers.timing_headers(answer))
+
+
+def parse_wish(values: Mapping[str, Any], request: Request, context: Context, key: Key) -> Wish:
+    """What the body asks for; InvalidRequestError in the words of the dedicated route's fields."""
+    settings = values.get("override_settings") or {}
+    named = settings.get("sd_model_checkpoint") if isinstance(settings, dict) else None
+    endpoint, route = openai.find_endpoint(context, key, named or _chosen(request, context, key))
+    prompt, lora, scale = take_lora(values.get("prompt"))
+    if lora is not None:
+        endpoint.require_route(lora)
+        route = lora
+    steps, seed, guidance = values.get("steps"), values.get("seed"), values.get("cfg_scale")
+    fields = {
+        "model": f"{endpoint.id}:{route}" if route else endpoint.id,
+        "num_inference_steps": openai.default_steps(endpoint) if steps is None else steps,
+        "prompt": prompt,
+        "negative_prompt": values.get("negative_prompt") or None,
+        "guidance_scale": guidance,
+        "seed": None if seed == -1 else seed,
+        "n": _num_images(values),
+        "width": values.get("width"),
+        "height": values.get("height"),
+    }
+    return Wish(make_body(fields), endpoint, route, scale)
+
+
+def take_lora(prompt: Any) -> tuple[Any, str | None, float | None]:
+    """The prompt without its LoRA, the LoRA's route and weight; InvalidRequestError for more than one."""
+    found = _LORA.findall(prompt) if isinstance(prompt, str) else []
+    if not found:
+        return prompt, None, None
+    if len(found) > 1:
+        raise InvalidRequestError(
+            f"prompt names {len(found)} LoRAs; a request can use one adapter",
+            code="not_supported",
+            param="prompt",
+        )
+    route, weight = found[0]
+    scale = float(weight) if weight else None
+    if scale is not None and abs(scale) > 10:
+        raise InvalidRequestError(
+            f"the weight of LoRA {echo(route)} must be between -10 and 10 (got {weight})",
+            code="out_of_range",
+            param="prompt",
+        )
+    return " ".join(_LORA.sub(" ", prompt).split()), route, scale
+
+
+def _num_images(values: Mapping[str, Any]) -> Any:
+    """The original makes `n_iter` batches of `batch_size`."""
+    size, batches = values.get("batch_size"), values.get("n_iter")
+    for name, value in (("batch_size", size), ("n_iter", batches)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            text = f"{name} must be an integer (got {shown(value)})"
+            raise InvalidRequestError(text, code="invalid_type", param=name)
+    return (1 if size is None else size) * (1 if batches is None else batches)
+
+
+def _finish(values: Mapping[str, Any], wish: Wish, ticket: Ticket, pictures: list[Picture]) -> Answer:
+    """Turns pictures into this dialect's answer; runs in a thread."""
+    began = time.perf_counter()
+    model = wish.body.model
+    files = [answers.encode(ticket.endpoint, model, "png", picture) for picture in pictures]
+    answer = {
+        "images": [base64.b64encode(data).decode() for data in files],
+        "parameters": _writable(values),
+        "info": json.dumps(_info(model, ticket, pictures)),
+    }
+    text = json.dumps(answer, separators=(",", ":"))  # ASCII: what is echoed may hold half a surrogate pair
+    return answers.made_answer(text.encode(), pictures, time.perf_counter() - began)
+
+
+def _writable(values: Mapping[str, Any]) -> Any:
+    """The body as JSON can write it: what was read as infinite (1e999, in an ignored key) is null."""
+    return json.loads(json.dumps(values), parse_constant=lambda _: None)
+
+
+def _info(model: str, ticket: Ticket, pictures: list[Picture]) -> dict[str, Any]:
+    first = pictures[0].request
+    return {
+        "prompt": first.prompt,
+        "all_prompts": [picture.request.prompt for picture in pictures],
+        "negative_prompt": first.negative_prompt or "",
+        "all_negative_prompts": [picture.request.negative_prompt or "" for picture in pictures],
+        "seed": first.seed,
+        "all_seeds": [picture.request.seed for picture in pictures],
+        "width": pictures[0].width,
+        "height": pictures[0].height,
+        "sampler_name": SAMPLER,
+        "cfg_scale": first.guidance_scale,
+        "steps": first.num_inference_steps,
+        "batch_size": len(pictures),
+        "sd_model_name": model,
+        "infotexts": [answers.parameters_of(model, picture).to_infotext() for picture in pictures],
+        "warnings": ticket.warnings,
+    }
+
+
+# ---------------------------------------------------------------- progress
+
+
+@router.get("/progress", summary="How far this key's request is", responses=_ANSWERS)
+async def progress(request: Request, key: BasicKey) -> dict[str, Any]:
+    """The newest running request of this key; all zeros when there is none."""
+    ticket = _running(request).get(key.id)
+    step, steps = (ticket.step, ticket.num_steps) if ticket else (0, 0)
+    return {
+        "progress": step / steps if steps else 0.0,
+        "eta_relative": dedicated.seconds_left(ticket) if ticket else 0.0,
+        "state": {
+            "skipped": False,
+            "interrupted": False,
+            "job": ticket.id if ticket else "",
+            "job_count": 1 if ticket else 0,
+            "job_no": 0,
+            "sampling_step": step,
+            "sampling_steps": steps,
+        },
+        "current_image": None,
+        "textinfo": ticket.status if ticket else None,
+    }
+
+
+@router.post("/interrupt", summary="Cancel this key's request", responses=_ANSWERS)
+async def interrupt(request: Request, context: CurrentContext, key: BasicKey) -> dict[str, Any]:
+    ticket = _running(request).get(key.id)
+    if ticket is not None:
+        context.admission.cancel(ticket)
+    return {}
+
+
+def _running(request: Request) -> dict[str, Ticket]:
+    """By key id: the newest request that runs."""
+    running: dict[str, Ticket] = request.app.state.a1111_running
+    return running
+
+
+# ---------------------------------------------------------------- what there is to choose
+
+
+@router.get("/options", summary="The endpoint in use", responses=_ANSWERS)
+async def options(request: Request, context: CurrentContext, key: BasicKey) -> dict[str, Any]:
+    return {"sd_model_checkpoint": _chosen(request, context, key), "samples_format": "png"}
+
+
+@router.post("/options", summary="Choose the endpoint", responses=_ANSWERS)
+async def set_options(request: Request, context: CurrentContext, key: BasicKey) -> dict[str, Any]:
+    """`sd_model_checkpoint` counts for this key until the server stops; other options are ignored."""
+    name = parse_json(await request.body()).get("sd_model_checkpoint")
+    if name is not None:
+        endpoint, route = openai.find_endpoint(context, key, name)
+        request.app.state.a1111_chosen[key.id] = f"{endpoint.id}:{route}" if route else endpoint.id
+    return {}
+
+
+@router.get("/sd-models", summary="The endpoints of this key", responses=_ANSWERS)
+async def sd_models(context: CurrentContext, key: BasicKey) -> list[dict[str, Any]]:
+    mine = [endpoint for endpoint in context.registry if key.may_use(endpoint.id)]
+    return [
+        {"title": e.id, "model_name": e.id, "hash": None, "sha256": None, "filename": e.id, "config": None}
+        for e in mine
+    ]
+
+
+@router.get("/samplers", summary="Samplers: the model's own", responses=_ANSWERS)
+async def samplers(key: BasicKey) -> list[dict[str, Any]]:
+    return [{"name": SAMPLER, "aliases": [], "options": {}}]
+
+
+@router.get("/schedulers", summary="Schedulers: the model's own", responses=_ANSWERS)
+async def schedulers(key: BasicKey) -> list[dict[str, Any]]:
+    return [{"name": SAMPLER.lower(), "label": SAMPLER}]
+
+
+@router.get("/upscalers", summary="None", responses=_ANSWERS)
+@router.get("/latent-upscale-modes", summary="None", responses=_ANSWERS)
+@router.get("/sd-vae", summary="None", responses=_ANSWERS)
+async def nothing(key: BasicKey) -> list[dict[str, Any]]:
+    """Clients ask for these lists at their start; there is nothing to choose."""
+    return []
+
+
+@router.get("/loras", summary="The adapters of the endpoint in use", responses=_ANSWERS)
+async def loras(request: Request, context: CurrentContext, key: BasicKey) -> list[dict[str, Any]]:
+    chosen = _chosen(request, context, key)
+    endpoint, _ = openai.find_endpoint(context, key, chosen)
+    return [{"name": r, "alias": r, "path": r, "metadata": {}} for r in sorted(endpoint.adapters)]
+
+
+def _chosen(request: Request, context: Context, key: Key) -> str | None:
+    """The model that this key uses: as set through the options, else its first endpoint."""
+    chosen: str | None = request.app.state.a1111_chosen.get(key.id)
+    mine = [endpoint.id for endpoint in context.registry if key.may_use(endpoint.id)]
+    if chosen is not None and split_model(chosen)[0] in mine:
+        return chosen
+    return mine[0] if mine else None
+
+
+@router.post("/png-info", summary="Read what made a picture", responses=_ANSWERS)
+async def png_info(request: Request, key: BasicKey) -> dict[str, Any]:
+    """`image`: base64 of a PNG or JPEG, or a data URL of it."""
+    text = parse_json(await request.body()).get("image")
+    if not isinstance(text, str):
+        raise InvalidRequestError("image must be a string of base64", code="invalid_type", param="image")
+    try:
+        data = base64.b64decode(text.partition("base64,")[2] or text, validate=True)
+    except ValueError:
+        raise InvalidRequestError("image is not base64", code="invalid_image", param="image") from None
+    info = await run_in_threadpool(images.read_infotext, data) or ""
+    found = images.parse_infotext(info)
+    return {
+        "info": info,
+        "items": {"parameters": info} if info else {},
+        "parameters": json.loads(found.to_json()) if found else {},
+    }
+
+
+def install(app: FastAPI) -> None:
+    """Adds these routes to the app, and what they remember for as long as it runs."""
+    app.state.a1111_running = {}
+    app.state.a1111_chosen = {}
+    app.include_router(router)

@@ -1,0 +1,264 @@
+"""The server's own dialect: the dedicated route, and the state of one's own requests."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import structlog
+from fastapi import APIRouter, FastAPI, Header, Request
+from fastapi.responses import Response
+from pydantic import MISSING
+
+from mezzotint import images
+from mezzotint.schemas import (
+    DedicatedImageGenerationBody,
+    ErrorBody,
+    ImageGenerationAnswer,
+    ImageItem,
+    ImageTimings,
+    PreviewEvent,
+    RequestState,
+    Usage,
+    parse_body,
+    split_model,
+)
+from mezzotint.server.api import answers, sse
+from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
+from mezzotint.server.api.disconnect import answer_or_gone
+from mezzotint.server.work.admission import parse_timeout
+from mezzotint.server.work.tickets import Answer, Finish, ImageRequest, Picture, Ticket
+
+QUEUED_EVERY_S = 1.0
+"""How often a watcher of a waiting request is told its place."""
+
+router = APIRouter()
+
+
+@router.post(
+    "/dedicated/v1/images/generations",
+    summary="Generate images",
+    tags=["Images"],
+    response_model=ImageGenerationAnswer,
+    responses={
+        202: {"model": RequestState, "description": "Accepted; asked for with `Prefer: respond-async`."},
+        **answers.ERRORS,
+    },
+    openapi_extra=answers.json_body(DedicatedImageGenerationBody),
+)
+async def generate(
+    request: Request,
+    context: CurrentContext,
+    key: CurrentKey,
+    idempotency_key: Annotated[
+        str | None, Header(description="The same key finds the same request again.")
+    ] = None,
+    x_request_timeout_s: Annotated[str | None, Header(description="Seconds after which to give up.")] = None,
+    prefer: Annotated[str | None, Header(description="`respond-async` answers 202 at once.")] = None,
+    x_friendli_team: Annotated[str | None, Header(description="Accepted, logged and not used.")] = None,
+) -> Response:
+    """Makes images from words: one request, one endpoint, `n` images."""
+    if x_friendli_team:
+        structlog.contextvars.bind_contextvars(team=x_friendli_team[:64])  # on this request's log lines
+    body = parse_body(await request.body())
+    wish = answers.parse_prefer(prefer)
+    endpoint_id, route = split_model(body.model)
+    endpoint = context.registry.find(endpoint_id, key)
+    endpoint.require_route(route)
+    ticket = await context.admission.submit(
+        endpoint,
+        image_request(body, route, wish.num_previews),
+        key=key,
+        finish=_finish(context, body, context.base_url(request)),
+        request_id=request.state.request_id,
+        fingerprint=answers.fingerprint("dedicated", body.model_dump(mode="json")),
+        gone=request.is_disconnected,
+        idempotency_key=answers.idempotency(idempotency_key),
+        timeout_s=parse_timeout(x_request_timeout_s),
+        hold=wish.respond_async,
+    )
+    if wish.respond_async:
+        return Response(_state_json(ticket), 202, media_type="application/json")
+    answer = await answer_or_gone(context.admission, ticket, request.receive)
+    return Response(answer.body, media_type="application/json", headers=answers.timing_headers(answer))
+
+
+def image_request(body: DedicatedImageGenerationBody, route: str | None, num_previews: int) -> ImageRequest:
+    """What admission is asked for."""
+    values = body.model_dump(
+        include={"guidance_scale", "seed", "width", "height", "negative_prompt"}, exclude_none=True
+    )
+    return ImageRequest(
+        prompt=body.prompt,
+        num_inference_steps=body.num_inference_steps,
+        route=route,
+        n=body.num_images,
+        num_previews=num_previews,
+        **values,
+    )
+
+
+def _finish(context: Context, body: DedicatedImageGenerationBody, base_url: str) -> Finish:
+    """Turns pictures into this dialect's answer; runs in a thread."""
+    form = body.response_format if isinstance(body.response_format, str) else "url"
+
+    def finish(ticket: Ticket, pictures: list[Picture]) -> Answer:
+        began = time.perf_counter()
+        items = [_item(context, ticket, body.model, form, base_url, picture) for picture in pictures]
+        answer = ImageGenerationAnswer(
+            created=int(ticket.created),
+            id=ticket.id,
+            data=items,
+            usage=Usage(
+                images=len(items), steps=sum(picture.request.num_inference_steps for picture in pictures)
+            ),
+            warnings=ticket.warnings,
+        )
+        text = answer.model_dump_json()
+        return answers.made_answer(text.encode(), pictures, time.perf_counter() - began)
+
+    return finish
+
+
+def _item(
+    context: Context, ticket: Ticket, model: str, form: Any, base_url: str, picture: Picture
+) -> ImageItem:
+    began = time.perf_counter()
+    kind = images.FORMATS[form]
+    data = answers.encode(ticket.endpoint, model, form, picture)
+    where: dict[str, Any]
+    if form == "url":
+        where = {"url": answers.store(context, ticket, model, picture, data, kind.suffix, base_url)}
+    else:
+        where = {"b64_json": base64.b64encode(data).decode()}
+    timings = ImageTimings(
+        queue_ms=answers.milliseconds(picture.queue_s),
+        generate_ms=answers.milliseconds(picture.generate_s),
+        encode_ms=answers.milliseconds(time.perf_counter() - began),
+        adapter_load_ms=answers.milliseconds(picture.adapter_load_s) if picture.adapter_load_s else MISSING,
+    )
+    return ImageItem(
+        seed=picture.request.seed,
+        response_format=form,
+        width=picture.width,
+        height=picture.height,
+        mime_type=kind.mime_type,
+        timings=timings,
+        **where,
+        **kind.item_fields,
+    )
+
+
+# ---------------------------------------------------------------- one's own requests
+
+
+@router.get(
+    "/dedicated/v1/requests/{request_id}",
+    summary="Where a request stands",
+    tags=["Images"],
+    response_model=RequestState,
+    responses={status: answers.ERRORS[status] for status in (401, 404, 503)},
+)
+async def request_state(request_id: str, context: CurrentContext, key: CurrentKey) -> Response:
+    return Response(
+        _state_json(context.admission.find(request_id, key), full=True), media_type="application/json"
+    )
+
+
+@router.delete(
+    "/dedicated/v1/requests/{request_id}",
+    summary="Cancel a request",
+    tags=["Images"],
+    response_model=RequestState,
+    responses={status: answers.ERRORS[status] for status in (401, 404, 503)},
+)
+async def cancel_request(request_id: str, context: CurrentContext, key: CurrentKey) -> Response:
+    """Cancels within one step; a request that has ended stays as it ended."""
+    ticket = context.admission.find(request_id, key)
+    context.admission.cancel(ticket)
+    return Response(_state_json(ticket, full=True), media_type="application/json")
+
+
+@router.get(
+    "/dedicated/v1/requests/{request_id}/events",
+    summary="Follow a request (server-sent events)",
+    tags=["Images"],
+    response_class=Response,
+    responses={
+        200: {
+            "content": {"text/event-stream": {}},
+            "description": "progress, preview; then done, failed or cancelled",
+        },
+        **{status: answers.ERRORS[status] for status in (401, 404, 503)},
+    },
+)
+async def request_events(request_id: str, context: CurrentContext, key: CurrentKey) -> Response:
+    ticket = context.admission.find(request_id, key)
+    return sse.stream(_events(ticket), context.admission.watching(ticket))
+
+
+async def _events(ticket: Ticket) -> AsyncIterator[bytes]:
+    previews, seen, shown = ticket.previews, -1, 0  # a ticket lets go of its previews when it ends
+    told = b""
+    while True:
+        seen = ticket.changes
+        for number, preview in previews[shown:]:
+            shown += 1
+            yield sse.event("preview", await asyncio.to_thread(_preview_json, ticket, number, preview))
+        if ticket.ended:
+            break
+        if (state := _state_json(ticket)) != told:
+            yield sse.event("progress", state.decode())
+            told = state
+        with contextlib.suppress(TimeoutError):  # while it waits, its place changes by what others do
+            async with asyncio.timeout(QUEUED_EVERY_S if ticket.status == "queued" else None):
+                await ticket.changed(seen)
+    if ticket.error is not None and ticket.status == "failed":
+        yield sse.event("failed", ErrorBody.of(ticket.error, ticket.id).model_dump_json())
+    elif ticket.answer is not None:
+        yield sse.event("done", ticket.answer.body.decode())
+    else:
+        yield sse.event(ticket.status, _state_json(ticket).decode())
+
+
+def _preview_json(ticket: Ticket, number: int, preview: Any) -> str:
+    data = images.encode("png", preview.payload, preview.width, preview.height)
+    return PreviewEvent(
+        index=number,
+        step=preview.step,
+        num_steps=ticket.jobs[number].request.num_inference_steps,
+        b64_json=base64.b64encode(data).decode(),
+    ).model_dump_json()
+
+
+def seconds_left(ticket: Ticket) -> float:
+    """Estimated seconds until the request's last picture is there."""
+    now = asyncio.get_running_loop().time()
+    left = [ticket.endpoint.left_s(job, now) for job in ticket.jobs if not job.ended]
+    return round(max(left, default=0.0), 3)
+
+
+def _state_json(ticket: Ticket, *, full: bool = False) -> bytes:
+    """The RequestState; with `full` the result stands in it as the bytes that it was answered with."""
+    values: dict[str, Any] = {"id": ticket.id, "status": ticket.status}
+    values |= {"step": ticket.step, "num_steps": ticket.num_steps}
+    if not ticket.ended:
+        waiting = [job for job in ticket.jobs if job.queued]
+        if ticket.status == "queued" and waiting:
+            values["position"] = min(len(ticket.endpoint.dispatcher.queue.ahead(job)) for job in waiting)
+        values["seconds_left"] = seconds_left(ticket)
+    if ticket.error is not None:
+        values["error"] = ErrorBody.of(ticket.error).error
+    text = RequestState(**values).model_dump_json().encode()
+    if full and ticket.answer is not None:
+        return text[:-1] + b',"result":' + ticket.answer.body + b"}"
+    return text
+
+
+def install(app: FastAPI) -> None:
+    """Adds these routes to the app."""
+    app.include_router(router)

@@ -1,0 +1,242 @@
+"""Pure ASGI middleware: what every response carries, and what a body must be before anyone reads it.
+
+(Function middleware would hide a client's disconnect from the routes, so there is none.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mezzotint.config import Settings, is_loopback
+from mezzotint.errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    InternalError,
+    MezzotintError,
+    MisdirectedError,
+    PermissionDeniedError,
+    UnsupportedMediaError,
+    echo,
+)
+from mezzotint.schemas import ErrorBody
+from mezzotint.server.work.admission import new_request_id
+from mezzotint.server.work.tickets import ClientGone
+
+SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-resource-policy": "same-origin",
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; "
+    "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+}
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+BODY_METHODS = ("POST", "PUT", "PATCH")
+IMAGE_PATHS = ("/sdapi/v1/png-info",)
+"""Where a body holds a picture, and so may be larger."""
+MAX_IMAGE_BODY = 32 * 2**20
+
+log = structlog.get_logger(__name__)
+
+
+def error_response(error: MezzotintError, request_id: str | None) -> Response:
+    """The one error body, with the headers that belong to it."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, -int(-error.retry_after // 1)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    body = ErrorBody.of(error, request_id).model_dump_json()
+    return Response(body, error.status, headers, media_type="application/json")
+
+
+class Envelope:
+    """Outermost: request id and security headers on every response."""
+
+    def __init__(self, app: ASGIApp, on_answer: Callable[[Scope, int], None]) -> None:
+        self._app = app
+        self._on_answer = on_answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = new_request_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+        began, status = time.perf_counter(), 0
+
+        async def dressed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, dressed)
+            finally:
+                self._on_answer(scope, status or 499)
+                milliseconds = round((time.perf_counter() - began) * 1000, 1)
+                log.debug("http", method=scope["method"], path=scope["path"], status=status, ms=milliseconds)
+
+
+class Refusals:
+    """Answers what the middleware below refuses and what no one foresaw; no traceback goes to anyone.
+
+    It stands below CORS, so that a page may read these answers as any other. `on_error` counts them.
+    """
+
+    def __init__(self, app: ASGIApp, on_error: Callable[[MezzotintError], None]) -> None:
+        self._app = app
+        self._on_error = on_error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+            return
+        except ClientGone:
+            return
+        except MezzotintError as refused:
+            error = refused
+        except Exception:
+            log.exception("defect in a request", method=scope["method"], path=scope["path"])
+            error = InternalError("the server made a mistake; its log has the details under this request id")
+        if not begun:
+            self._on_error(error)
+            await error_response(error, scope["state"]["request_id"])(scope, receive, send)
+
+
+class OwnPages:
+    """For a server without keys: refuses what a browser sends for a page of somebody else's.
+
+    Such a page may come under a name that its owner lets point at this machine (DNS rebinding): then Host has
+    that name. Or it asks this server across origins: then Origin has the page's own.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._public_name: str | None = None
+        self._origins = set(settings.cors_origins)
+        if settings.public_url:
+            public = urlsplit(settings.public_url)
+            self._public_name = public.hostname
+            self._origins.add(f"{public.scheme}://{public.netloc}")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            host = headers.get("host", "")
+            self._require_own_name(host)
+            if scope["method"] not in SAFE_METHODS:
+                self._require_own_origin(headers.get("origin"), host)
+        await self._app(scope, receive, send)
+
+    def _require_own_name(self, host: str) -> None:
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:  # no address at all
+            name = None
+        if name is None or not (is_loopback(name) or name == self._public_name):
+            raise MisdirectedError(
+                f"a server without keys answers only as localhost or 127.0.0.1, not as {echo(host)}; "
+                "ask it there, or set public_url or leave auth on"
+            )
+
+    def _require_own_origin(self, origin: str | None, host: str) -> None:
+        if origin is None or {"*", origin} & self._origins or origin.partition("://")[2] == host:
+            return
+        raise PermissionDeniedError(
+            f"a server without keys takes no requests from the pages of {echo(origin)}; "
+            "name it in cors_origins, or leave auth on",
+            code="forbidden_origin",
+        )
+
+
+class Bodies:
+    """Reads the whole body before the routes see the request: its size, its time, its type."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        most = max(self._max_bytes, MAX_IMAGE_BODY) if scope["path"] in IMAGE_PATHS else self._max_bytes
+        body = await self._read(headers, receive, most)
+        if body:
+            _require_json(headers.get("content-type"))
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, headers: Headers, receive: Receive, most: int) -> bytes:
+        announced = headers.get("content-length", "")
+        if announced.isdigit() and int(announced) > most:
+            raise _too_large(most)
+        parts: list[bytes] = []
+        size, more = 0, True
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    part = message.get("body", b"")
+                    size, more = size + len(part), message.get("more_body", False)
+                    if size > most:
+                        raise _too_large(most)
+                    parts.append(part)
+        except TimeoutError:
+            raise BodyTimeoutError(
+                f"the body had not arrived after {self._timeout_s:g} s; send it at once"
+            ) from None
+        return b"".join(parts)
+
+
+def _too_large(most: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is larger than {most} bytes; send a smaller one")
+
+
+def _require_json(content_type: str | None) -> None:
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        got = echo(content_type) if content_type else "none"
+        raise UnsupportedMediaError(f"the body must be sent with Content-Type application/json (got {got})")
+
+
+def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
+    """A receive that gives the body once and then what really comes: the disconnect."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

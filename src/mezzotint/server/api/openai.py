@@ -1,0 +1,403 @@
+"""OpenAI's images: `/v1/images/generations` and `/v1/models`.
+
+The same path takes the container form of Friendli's API (`response_format` is `raw` or `jpeg`, `model` an
+adapter route alone) and Together's words (`steps`, `base64`). What is left out is the endpoint's default.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response
+
+from mezzotint import images
+from mezzotint.errors import InvalidRequestError, MezzotintError, NotFoundError, echo
+from mezzotint.messages import Preview
+from mezzotint.schemas import (
+    DedicatedImageGenerationBody,
+    ErrorBody,
+    make_body,
+    parse_json,
+    shown,
+    split_model,
+    unknown_field,
+)
+from mezzotint.server.api import answers, dedicated, sse
+from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
+from mezzotint.server.api.disconnect import answer_or_gone
+from mezzotint.server.store.keys import Key
+from mezzotint.server.work.admission import parse_timeout
+from mezzotint.server.work.endpoints import Endpoint
+from mezzotint.server.work.tickets import Answer, Picture, Ticket
+
+FALLBACK_STEPS = 20
+"""Steps where neither the request, nor the endpoint, nor its model (not loaded yet) names a number."""
+_SHARED = (
+    "prompt", "n", "num_inference_steps", "guidance_scale", "seed", "negative_prompt", "width", "height",
+    "control_images", "controlnet_weights",
+)  # fmt: skip
+"""Fields that mean what they mean on the dedicated route."""
+_OWN = (
+    "model", "size", "steps", "response_format", "output_format", "output_compression", "stream",
+    "partial_images",
+)  # fmt: skip
+_IGNORED = ("user", "quality", "style", "background", "moderation", "safety_identifier")
+KNOWN = _SHARED + _OWN + _IGNORED
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+_FORMS: Mapping[str, tuple[str, str | None]] = {
+    "url": ("url", None),
+    "b64_json": ("b64_json", None),
+    "base64": ("b64_json", None),
+    "jpeg": ("image", "jpeg"),
+    "raw": ("image", "raw"),
+}
+"""By `response_format`: where the picture stands in the answer, and the file's format if that says it too."""
+
+router = APIRouter(tags=["OpenAI"])
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request of this dialect: the picture as on the dedicated route, and how it is to be answered."""
+
+    body: DedicatedImageGenerationBody
+    form: str
+    """`url`, `b64_json`, or `image` for the container form."""
+    file: str
+    """Format of the file: `png`, `jpeg` or `raw`."""
+    quality: int
+    stream: bool
+    partial_images: int
+
+
+def _body_schema() -> dict[str, Any]:
+    """The JSON Schema of a body: shared fields as on the dedicated route, and null is as good as absent."""
+    fields = DedicatedImageGenerationBody.model_json_schema()["properties"]
+    own: dict[str, dict[str, Any]] = {
+        "model": {
+            "type": "string",
+            "description": "ENDPOINT_ID, ENDPOINT_ID:ADAPTER_ROUTE or ADAPTER_ROUTE.",
+        },
+        "size": {"type": "string", "pattern": f"^(auto|{_SIZE.pattern})$"},
+        "steps": fields["num_inference_steps"],
+        "response_format": {"enum": list(_FORMS)},
+        "output_format": {"enum": ["png", "jpeg"]},
+        "output_compression": {"type": "integer", "minimum": 0, "maximum": 100},
+        "stream": {"type": "boolean"},
+        "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
+    }
+    own |= {name: {"description": "Accepted and not used."} for name in _IGNORED}
+    own |= {name: fields[name] for name in _SHARED if name != "prompt"}
+    return {
+        "type": "object",
+        "required": ["prompt"],
+        "properties": {"prompt": fields["prompt"]}
+        | {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in own.items()},
+        "additionalProperties": False,
+    }
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@router.post(
+    "/v1/images/generations",
+    summary="Generate images, as OpenAI's API does",
+    response_class=Response,
+    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}, **answers.ERRORS},
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": _body_schema(),
+                    "example": {"model": "emoji", "prompt": "an owl", "size": "auto", "seed": 7},
+                }
+            },
+        }
+    },
+)
+async def generate(request: Request, context: CurrentContext, key: CurrentKey) -> Response:
+    """Makes images from words. With `"stream": true` the answer is server-sent events."""
+    values = {name: value for name, value in parse_json(await request.body()).items() if value is not None}
+    endpoint, route = find_endpoint(context, key, values.get("model"))
+    wish = parse_wish(values, endpoint, route)
+    base_url = context.base_url(request)
+    ticket = await context.admission.submit(
+        endpoint,
+        dedicated.image_request(wish.body, route, wish.partial_images if wish.stream else 0),
+        key=key,
+        finish=lambda ticket, pictures: _finish(context, wish, base_url, ticket, pictures),
+        request_id=request.state.request_id,
+        fingerprint=answers.fingerprint("openai", values),
+        gone=request.is_disconnected,
+        idempotency_key=answers.idempotency(request.headers.get("idempotency-key")),
+        timeout_s=parse_timeout(request.headers.get("x-request-timeout-s")),
+    )
+    if wish.stream:
+        return sse.stream(_events(wish, ticket), context.admission.attached(ticket))
+    answer = await answer_or_gone(context.admission, ticket, request.receive)
+    return Response(answer.body, media_type="application/json", headers=answers.timing_headers(answer))
+
+
+def find_endpoint(context: Context, key: Key, model: object) -> tuple[Endpoint, str | None]:
+    """The endpoint and adapter that `model` names here.
+
+    Without a model: the only endpoint of this key. An adapter route alone: the only endpoint that has it.
+    """
+    if model is not None and not isinstance(model, str):
+        text = f"model must be a string (got {shown(model)})"
+        raise InvalidRequestError(text, code="invalid_type", param="model")
+    mine = [endpoint for endpoint in context.registry if key.may_use(endpoint.id)]
+    if model is None:
+        if len(mine) != 1:
+            names = ", ".join(endpoint.id for endpoint in mine[:10]) or "none"
+            text = f"model is required: this key may use {names}"
+            raise InvalidRequestError(text, code="missing_field", param="model")
+        return mine[0], None
+    endpoint_id, route = split_model(model)
+    if route is None and endpoint_id not in [endpoint.id for endpoint in mine]:
+        having = [endpoint for endpoint in mine if endpoint_id in endpoint.adapters]
+        if len(having) == 1:
+            return having[0], endpoint_id
+    endpoint = context.registry.find(endpoint_id, key)
+    endpoint.require_route(route)
+    return endpoint, route
+
+
+def parse_wish(values: Mapping[str, Any], endpoint: Endpoint, route: str | None) -> Wish:
+    """What the body asks for; InvalidRequestError as on the dedicated route."""
+    for name in values:
+        if name not in KNOWN:
+            raise unknown_field(name, KNOWN)
+    fields = {name: values[name] for name in _SHARED if name in values} | _size(values)
+    if "steps" in values and values.get("num_inference_steps", values["steps"]) != values["steps"]:
+        raise _invalid("steps", "and num_inference_steps say the same thing and differ; send one of them")
+    fields.setdefault("num_inference_steps", values.get("steps", default_steps(endpoint)))
+    form, file = _FORMS[_choice(values, "response_format", tuple(_FORMS), "url")]
+    output_format = _choice(values, "output_format", ("png", "jpeg"), "png")
+    return Wish(
+        body=make_body({"model": f"{endpoint.id}:{route}" if route else endpoint.id} | fields),
+        form=form,
+        file=file or output_format,
+        quality=_integer(values, "output_compression", 0, 100, images.JPEG_QUALITY),
+        stream=_choice(values, "stream", (False, True), False),
+        partial_images=_integer(values, "partial_images", 0, 3, 0),
+    )
+
+
+def default_steps(endpoint: Endpoint) -> int:
+    """Steps of a request that names none."""
+    info = endpoint.info
+    return endpoint.spec.default_steps or (info.default_steps if info else FALLBACK_STEPS)
+
+
+def _size(values: Mapping[str, Any]) -> dict[str, int]:
+    size = values.get("size", "auto")
+    if size == "auto":
+        return {}
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if found is None:
+        raise _invalid(
+            "size", f"must be WIDTHxHEIGHT in pixels, such as 512x512, or auto (got {shown(size)})"
+        )
+    if "width" in values or "height" in values:
+        raise _invalid("size", "and width or height stand together; send size, or width and height")
+    return {"width": int(found[1]), "height": int(found[2])}
+
+
+def _choice(values: Mapping[str, Any], name: str, choices: tuple[Any, ...], default: Any) -> Any:
+    value = values.get(name, default)
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        names = ", ".join(json.dumps(choice).strip('"') for choice in choices)
+        raise _invalid(name, f"must be one of {names} (got {shown(value)})")
+    return value
+
+
+def _integer(values: Mapping[str, Any], name: str, low: int, high: int, default: int) -> int:
+    value = values.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _invalid(name, f"must be an integer (got {shown(value)})", "invalid_type")
+    if not low <= value <= high:
+        raise _invalid(name, f"must be between {low} and {high} (got {shown(value)})", "out_of_range")
+    return value
+
+
+def _invalid(name: str, text: str, code: str = "invalid_value") -> InvalidRequestError:
+    return InvalidRequestError(f"{name} {text}", code=code, param=name)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _finish(context: Context, wish: Wish, base_url: str, ticket: Ticket, pictures: list[Picture]) -> Answer:
+    """Turns pictures into this dialect's answer; runs in a thread."""
+    began = time.perf_counter()
+    files = [answers.encode(ticket.endpoint, wish.body.model, wish.file, p, wish.quality) for p in pictures]
+    if wish.stream:
+        usage = _usage(pictures[:1])
+        parts = [
+            sse.event(
+                "image_generation.completed", _event(wish, "completed", picture, data) | {"usage": usage}
+            )
+            for picture, data in zip(pictures, files, strict=True)
+        ]
+        return answers.made_answer(b"".join(parts), pictures, time.perf_counter() - began)
+    items = [
+        _item(context, wish, base_url, ticket, number, picture, data)
+        for number, (picture, data) in enumerate(zip(pictures, files, strict=True))
+    ]
+    answer: dict[str, Any] = {
+        "created": int(ticket.created),
+        "id": ticket.id,
+        "object": "list",
+        "model": wish.body.model,
+        "data": items,
+        "usage": _usage(pictures),
+        "output_format": wish.file,
+        "size": f"{pictures[0].width}x{pictures[0].height}",
+        "warnings": ticket.warnings,
+    }
+    if wish.form == "image":
+        answer["image"] = items[0]["b64_json"]
+    text = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+    return answers.made_answer(text.encode(), pictures, time.perf_counter() - began)
+
+
+def _item(
+    context: Context, wish: Wish, base_url: str, ticket: Ticket, number: int, picture: Picture, data: bytes
+) -> dict[str, Any]:
+    kind = images.FORMATS[wish.file]
+    item = {"index": number, "seed": picture.request.seed, "width": picture.width, "height": picture.height}
+    if wish.form == "url":
+        url = answers.store(context, ticket, wish.body.model, picture, data, kind.suffix, base_url)
+        return {"type": "url", "url": url, **item}
+    return {"type": "b64_json", "b64_json": base64.b64encode(data).decode(), **item, **kind.item_fields}
+
+
+def _usage(pictures: list[Picture]) -> dict[str, Any]:
+    """OpenAI's shape, which counts tokens: a denoising step is one of output, words are not counted."""
+    steps = sum(picture.request.num_inference_steps for picture in pictures)
+    return {
+        "input_tokens": 0,
+        "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
+        "output_tokens": steps,
+        "total_tokens": steps,
+    }
+
+
+def _event(wish: Wish, kind: str, picture: Picture | Preview, data: bytes) -> dict[str, Any]:
+    return {
+        "type": f"image_generation.{kind}",
+        "b64_json": base64.b64encode(data).decode(),
+        "created_at": int(time.time()),
+        "size": f"{picture.width}x{picture.height}",
+        "output_format": wish.file,
+        "background": "opaque",
+        "quality": "auto",
+    }
+
+
+async def _events(wish: Wish, ticket: Ticket) -> AsyncIterator[bytes]:
+    """Partial images as events, progress as comments: clients take any other event for a partial image."""
+    previews, shown_previews, seen = ticket.previews, 0, -1  # a ticket lets go of its previews when it ends
+    while True:
+        seen = ticket.changes
+        for number, preview in previews[shown_previews:]:
+            shown_previews += 1
+            yield await run_in_threadpool(_partial, wish, number, preview)
+        if ticket.ended:
+            break
+        yield sse.comment(f"step {ticket.step}/{ticket.num_steps}" if ticket.step else ticket.status)
+        await ticket.changed(seen)
+    try:
+        yield (await ticket.outcome()).body
+    except MezzotintError as error:
+        yield sse.event(None, ErrorBody.of(error, ticket.id).model_dump_json())
+
+
+def _partial(wish: Wish, number: int, preview: Preview) -> bytes:
+    data = images.encode(wish.file, preview.payload, preview.width, preview.height, quality=wish.quality)
+    values = _event(wish, "partial_image", preview, data)
+    values |= {"partial_image_index": preview.index, "index": number}
+    return sse.event("image_generation.partial_image", values)
+
+
+# ---------------------------------------------------------------- models
+
+
+@router.get(
+    "/v1/models",
+    summary="Endpoints and adapters that this key may use",
+    responses={401: answers.ERRORS[401]},
+)
+async def list_models(context: CurrentContext, key: CurrentKey) -> dict[str, Any]:
+    """Each endpoint and each `endpoint:adapter`; `mezzotint` says what requests to it may ask for."""
+    data = [
+        model
+        for endpoint in context.registry
+        if key.may_use(endpoint.id)
+        for model in await _models(context, endpoint)
+    ]
+    return {"object": "list", "data": data}
+
+
+@router.get(
+    "/v1/models/{model}", summary="One of them", responses={s: answers.ERRORS[s] for s in (401, 403, 404)}
+)
+async def read_model(model: str, context: CurrentContext, key: CurrentKey) -> dict[str, Any]:
+    endpoint_id, route = split_model(model)
+    endpoint = context.registry.find(endpoint_id, key)
+    endpoint.require_route(route)
+    for found in await _models(context, endpoint):
+        if found["id"] == model:
+            return found
+    raise NotFoundError(f"there is no model {echo(model)}; list them at /v1/models", param="model")
+
+
+async def _models(context: Context, endpoint: Endpoint) -> list[dict[str, Any]]:
+    """The endpoint without an adapter, then with each of its adapters."""
+    history = await context.registry.history(endpoint.id)
+    created = int(history[0].created) if history else 0
+    return [
+        {
+            "id": f"{endpoint.id}:{route}" if route else endpoint.id,
+            "object": "model",
+            "created": created,
+            "owned_by": "mezzotint",
+            "mezzotint": {"endpoint": endpoint.id, "adapter": route, **_abilities(endpoint)},
+        }
+        for route in (None, *sorted(endpoint.adapters))
+    ]
+
+
+def _abilities(endpoint: Endpoint) -> dict[str, Any]:
+    """What a form for requests needs to know; null where the model has never been loaded."""
+    spec, info = endpoint.spec, endpoint.info
+    size = endpoint.facts.size(None, None)
+    return {
+        "status": str(endpoint.state),
+        "default_steps": default_steps(endpoint),
+        "default_guidance": info.default_guidance
+        if spec.default_guidance is None and info
+        else spec.default_guidance,
+        "guidance_effective": info.guidance_effective if info else None,
+        "supports_negative_prompt": info.supports_negative_prompt if info else None,
+        "width": size[0] if size else None,
+        "height": size[1] if size else None,
+        "size_multiple": info.size_multiple if info else None,
+        "max_pixels": spec.max_pixels or (4 * info.width * info.height if info else None),
+    }
+
+
+def install(app: FastAPI) -> None:
+    """Adds these routes to the app."""
+    app.include_router(router)

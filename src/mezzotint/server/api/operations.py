@@ -1,0 +1,58 @@
+"""Health, readiness and metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import JSONResponse, Response
+
+from mezzotint.server.api import answers
+from mezzotint.server.api.context import AdminKey, CurrentContext
+from mezzotint.server.metrics import CONTENT_TYPE
+from mezzotint.server.store import storage
+from mezzotint.server.work.endpoints import Desired, State
+
+router = APIRouter()
+
+
+@router.get("/healthz", summary="Is the server alive?", tags=["Operations"])
+async def healthz(context: CurrentContext, challenge: str | None = None) -> dict[str, str]:
+    """With a `challenge` the answer proves that this server runs on a data folder that the asker can read."""
+    if challenge is None:
+        return {"status": "ok"}
+    return {"status": "ok", "proof": storage.proof(context.storage.secret, challenge)}
+
+
+@router.get(
+    "/readyz",
+    summary="Is every endpoint ready that should be?",
+    tags=["Operations"],
+    responses={503: {"description": "Some endpoint is not ready."}},
+)
+async def readyz(context: CurrentContext) -> JSONResponse:
+    missing = [e for e in context.registry if e.desired is Desired.RUNNING and e.state is not State.READY]
+    return JSONResponse(
+        {"status": "starting" if missing else "ready", "not_ready": len(missing)}, 503 if missing else 200
+    )
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    tags=["Operations"],
+    response_class=Response,
+    responses={status: answers.ERRORS[status] for status in (401, 403, 503)},
+)
+async def metrics(context: CurrentContext, admin: AdminKey) -> Response:
+    for endpoint in context.registry:
+        gauges = context.metrics
+        gauges.queue_depth.labels(endpoint.id).set(len(endpoint.dispatcher.queue))
+        gauges.running.labels(endpoint.id).set(endpoint.dispatcher.num_running())
+        gauges.backlog.labels(endpoint.id).set(endpoint.dispatcher.queue.backlog_s())
+        gauges.speed.labels(endpoint.id).set(endpoint.dispatcher.speed)
+        gauges.ready_replicas.labels(endpoint.id).set(len(endpoint.current.ready))
+    return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+
+def install(app: FastAPI) -> None:
+    """Adds these routes to the app."""
+    app.include_router(router)

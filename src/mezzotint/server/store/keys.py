@@ -1,0 +1,169 @@
+"""API keys: made, listed, revoked and checked against the database. Only their SHA-256 is stored.
+
+The command line calls these functions on the data folder directly; a running server sees the change with
+the next request, because every request asks the database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import sqlalchemy as sa
+
+from mezzotint.errors import AuthenticationError, ConflictError, NotFoundError, PermissionDeniedError, echo
+from mezzotint.server.store import database
+
+PREFIX = "mz_"
+_TABLE = database.keys
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one key may use; None is no limit."""
+
+    requests_per_minute: float | None = None
+    step_seconds_per_day: float | None = None
+    weight: float = 1.0
+    """Share of a busy endpoint relative to other keys of the same priority."""
+    priority: int = 0
+    """Keys of higher priority go first; what has waited `max_wait_s` goes in turn with them all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Who is calling. `endpoints` empty: every endpoint."""
+
+    id: str
+    name: str
+    admin: bool = False
+    endpoints: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    created: float = 0.0
+    revoked: float | None = None
+
+    def may_use(self, endpoint_id: str) -> bool:
+        return self.admin or not self.endpoints or endpoint_id in self.endpoints
+
+    def require_endpoint(self, endpoint_id: str) -> None:
+        if not self.may_use(endpoint_id):
+            raise PermissionDeniedError(
+                f"this key may not use endpoint {echo(endpoint_id)}; it may use {', '.join(self.endpoints)}",
+                param="model",
+            )
+
+    def require_admin(self) -> None:
+        if not self.admin:
+            raise PermissionDeniedError(
+                "only an admin key may do this; make one with `mezzotint keys create NAME --admin`",
+                code="forbidden",
+            )
+
+
+ANONYMOUS = Key("anonymous", "anonymous", admin=True)
+"""Everybody, on a server that runs without authentication."""
+
+
+def create_key(
+    engine: sa.Engine,
+    name: str,
+    *,
+    admin: bool = False,
+    endpoints: Sequence[str] = (),
+    limits: Limits | None = None,
+) -> tuple[Key, str]:
+    """A new key and its secret, which is stored nowhere and can never be shown again."""
+    secret = PREFIX + secrets.token_urlsafe(32)
+    key = Key(f"key_{secrets.token_hex(6)}", name, admin, tuple(endpoints), limits or Limits(), time.time())
+    with engine.begin() as connection:
+        taken = connection.scalar(
+            sa.select(_TABLE.c.id).where(_TABLE.c.name == name, _TABLE.c.revoked.is_(None))
+        )
+        if taken is not None:
+            raise ConflictError(
+                f"a key named {echo(name)} exists already ({taken}); revoke it or take another name"
+            )
+        connection.execute(
+            _TABLE.insert().values(
+                id=key.id,
+                name=name,
+                hash=_hash(secret),
+                admin=admin,
+                endpoints=list(key.endpoints),
+                limits=asdict(key.limits),
+                created=key.created,
+            )
+        )
+    return key, secret
+
+
+def create_first_key(engine: sa.Engine) -> tuple[Key, str] | None:
+    """On a database that never had a key: an admin key for its owner, to be printed once. Otherwise None."""
+    with engine.begin() as connection:
+        if connection.scalar(sa.select(sa.func.count()).select_from(_TABLE)):
+            return None
+    return create_key(engine, "first", admin=True)
+
+
+def list_keys(engine: sa.Engine) -> list[Key]:
+    with engine.connect() as connection:
+        return [
+            _key(row) for row in connection.execute(sa.select(_TABLE).order_by(_TABLE.c.created)).mappings()
+        ]
+
+
+def revoke_key(engine: sa.Engine, name_or_id: str) -> Key:
+    """Ends a key at once; NotFoundError lists the names there are."""
+    with engine.begin() as connection:
+        rows = connection.execute(
+            sa.select(_TABLE).where(
+                sa.or_(_TABLE.c.id == name_or_id, _TABLE.c.name == name_or_id), _TABLE.c.revoked.is_(None)
+            )
+        )
+        found = rows.mappings().first()
+        if found is None:
+            names = connection.scalars(sa.select(_TABLE.c.name).where(_TABLE.c.revoked.is_(None))).all()
+            raise NotFoundError(
+                f"no live key is named {echo(name_or_id)}; there are {', '.join(names) or 'none'}"
+            )
+        connection.execute(_TABLE.update().where(_TABLE.c.id == found["id"]).values(revoked=time.time()))
+    return _key(found)
+
+
+def delete_key(engine: sa.Engine, key_id: str) -> None:
+    """Ends a key and forgets that it was there; for keys that one command made for itself."""
+    with engine.begin() as connection:
+        connection.execute(_TABLE.delete().where(_TABLE.c.id == key_id))
+
+
+def authenticate(engine: sa.Engine, secret: str) -> Key:
+    """The live key that this secret belongs to; AuthenticationError for every other string."""
+    digest = _hash(secret)
+    with engine.connect() as connection:
+        row = connection.execute(sa.select(_TABLE).where(_TABLE.c.hash == digest)).mappings().first()
+    # The index compares hashes of 256 random bits, which tells a guesser nothing; this line decides.
+    if row is None or not hmac.compare_digest(row["hash"], digest) or row["revoked"] is not None:
+        raise AuthenticationError(
+            "this API key is unknown or has been revoked; ask the server's owner for another"
+        )
+    return _key(row)
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _key(row: Mapping[str, object] | sa.RowMapping) -> Key:
+    return Key(
+        id=str(row["id"]),
+        name=str(row["name"]),
+        admin=bool(row["admin"]),
+        endpoints=tuple(row["endpoints"]),  # type: ignore[arg-type]
+        limits=Limits(**row["limits"]),  # type: ignore[arg-type]
+        created=float(row["created"]),  # type: ignore[arg-type]
+        revoked=row["revoked"],  # type: ignore[arg-type]
+    )

@@ -1,0 +1,138 @@
+"""What each key has used, and where its limits are.
+
+Work counts as it is done, whatever becomes of it: limits protect the machine. Images count when a request has
+its answer: nobody is charged for what failed, was cancelled or could not be stored.
+
+Requests per minute are a token bucket in memory. Step-seconds per day (UTC) stand in the database: read once,
+counted in memory, written now and then, so a crash forgets at most the last minute.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, replace
+
+import sqlalchemy as sa
+
+from mezzotint.errors import RateLimitError
+from mezzotint.server.store import database
+from mezzotint.server.store.keys import Key
+
+DAY_S = 86_400
+_USAGE = database.usage
+
+
+@dataclass(slots=True)
+class _Bucket:
+    tokens: float
+    filled_at: float
+
+
+@dataclass(slots=True)
+class _Use:
+    step_seconds: float = 0.0
+    images: int = 0
+
+
+class Quotas:
+    """The accounts of all keys. `load` and `store` block on the database; the rest is quick."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._buckets: dict[str, _Bucket] = {}
+        self._stored: dict[tuple[str, str], float] = {}
+        """Step-seconds in the database, by key and day."""
+        self._fresh: dict[tuple[str, str], _Use] = {}
+        """Use that has not been written yet."""
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+
+    def load(self, key: Key) -> None:
+        """Reads today's use of a key that has a daily limit; does nothing the second time."""
+        place = (key.id, today())
+        if key.limits.step_seconds_per_day is None or place in self._stored:
+            return
+        query = sa.select(_USAGE.c.step_seconds).where(_USAGE.c.key_id == place[0], _USAGE.c.day == place[1])
+        with self._engine.connect() as connection:
+            found = float(connection.scalar(query) or 0.0)
+        with self._lock:
+            self._stored.setdefault(place, found)
+
+    def require(self, key: Key, now: float) -> None:
+        """Counts one request of this key; RateLimitError says when the next one is welcome."""
+        self._require_daily(key)
+        limit = key.limits.requests_per_minute
+        if limit is None:
+            return
+        bucket = self._buckets.setdefault(key.id, _Bucket(max(1.0, limit), now))
+        bucket.tokens = min(max(1.0, limit), bucket.tokens + (now - bucket.filled_at) * limit / 60)
+        bucket.filled_at = now
+        if bucket.tokens < 1:
+            raise RateLimitError(
+                f"this key may send {limit:g} requests a minute; wait for the time in Retry-After",
+                retry_after=(1 - bucket.tokens) * 60 / limit if limit > 0 else 60.0,
+            )
+        bucket.tokens -= 1
+
+    def used(self, key: Key, *, step_seconds: float = 0.0, images: int = 0) -> None:
+        """Books work done for this key, or images it was answered with."""
+        if step_seconds or images:
+            with self._lock:
+                use = self._fresh.setdefault((key.id, today()), _Use())
+                use.step_seconds += step_seconds
+                use.images += images
+
+    def today(self, key: Key) -> float:
+        """Step-seconds that this key has used today, as far as known here."""
+        place = (key.id, today())
+        with self._lock:
+            fresh = self._fresh.get(place)
+            return self._stored.get(place, 0.0) + (fresh.step_seconds if fresh else 0.0)
+
+    def store(self) -> None:
+        """Writes what was used since the last time; on an error it stays for the next time."""
+        with self._writing:
+            self._store()
+
+    def _store(self) -> None:
+        with self._lock:
+            fresh = {place: replace(use) for place, use in self._fresh.items()}
+        if not fresh:
+            return
+        with self._engine.begin() as connection:
+            for (key_id, day), use in fresh.items():
+                _add(connection, key_id, day, use)
+        with self._lock:
+            for place, use in fresh.items():
+                rest = self._fresh[place]
+                rest.step_seconds -= use.step_seconds
+                rest.images -= use.images
+                self._stored[place] = self._stored.get(place, 0.0) + use.step_seconds
+                if not rest.images and rest.step_seconds <= 1e-9:
+                    del self._fresh[place]
+            for place in [place for place in self._stored if place[1] != today()]:
+                del self._stored[place]
+
+    def _require_daily(self, key: Key) -> None:
+        limit = key.limits.step_seconds_per_day
+        if limit is not None and self.today(key) >= limit:
+            raise RateLimitError(
+                f"this key has used its {limit:g} step-seconds of today; the next day begins at midnight UTC",
+                code="quota_exceeded",
+                retry_after=DAY_S - time.time() % DAY_S,
+            )
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())
+
+
+def _add(connection: sa.Connection, key_id: str, day: str, use: _Use) -> None:
+    place = (_USAGE.c.key_id == key_id) & (_USAGE.c.day == day)
+    change = _USAGE.update().where(place).values(
+        step_seconds=_USAGE.c.step_seconds + use.step_seconds, images=_USAGE.c.images + use.images
+    )  # fmt: skip
+    if connection.execute(change).rowcount == 0:
+        row = {"key_id": key_id, "day": day, "step_seconds": use.step_seconds, "images": use.images}
+        connection.execute(_USAGE.insert().values(row))

@@ -1,0 +1,1 @@
+"""Requests and endpoints from admission to result, without HTTP and without SQL text."""

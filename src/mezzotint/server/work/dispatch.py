@@ -1,0 +1,272 @@
+"""An endpoint's jobs and its workers: who gets what, what comes back, what runs again after a death."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from mezzotint.errors import GenerationError, InvalidRequestError, MezzotintError, RequestCancelledError
+from mezzotint.messages import (
+    Cancel,
+    Cancelled,
+    Done,
+    Failed,
+    FromWorker,
+    PrefetchAdapter,
+    Preview,
+    Progress,
+    Stats,
+)
+from mezzotint.server.work.estimate import Facts
+from mezzotint.server.work.queueing import Job, JobQueue, Pace
+from mezzotint.server.workers.supervisor import Replica
+
+MAX_LONE_DEATHS = 4
+"""A job during which this many workers died that held nothing else is given up, wherever they died."""
+
+
+class Dispatcher:
+    """The jobs of one endpoint, waiting and running. `ready` gives the workers that may be handed some."""
+
+    def __init__(self, facts: Callable[[], Facts], ready: Callable[[], list[Replica]]) -> None:
+        self.queue = JobQueue(facts().spec.max_wait_s)
+        self.stats: dict[Replica, Stats] = {}
+        self.last_used = 0.0
+        self.closed = False
+        self._facts = facts
+        self._ready = ready
+        self._held: dict[Replica, dict[str, Job]] = {}
+        self._pace: Pace | None = None
+        self._last_end = 0.0
+        self._moved = asyncio.Event()
+
+    @property
+    def idle(self) -> bool:
+        return not len(self.queue) and not self.num_running()
+
+    @property
+    def speed(self) -> float:
+        """Seconds of lone work done per second: above 1 where merging or several workers help."""
+        return self.pace.speed
+
+    @property
+    def pace(self) -> Pace:
+        if self._pace is None:
+            self._pace = Pace.expected(self._facts().gain * max(1, len(self._ready())))
+        return self._pace
+
+    def num_running(self) -> int:
+        return sum(len(jobs) for jobs in self._held.values())
+
+    def uses_adapter(self, route: str) -> bool:
+        """Whether a waiting or running job asked for this adapter."""
+        held = (job for jobs in self._held.values() for job in jobs.values())
+        return any(job.request.adapter == route for job in (*self.queue.waiting(), *held))
+
+    def holds_jobs(self, replicas: list[Replica]) -> bool:
+        return any(self._held.get(replica) for replica in replicas)
+
+    def drop(self, replica: Replica) -> None:
+        """Forgets a worker that was stopped for good."""
+        self._held.pop(replica, None)
+        self.stats.pop(replica, None)
+
+    def refit(self) -> None:
+        """The model or the workers have changed: counts the waiting work anew."""
+        facts = self._facts()
+        self._pace = None
+        self.queue.max_wait_s = facts.spec.max_wait_s
+        self.queue.reestimate(lambda job: facts.work_s(job.request))
+
+    async def moved(self) -> None:
+        """Waits until a job has ended or a worker has changed."""
+        self._moved.clear()
+        await self._moved.wait()
+
+    def touch(self) -> None:
+        self._moved.set()
+
+    # ------------------------------------------------------------ in
+
+    def put(self, job: Job, now: float) -> None:
+        """Takes a job in and hands it on at once where there is room."""
+        self.last_used = now
+        if self.idle:
+            self._last_end = now
+        self.queue.put(job, now)
+        self.pump()
+        ready = self._ready()
+        if job.queued and job.request.adapter and ready:
+            min(ready, key=self._load_of).send(PrefetchAdapter(job.request.adapter))
+
+    def cancel(self, job: Job, error: MezzotintError) -> None:
+        """Ends a job at once; a worker that runs it stops within one step."""
+        if job.ended:
+            return
+        if job.queued:
+            self.queue.remove(job)
+        else:
+            for replica, jobs in self._held.items():
+                if job.request.job_id in jobs and replica.is_ready:
+                    replica.send(Cancel(job.request.job_id))
+        job.end(error)
+        self.touch()
+        self.pump()
+
+    def end_all(self, error: MezzotintError) -> list[str]:
+        """Ends every waiting and running job with this error; answers their ids."""
+        running = [job for jobs in self._held.values() for job in jobs.values() if not job.ended]
+        jobs = [*self.queue.waiting(), *running]
+        for job in jobs:
+            self.cancel(job, error)
+        return [job.request.job_id for job in jobs]
+
+    # ------------------------------------------------------------ out
+
+    def pump(self) -> None:
+        """Hands waiting jobs to workers that have room, the least loaded worker first."""
+        if self.closed:
+            return
+        now = asyncio.get_running_loop().time()
+        for replica in sorted(self._ready(), key=self._load_of):
+            while (job := self.queue.peek(now)) is not None and self._has_room(replica, job):
+                if not self._adapter_suits(job, replica):
+                    break
+                self._hand_over(replica, job, now)
+
+    def _has_room(self, replica: Replica, job: Job) -> bool:
+        """Whether this worker should get this job now.
+
+        A worker holds only what fills its next forwards, because a job in the server's queue can still be
+        overtaken by another key's. At once goes a job shorter than all that runs, and one whose key has
+        none in this worker, for there keys take turns. What is of lower priority than the job takes no room
+        from it, for it goes before. A suspect runs alone.
+        """
+        held, facts = self._held.get(replica, {}), self._facts()
+        if not held:
+            return True
+        suspicion = job.deaths or any(other.deaths for other in held.values())
+        if suspicion or len(held) >= facts.spec.max_jobs:
+            return False
+        level = [other for other in held.values() if other.priority >= job.priority]
+        if len(level) < max(2, 2 * facts.rows):
+            return True
+        if all(other.key_id != job.key_id for other in held.values()):
+            return True
+        return job.remaining_s < min(other.remaining_s for other in level)
+
+    def _adapter_suits(self, job: Job, replica: Replica) -> bool:
+        """False when a worker as free as this one has the job's adapter in memory and this one has not."""
+        route = job.request.adapter
+        if route is None or self._resident(replica, route):
+            return True
+        load = len(self._held.get(replica, {}))
+        return not any(
+            self._resident(other, route)
+            and len(self._held.get(other, {})) <= load
+            and self._has_room(other, job)
+            for other in self._ready()
+        )
+
+    def _resident(self, replica: Replica, route: str) -> bool:
+        stats = self.stats.get(replica)
+        return stats is not None and route in stats.resident_routes
+
+    def _hand_over(self, replica: Replica, job: Job, now: float) -> None:
+        self.queue.take(job, now)
+        try:
+            self._facts().check(job.request)  # for jobs that came before the model was known
+        except InvalidRequestError as error:
+            self.queue.finished(job)
+            job.end(error)
+            return
+        self._held.setdefault(replica, {})[job.request.job_id] = job
+        replica.send(job.request)
+
+    def _load_of(self, replica: Replica) -> float:
+        return sum(job.remaining_s for job in self._held.get(replica, {}).values())
+
+    # ------------------------------------------------------------ back
+
+    def hear(self, replica: Replica, message: FromWorker) -> None:
+        """What a worker says about jobs; other messages are not for here."""
+        match message:
+            case Progress(job_id, step):
+                self._progressed(replica, job_id, step)
+            case Preview(job_id):
+                job = self._held.get(replica, {}).get(job_id)
+                if job is not None and not job.ended:
+                    job.on_preview(job, message)
+            case Done(job_id):
+                self._done(replica, job_id, message)
+            case Failed(job_id, code, text, param):
+                self._ended(replica, job_id, failure(code, text, param))
+            case Cancelled(job_id):
+                self._ended(replica, job_id, RequestCancelledError("the request was cancelled"))
+            case Stats():
+                self.stats[replica] = message
+
+    def lost(self, replica: Replica) -> None:
+        """A worker died: its unfinished jobs run again, as request and seed alone make the picture."""
+        now = asyncio.get_running_loop().time()
+        self.stats.pop(replica, None)
+        jobs = list(self._held.pop(replica, {}).values())
+        for job in jobs:
+            self.queue.finished(job)
+            if job.ended:
+                continue
+            job.deaths += 1
+            if len(jobs) == 1:
+                job.lone_deaths.append(job.step)
+            if not _guilty(job):
+                self.queue.put(job, now)
+                job.on_progress(job)
+                continue
+            replica.forgive(job.deaths)
+            job.end(
+                GenerationError(
+                    f"the request was given up: {job.deaths} workers died while they ran it; "
+                    "change its size, steps or prompt, and tell the server's owner",
+                    code="worker_crashed",
+                )
+            )
+        self.touch()
+
+    def _progressed(self, replica: Replica, job_id: str, step: int) -> None:
+        job = self._held.get(replica, {}).get(job_id)
+        if job is None:
+            return
+        if step > job.step:
+            self.queue.progressed(job, step)
+        if not job.ended:
+            job.on_progress(job)
+
+    def _done(self, replica: Replica, job_id: str, message: Done) -> None:
+        job = self._held.get(replica, {}).get(job_id)
+        if job is not None:
+            now = asyncio.get_running_loop().time()
+            self._pace = self.pace.observed(job.work_s, now - self._last_end)
+            self._last_end = self.last_used = now
+            self.queue.progressed(job, job.request.num_inference_steps)
+        self._ended(replica, job_id, message)
+
+    def _ended(self, replica: Replica, job_id: str, outcome: Done | MezzotintError) -> None:
+        job = self._held.get(replica, {}).pop(job_id, None)
+        if job is not None:
+            self.queue.finished(job)
+            job.end(outcome)
+            self.touch()
+        self.pump()
+
+
+def _guilty(job: Job) -> bool:
+    """Whether a job kills its workers: a pure function does so at one step each time, chance does not."""
+    steps = job.lone_deaths
+    return (len(steps) > 1 and steps[-1] == steps[-2]) or len(steps) >= MAX_LONE_DEATHS
+
+
+def failure(code: str, text: str, param: str | None) -> MezzotintError:
+    """A worker's Failed as the error that the request ends with."""
+    if code in ("out_of_range", "invalid_value", "not_supported"):
+        return InvalidRequestError(text, code=code, param=param)
+    return GenerationError(text, code=code, param=param)
