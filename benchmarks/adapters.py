@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.serving import SIZE, report
-from mezzotint.engine import Engine, Request
+from mezzotint.engine import AdapterUse, Engine, EngineSettings, Request
 
 NUM_ADAPTERS = 64
 NUM_REQUESTS = 64
@@ -64,7 +64,7 @@ def requests(routes: Sequence[str | None]) -> list[Request]:
             seed=index,
             width=SIZE,
             height=SIZE,
-            adapter=route,
+            adapters=(AdapterUse(route),) if route else (),
         )
         for index, route in enumerate(routes)
     ]
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     a = parser.parse_args()
     torch.manual_seed(0)
-    engine = Engine.load(a.model, dtype=a.dtype, num_threads=a.threads)
+    engine = Engine.load(a.model, EngineSettings(dtype=a.dtype, num_threads=a.threads))
     with tempfile.TemporaryDirectory() as folder:
         facts = measure(engine, Path(folder), a.rounds)
     rows = [

@@ -70,8 +70,9 @@ def _type_name(annotation: Any) -> str:
         "Path": "folder",
     }
     if choices and annotation.__class__.__name__ in ("UnionType", "Union"):
-        return names[choices[0].__name__]
-    return names.get(annotation.__name__, "list of texts")
+        return _type_name(choices[0])
+    plain = getattr(annotation, "__origin__", annotation)  # of Annotated, the type itself
+    return names.get(plain.__name__, "list of texts")
 
 
 def cli_page() -> str:

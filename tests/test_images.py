@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,12 @@ from mezzotint.images import (
     read_parameters,
 )
 
-CAT = Parameters(
+
+def made(**fields: Any) -> Parameters:
+    return Parameters.from_dict(fields)
+
+
+CAT = made(
     model="emoji:noto",
     prompt='a "cat", 猫 🐱\nSteps: two',
     num_inference_steps=8,
@@ -134,7 +140,7 @@ def test_jpeg_carries_the_parameters_in_the_user_comment() -> None:
 
 
 def test_the_infotext_reads_like_that_of_the_web_ui() -> None:
-    text = Parameters(
+    text = made(
         model="emoji", prompt="a cat", num_inference_steps=8, seed=1, guidance_scale=7.0, width=128, height=96
     ).to_infotext()
     assert text == "a cat\nSteps: 8, CFG scale: 7, Seed: 1, Size: 128x96, Model: emoji"
@@ -156,7 +162,7 @@ def test_parameters_can_be_left_out(name: str) -> None:
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40)
 ANY = st.builds(
-    Parameters,
+    made,
     model=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}(:[A-Za-z0-9]{1,9})?", fullmatch=True),
     prompt=WORDS,
     num_inference_steps=st.integers(1, 50),
@@ -179,14 +185,14 @@ def test_any_parameters_come_back_from_png_and_jpeg(parameters: Parameters) -> N
 def test_the_infotext_alone_gives_the_parameters_back_where_the_prompt_is_one_line(
     parameters: Parameters,
 ) -> None:
-    for text in (parameters.prompt, parameters.negative_prompt or ""):
+    for text in (parameters.spec.prompt, parameters.spec.negative_prompt or ""):
         assume(text == text.strip() and not {"\n", "\r"} & set(text))
-    assume((parameters.width is None) == (parameters.height is None))
+    assume((parameters.spec.width is None) == (parameters.spec.height is None))
     assert parse_infotext(parameters.to_infotext()) == parameters
 
 
 def test_parameters_too_long_for_a_jpeg_segment_are_left_out_and_fit_into_a_png() -> None:
-    long = Parameters(
+    long = made(
         model="emoji", prompt="🐱" * 10_000, num_inference_steps=8, seed=1, negative_prompt="🐶" * 10_000
     )
     assert read_parameters(encode("png", bytes(3), 1, 1, parameters=long)) == long
@@ -205,7 +211,7 @@ def test_parameters_of_other_tools_are_read() -> None:
     )
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "PNG", pnginfo=info)
-    assert read_parameters(file.getvalue()) == Parameters(
+    assert read_parameters(file.getvalue()) == made(
         model="",
         prompt="a cat,\non a mat",
         num_inference_steps=20,

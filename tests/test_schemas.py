@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import MISSING, ValidationError
 
-from mezzotint.errors import MAX_ECHO, InvalidRequestError, MezzotintError, QueueFullError
+from mezzotint.errors import MAX_ECHO, InvalidRequestError, MezzotintError, QueueFullError, nearest
 from mezzotint.schemas import (
     FIXED_FIELDS,
     KNOWN_FIELDS,
-    MAX_SEED,
     DedicatedImageGenerationBody,
     DedicatedImageGenerationBodyResponseFormat,
     ErrorBody,
@@ -23,11 +22,11 @@ from mezzotint.schemas import (
     ImageItem,
     RequestState,
     make_body,
-    nearest,
     parse_body,
     parse_json,
     split_model,
 )
+from mezzotint.spec import MAX_SEED
 
 GOOD: dict[str, Any] = {"model": "emoji", "num_inference_steps": 8, "prompt": "a cat"}
 

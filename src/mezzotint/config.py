@@ -7,7 +7,6 @@ start with a sentence that names where it stands and what would be right.
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import json
 import os
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -26,24 +23,17 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from mezzotint.errors import ConfigError, echo
+from mezzotint.errors import ConfigError, echo, nearest
+from mezzotint.spec import ID_PATTERN, Bytes, EngineSettings, Seconds, Table, between
 
 BUILT_IN_MODEL = "emoji"
 ENVIRONMENT_PREFIX = "MEZZOTINT_"
 CONFIG_FILE = "mezzotint.toml"
 NOT_SETTINGS = frozenset({"config", "api_key", "base_url"})
 """Names under ENVIRONMENT_PREFIX that the command line and the SDK read themselves."""
-ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-
-Seconds = Annotated[float, Field(ge=0)]
-Bytes = Annotated[int, Field(ge=0)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class AdapterSettings(_Table):
+class AdapterSettings(Table):
     """One LoRA adapter of an endpoint, as written in the configuration file."""
 
     route: str = Field(
@@ -53,62 +43,34 @@ class AdapterSettings(_Table):
         min_length=1,
         description="A safetensors file, a folder, or a Hub repository (`owner/name[:file][@revision]`).",
     )
-    scale: float = Field(1.0, ge=-10, le=10, description="Strength of the adapter; 1 is as trained.")
+    scale: Annotated[float, between("adapter scale")] = Field(
+        1.0, description="Strength of the adapter; 1 is as trained."
+    )
 
 
-class EndpointSettings(_Table):
-    """One dedicated endpoint: a model and how to run it."""
-
+class _Hosted(Table):
     id: str = Field(pattern=f"^{ID_PATTERN}$", description="What requests name in `model`.")
     model: str = Field(
         BUILT_IN_MODEL,
         min_length=1,
         description="Built-in name (`emoji`), diffusers folder, Hub repository id, or safetensors file.",
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub repository.")
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="`auto` is bf16 on a GPU and on a CPU with AMX or AVX512-BF16, else fp32."
+
+
+class EndpointSettings(EngineSettings, _Hosted):
+    """One dedicated endpoint: a model and how to run it."""
+
+    default_steps: Annotated[int, between("num_inference_steps")] | None = Field(
+        None, description="Steps when a dialect lets them be unset."
     )
-    device: str = Field(
-        "auto",
-        pattern=r"^[a-z]+(:[0-9]+)?$",
-        description="`auto` (cuda, then mps, then cpu), or a torch device such as `cuda:1`.",
+    default_guidance: Annotated[float, between("guidance_scale")] | None = Field(
+        None, description="Guidance scale when unset."
     )
-    num_threads: int = Field(0, ge=0, le=1024, description="torch threads of the worker; 0 is one per core.")
-    batching: Literal["exact", "fast", "off"] = Field(
-        "exact",
-        description="`exact`: a seed gives the same bytes under any load. `fast`: merge what is there. "
-        "`off`: never merge.",
+    width: Annotated[int, between("width")] | None = Field(
+        None, description="Default width in pixels; the model's own when unset."
     )
-    performance: Literal["auto", "reference", "compiled"] = Field(
-        "auto",
-        description="`reference` keeps plain diffusers' bytes; `auto` uses faster memory layouts; "
-        "`compiled` adds torch.compile.",
-    )
-    max_rows: int = Field(16, ge=1, le=256, description="Most rows of one merged forward.")
-    max_jobs: int = Field(
-        64, ge=1, le=4096, description="Most jobs in flight in a worker; more wait in the server."
-    )
-    min_batch_gain: float = Field(
-        1.4, ge=1, description="`exact` merges only if that raises throughput at least this many times."
-    )
-    max_batch_stretch: float = Field(
-        2.5, ge=1, description="A merged forward may take at most this many times a single row's."
-    )
-    max_wait_s: Seconds = Field(20.0, description="A job that waited longer than this for a step goes first.")
-    offload: bool = Field(False, description="Keep idle modules in host memory (slower; for small GPUs).")
-    allow_remote_code: bool = Field(
-        False, description="Run Python code that comes with the model's repository."
-    )
-    default_steps: int | None = Field(
-        None, ge=1, le=50, description="Steps when a dialect lets them be unset."
-    )
-    default_guidance: float | None = Field(None, ge=0, le=100, description="Guidance scale when unset.")
-    width: int | None = Field(
-        None, ge=8, le=16384, description="Default width in pixels; the model's own when unset."
-    )
-    height: int | None = Field(
-        None, ge=8, le=16384, description="Default height in pixels; the model's own when unset."
+    height: Annotated[int, between("height")] | None = Field(
+        None, description="Default height in pixels; the model's own when unset."
     )
     max_pixels: int | None = Field(
         None,
@@ -126,8 +88,12 @@ class EndpointSettings(_Table):
     idle_sleep_s: Seconds = Field(
         0.0, description="Sleep (free the memory) after this long idle; 0 is never."
     )
-    adapter_bytes: Bytes = Field(512 * 2**20, description="Byte budget for resident adapters in one worker.")
     adapters: tuple[AdapterSettings, ...] = Field((), description="Adapters registered at the start.")
+
+    @property
+    def engine(self) -> EngineSettings:
+        """What a worker of this endpoint is told."""
+        return EngineSettings(**{name: getattr(self, name) for name in EngineSettings.model_fields})
 
     @field_validator("adapters")
     @classmethod
@@ -136,7 +102,7 @@ class EndpointSettings(_Table):
         return adapters
 
 
-class Settings(_Table):
+class Settings(Table):
     """The server's settings."""
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -290,7 +256,7 @@ def default_text(field: FieldInfo) -> str:
     return "unset" if field.default is None else _toml_value(field.default)
 
 
-def _toml_lines(table: _Table, comments: bool) -> Iterator[str]:
+def _toml_lines(table: Table, comments: bool) -> Iterator[str]:
     for name, field in type(table).model_fields.items():
         if name in ("endpoints", "adapters"):  # tables of their own
             continue
@@ -352,8 +318,8 @@ def _read_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, Any
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+    hint = nearest(name, known)
+    return f"did you mean {hint}?" if hint else f"known are {', '.join(known)}"
 
 
 def _sentence(error: ValidationError, where: Mapping[str, str], values: Mapping[str, Any]) -> str:
@@ -370,9 +336,9 @@ def _sentence(error: ValidationError, where: Mapping[str, str], values: Mapping[
     return f"{place}: {key}: {message[0].lower()}{message[1:]} (got {echo(first['input'])})"
 
 
-def _locate(path: list[str | int], values: Mapping[str, Any]) -> tuple[type[_Table], str]:
+def _locate(path: list[str | int], values: Mapping[str, Any]) -> tuple[type[Table], str]:
     """The table that a faulty key belongs to, and the key as people say it: `endpoints.emoji.dtype`."""
-    table: type[_Table] = Settings
+    table: type[Table] = Settings
     here: Any = values
     words: list[str] = []
     for part in path:
@@ -389,4 +355,4 @@ def _locate(path: list[str | int], values: Mapping[str, Any]) -> tuple[type[_Tab
     return table, ".".join(words)
 
 
-_TABLES: Mapping[str, type[_Table]] = {"endpoints": EndpointSettings, "adapters": AdapterSettings}
+_TABLES: Mapping[str, type[Table]] = {"endpoints": EndpointSettings, "adapters": AdapterSettings}

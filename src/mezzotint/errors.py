@@ -29,7 +29,8 @@ The server turns these into the one error body of the contract; the SDK turns th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 MAX_ECHO = 200
@@ -241,3 +242,11 @@ def echo(value: object) -> str:
     """A caller's value for a message: cut to MAX_ECHO characters."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= MAX_ECHO else text[: MAX_ECHO - 1] + "…"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was probably meant to be: the closest, else one that contains it."""
+    name, names = name.lower()[:MAX_ECHO], {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    holding = [other for other in names if len(name) >= 4 and (name in other or other in name)]
+    return next((names[other] for other in close + holding), None)

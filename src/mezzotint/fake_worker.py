@@ -54,6 +54,7 @@ from mezzotint.messages import (
     decode,
     encode,
 )
+from mezzotint.spec import AdapterSpec, ImageSpec
 
 DEFAULTS = {
     "step_s": "0.001",
@@ -108,15 +109,15 @@ def parse_source(source: str) -> dict[str, str]:
 
 
 def model_info(load: LoadModel, size: int, step_s: float) -> ModelInfo:
-    rows = load.rows or (4 if load.batching == "exact" else 1)
+    rows = load.rows or (4 if load.settings.batching == "exact" else 1)
     return ModelInfo(
         pipeline_class="FakePipeline",
         model_class="FakeModel",
         dtype="fp32",
         device="cpu",
         num_threads=1,
-        batching=load.batching,
-        performance=load.performance,
+        batching=load.settings.batching,
+        performance=load.settings.performance,
         rows=rows,
         mergeable=True,
         width=size,
@@ -133,16 +134,15 @@ def model_info(load: LoadModel, size: int, step_s: float) -> ModelInfo:
     )
 
 
-def paint(request: Generate, width: int, height: int) -> bytes:
+def paint(spec: ImageSpec, width: int, height: int) -> bytes:
     """The picture of a request: uint8 RGB, the same bytes for the same fields, in whatever company it ran."""
     fields = (
-        request.prompt,
-        request.seed,
-        request.num_inference_steps,
-        request.guidance_scale,
-        request.negative_prompt,
-        request.adapter,
-        request.adapter_scale,
+        spec.prompt,
+        spec.seed,
+        spec.num_inference_steps,
+        spec.guidance_scale,
+        spec.negative_prompt,
+        spec.adapters,
     )
     return hashlib.shake_256(repr(fields).encode()).digest(width * height * 3)
 
@@ -173,7 +173,7 @@ class _Worker:
         self.size = size
         self.step_s = step_s
         self.jobs: dict[str, FakeJob] = {}
-        self.adapters: dict[str, AddAdapter] = {}
+        self.adapters: dict[str, AdapterSpec] = {}
         self.open = True
 
     def loop(self) -> None:
@@ -195,14 +195,14 @@ class _Worker:
                     self._send(Cancelled(job_id))
             case Ping(number):
                 self._send(Pong(number))
-            case AddAdapter(route, path):
-                if Path(path).exists():
-                    self.adapters[route] = message
-                    self._send(AdapterAdded(route, 4, Path(path).stat().st_size, ["to_q"]))
+            case AddAdapter(adapter):
+                route, path = adapter.route, Path(adapter.path)
+                if path.exists():
+                    self.adapters[route] = adapter
+                    self._send(AdapterAdded(route, 4, path.stat().st_size, ["to_q"]))
                 else:
-                    self._send(
-                        AdapterFailed(route, "adapter_load_failed", f"adapter {route!r}: no such file")
-                    )
+                    text = f"adapter {route!r}: no such file"
+                    self._send(AdapterFailed(route, "adapter_load_failed", text))
             case RemoveAdapter(route):
                 self.adapters.pop(route, None)
             case Shutdown():
@@ -211,13 +211,14 @@ class _Worker:
                 pass
 
     def _admit(self, request: Generate) -> None:
-        if request.adapter is not None and request.adapter not in self.adapters:
-            text = f"there is no adapter {request.adapter!r} here"
+        spec = request.spec
+        if spec.adapter is not None and spec.adapter.route not in self.adapters:
+            text = f"there is no adapter {spec.adapter.route!r} here"
             self._send(Failed(request.job_id, "adapter_not_found", text, "model"))
             return
-        job = FakeJob(request, request.width or self.size, request.height or self.size)
+        job = FakeJob(request, spec.width or self.size, spec.height or self.size)
         self.jobs[request.job_id] = job
-        self._send(Progress(request.job_id, 0, request.num_inference_steps))
+        self._send(Progress(request.job_id, 0, spec.num_inference_steps))
 
     def _step(self) -> None:
         time.sleep(self.step_s)
@@ -226,11 +227,11 @@ class _Worker:
             job.step += 1
             if self._fault(job):
                 continue
-            self._send(Progress(job_id, job.step, job.request.num_inference_steps))
+            self._send(Progress(job_id, job.step, job.request.spec.num_inference_steps))
             self._preview(job)
-            if job.step >= job.request.num_inference_steps:
+            if job.step >= job.request.spec.num_inference_steps:
                 del self.jobs[job_id]
-                picture = paint(job.request, job.width, job.height)
+                picture = paint(job.request.spec, job.width, job.height)
                 self._send(Done(job_id, job.width, job.height, time.monotonic() - job.started, picture))
         if not self.jobs:
             key = f"{self.size}x{self.size}"
@@ -239,15 +240,15 @@ class _Worker:
             )
 
     def _preview(self, job: FakeJob) -> None:
-        wanted, steps = job.request.num_previews, job.request.num_inference_steps
+        wanted, steps = job.request.num_previews, job.request.spec.num_inference_steps
         before, now = (job.step - 1) * (wanted + 1) // steps, job.step * (wanted + 1) // steps
         if wanted and before < now <= wanted:
-            picture = paint(job.request, job.width, job.height)
+            picture = paint(job.request.spec, job.width, job.height)
             self._send(Preview(job.request.job_id, now - 1, job.step, job.width, job.height, picture))
 
     def _fault(self, job: FakeJob) -> bool:
         """Makes the fault that the prompt asks for; True when the job is over."""
-        found = _FAULT.search(job.request.prompt)
+        found = _FAULT.search(job.request.spec.prompt)
         if found is None or job.step < int(found["step"] or 1):
             return False
         kind, flag = found["kind"], found["file"]

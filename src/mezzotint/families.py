@@ -1,8 +1,8 @@
 """Facts on model families, as data: what server and engine must know about a pipeline class before it loads.
 
-A new family is one entry here, one Rule in engine/steps/rules.py and one entry in tests/engine/tiny, which brings
-it into the parity tests. A pipeline class without an entry still runs, with the values of DEFAULT and what
-its signature says, and is never merged.
+A new family is one entry here, one Rule in engine/steps/rules.py and one entry in tests/engine/tiny,
+which brings it into the parity tests. A pipeline class without an entry still runs, with the values of
+DEFAULT and what its signature says, and is never merged.
 """
 
 from __future__ import annotations

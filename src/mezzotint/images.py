@@ -13,16 +13,17 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from mezzotint.errors import InvalidRequestError
+from mezzotint.spec import ImageSpec
 
 JPEG_QUALITY = 95
 DEFLATE_LEVEL = 1
@@ -33,6 +34,9 @@ _MAX_SEGMENT = 65_000
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _UNICODE = b"UNICODE\0"
 
+_SPEC = TypeAdapter(ImageSpec)
+_STORED = [name for name in ImageSpec.__dataclass_fields__ if name not in ("adapters", "extra")]
+
 Pixels = bytes | bytearray | memoryview | NDArray[np.uint8]
 
 
@@ -41,31 +45,48 @@ class Parameters:
     """What made a picture; as written into the file, and enough to make it again."""
 
     model: str
-    prompt: str
-    num_inference_steps: int
-    seed: int
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
-    adapter_scale: float | None = None
-    """Strength of the adapter where the request named one itself."""
+    """`ENDPOINT_ID` or `ENDPOINT_ID:ADAPTER_ROUTE`."""
+    spec: ImageSpec
+
+    @property
+    def adapter_scale(self) -> float | None:
+        """Strength of the adapter where the request named one itself."""
+        return self.spec.adapter.scale if self.spec.adapter else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of the request that gives this picture again, without those that are None."""
+        fields = {name: getattr(self.spec, name) for name in _STORED}
+        values = {"model": self.model, **fields, "adapter_scale": self.adapter_scale}
+        return {name: value for name, value in values.items() if value is not None}
 
     def to_json(self) -> str:
-        """The `mezzotint` text: the fields of a request, without those that are None."""
-        values = {name: value for name, value in asdict(self).items() if value is not None}
-        return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+        """The `mezzotint` text."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Parameters:
+        """The opposite of `to_dict`; ValueError for unknown names and wrong types."""
+        fields = dict(values)
+        model, scale = fields.pop("model", None), fields.pop("adapter_scale", None)
+        if not isinstance(model, str):
+            raise ValueError("model must be a string")
+        _, _, route = model.partition(":")
+        if fields.keys() - set(_STORED):
+            raise ValueError(f"unknown fields: {', '.join(fields.keys() - set(_STORED))}")
+        adapters = [{"route": route, "scale": scale}] if route else []
+        return cls(model, _SPEC.validate_json(json.dumps({**fields, "adapters": adapters}), strict=True))
 
     def to_infotext(self) -> str:
         """The `parameters` text, in the form that AUTOMATIC1111's web UI writes and many tools read."""
-        lines = [self.prompt]
-        if self.negative_prompt:
-            lines.append(f"Negative prompt: {self.negative_prompt}")
-        size = f"{self.width}x{self.height}" if self.width and self.height else None
+        spec = self.spec
+        lines = [spec.prompt]
+        if spec.negative_prompt:
+            lines.append(f"Negative prompt: {spec.negative_prompt}")
+        size = f"{spec.width}x{spec.height}" if spec.width and spec.height else None
         last = {
-            "Steps": self.num_inference_steps,
-            "CFG scale": _number(self.guidance_scale),
-            "Seed": self.seed,
+            "Steps": spec.num_inference_steps,
+            "CFG scale": _number(spec.guidance_scale),
+            "Seed": spec.seed,
             "Size": size,
             "Model": self.model,
             "Adapter scale": _number(self.adapter_scale),
@@ -236,12 +257,11 @@ def _read_texts(data: bytes) -> dict[str, str]:
 
 def _from_json(text: str) -> Parameters | None:
     try:
-        return _PARAMETERS.validate_json(text, strict=True)
-    except ValidationError:
+        return Parameters.from_dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
         return None
 
 
-_PARAMETERS = TypeAdapter(Parameters)
 _PAIR = re.compile(r'([\w ]{1,40}): ("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
@@ -253,16 +273,18 @@ def parse_infotext(text: str) -> Parameters | None:
         return None
     prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
     size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", values.get("Size", ""))
-    return Parameters(
-        model=values.get("Model", ""),
-        prompt=prompt,
-        num_inference_steps=int(values["Steps"]),
-        seed=int(values["Seed"]),
-        guidance_scale=_parse_number(values.get("CFG scale", "")),
-        negative_prompt=negative or None,
-        width=int(size[1]) if size else None,
-        height=int(size[2]) if size else None,
-        adapter_scale=_parse_number(values.get("Adapter scale", "")),
+    return Parameters.from_dict(
+        {
+            "model": values.get("Model", ""),
+            "prompt": prompt,
+            "num_inference_steps": int(values["Steps"]),
+            "seed": int(values["Seed"]),
+            "guidance_scale": _parse_number(values.get("CFG scale", "")),
+            "negative_prompt": negative or None,
+            "width": int(size[1]) if size else None,
+            "height": int(size[2]) if size else None,
+            "adapter_scale": _parse_number(values.get("Adapter scale", "")),
+        }
     )
 
 

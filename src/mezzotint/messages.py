@@ -7,12 +7,15 @@ Frames are sent whole through `multiprocessing.Connection.send_bytes`.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from mezzotint.spec import AdapterSpec, EngineSettings, ImageSpec
 
 # ---------------------------------------------------------------- server -> worker
 
@@ -24,37 +27,16 @@ class LoadModel:
     endpoint_id: str
     source: str
     """Built-in name (`emoji`), a folder, a Hub repository id, or a single safetensors file."""
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    num_threads: int = 0
-    """torch intra-op threads; 0 means one per core."""
-    batching: Literal["exact", "fast", "off"] = "exact"
-    performance: Literal["auto", "reference", "compiled"] = "auto"
+    settings: EngineSettings = field(default_factory=EngineSettings)
     rows: int | None = None
     """Rows of a merged forward in `exact` mode as calibrated earlier; None asks the worker to calibrate."""
-    max_rows: int = 16
-    max_jobs: int = 64
-    """Most jobs in flight in the worker at once; more wait in the server."""
-    min_batch_gain: float = 1.4
-    max_batch_stretch: float = 2.5
-    max_wait_s: float = 20.0
-    """A job that has waited longer than this for its next step goes first (ageing)."""
-    offload: bool = False
-    adapter_bytes: int = 512 * 1024 * 1024
-    """Byte budget for resident adapters."""
-    allow_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class AddAdapter:
     """Makes an adapter known (nothing is put on the device); answered by AdapterAdded or AdapterFailed."""
 
-    route: str
-    path: str
-    scale: float = 1.0
-    checksum: str = ""
-    """SHA-256 (hex) of the file at registration."""
+    adapter: AdapterSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +56,8 @@ class Generate:
     """One job: one image. Ends in exactly one of Done, Failed, Cancelled."""
 
     job_id: str
-    prompt: str
-    num_inference_steps: int
-    seed: int
-    guidance_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
-    negative_prompt: str | None = None
-    adapter: str | None = None
-    adapter_scale: float | None = None
-    """Overrides the adapter's own scale for this request."""
+    spec: ImageSpec
+    """With its seed, and with the endpoint's defaults filled in."""
     num_previews: int = 0
     """How many evenly spaced previews (estimates of the finished image) to send."""
     priority: int = 0
@@ -279,21 +253,18 @@ Message = ToWorker | FromWorker
 EXIT_PERMANENT = 78
 """Exit status of a worker that would fail again at start (sysexits' EX_CONFIG)."""
 
-_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (*ToWorker.__args__, *FromWorker.__args__)}
+_CLASSES = {cls.__name__: cls for cls in (*ToWorker.__args__, *FromWorker.__args__)}
+_CODECS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(cls) for name, cls in _CLASSES.items()}
+_WITH_PAYLOAD = {name for name, cls in _CLASSES.items() if "payload" in cls.__dataclass_fields__}
 _LENGTH = struct.Struct(">I")
 
 
 def encode(message: Message) -> bytes:
     """One frame for `message`."""
-    header: dict[str, Any] = {"is": type(message).__name__}
-    payload = b""
-    for item in dataclasses.fields(message):
-        value = getattr(message, item.name)
-        if item.name == "payload":
-            payload = value
-        else:
-            header[item.name] = dataclasses.asdict(value) if isinstance(value, ModelInfo) else value
-    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    name = type(message).__name__
+    header = _CODECS[name].dump_python(message, mode="python", exclude={"payload"})
+    head = json.dumps({"is": name, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    payload = message.payload if isinstance(message, Preview | Done) else b""
     return b"".join((_LENGTH.pack(len(head)), head, payload))
 
 
@@ -302,12 +273,10 @@ def decode(frame: bytes) -> Message:
     try:
         (length,) = _LENGTH.unpack_from(frame)
         fields = json.loads(frame[_LENGTH.size : _LENGTH.size + length])
-        cls = _CLASSES[fields.pop("is")]
-        if cls is Ready:
-            fields["info"] = ModelInfo(**fields["info"])
-        if any(item.name == "payload" for item in dataclasses.fields(cls)):
+        name = fields.pop("is")
+        if name in _WITH_PAYLOAD:
             fields["payload"] = frame[_LENGTH.size + length :]
-        message: Message = cls(**fields)
-    except (struct.error, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        message: Message = _CODECS[name].validate_python(fields)
+    except (struct.error, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"not a message of this version: {error}") from error
     return message

@@ -7,7 +7,6 @@ Optional and nullable fields have three states: unset (`MISSING`, not sent), Non
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal, Self, get_args
@@ -26,21 +25,11 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from mezzotint.errors import MAX_ECHO, InvalidRequestError, MezzotintError, echo, error_type
+from mezzotint.errors import MAX_ECHO, InvalidRequestError, MezzotintError, echo, error_type, nearest
+from mezzotint.spec import ID_PATTERN, LIMITS, MAX_SEED, AdapterUse, ImageSpec, between
 
-ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-MAX_SEED = 2**63 - 1
 MAX_PROMPT = 10_000
 """Most characters of a prompt after trimming."""
-LIMITS: Mapping[str, tuple[int, int]] = {
-    "num_inference_steps": (1, 50),
-    "guidance_scale": (0, 100),
-    "seed": (0, MAX_SEED),
-    "n": (1, 8),
-    "width": (8, 16384),
-    "height": (8, 16384),
-}
-"""Smallest and largest value of each number in a request; both are allowed."""
 
 DedicatedImageGenerationBodyResponseFormat = Literal["url", "raw", "png", "jpeg", "jpg"]
 _NOT_BLANK = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
@@ -50,16 +39,11 @@ _HALF_A_PAIR: Final = "must be valid Unicode; it has half of a surrogate pair"
 RequestStatus = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
-def _between(name: str) -> Any:
-    low, high = LIMITS[name]
-    return Field(ge=low, le=high)
-
-
-_Steps = Annotated[int, _between("num_inference_steps")]
-_Guidance = Annotated[float, _between("guidance_scale")]
-_Seed = Annotated[int, _between("seed")]
-_Count = Annotated[int, _between("n")]
-_Side = Annotated[int, _between("width")]
+_Steps = Annotated[int, between("num_inference_steps")]
+_Guidance = Annotated[float, between("guidance_scale")]
+_Seed = Annotated[int, between("seed")]
+_Count = Annotated[int, between("n")]
+_Side = Annotated[int, between("width")]
 
 
 def _plain_text(text: str) -> str:
@@ -193,6 +177,13 @@ class DedicatedImageGenerationBody(BaseModel):
     @property
     def num_images(self) -> int:
         return self.n if isinstance(self.n, int) else 1
+
+    @property
+    def spec(self) -> ImageSpec:
+        """What is to be drawn; every field that both types have travels by its name."""
+        values = self.model_dump(include=set(ImageSpec.__dataclass_fields__), exclude_none=True)
+        _, route = split_model(self.model)
+        return ImageSpec(**values, adapters=(AdapterUse(route),) if route else ())
 
 
 KNOWN_FIELDS = tuple(DedicatedImageGenerationBody.model_fields)
@@ -399,14 +390,6 @@ def unknown_field(name: str, known: Iterable[str]) -> InvalidRequestError:
     return InvalidRequestError(
         f"unknown field {echo(name)}; {text}", code="unknown_field", param=_printable(name)
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` was probably meant to be: the closest, else one that contains it."""
-    name, names = name.lower()[:MAX_ECHO], list(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    holding = [other for other in names if len(name) >= 4 and (name in other or other in name)]
-    return next(iter(close + holding), None)
 
 
 def shown(value: object) -> str:

@@ -119,7 +119,7 @@ def test_several_pictures_come_as_a_strip(visit: Visit) -> None:
     assert (visit.text("#edition"), visit.text("#signature")) == ("one, 3/3", "seed 12")
     made = read_parameters(visit.shown_bytes())
     assert made is not None
-    assert made.seed == 12
+    assert made.spec.seed == 12
 
 
 def test_the_largest_seed_stays_exact(visit: Visit, host: Host) -> None:
@@ -127,7 +127,7 @@ def test_the_largest_seed_stays_exact(visit: Visit, host: Host) -> None:
     visit.make("an owl", seed=seed)
     made = read_parameters(visit.shown_bytes())
     assert made is not None
-    assert made.seed == seed
+    assert made.spec.seed == seed
     assert visit.text("#signature") == f"seed {seed}"
     visit.page.reload()
     visit.see("#prints .show")

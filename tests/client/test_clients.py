@@ -16,6 +16,7 @@ import mezzotint
 from mezzotint import MISSING, errors
 from mezzotint.client import Completed, Generation, Preview, Progress, exchange
 from mezzotint.images import Parameters, read_parameters
+from mezzotint.spec import ImageSpec
 from tests.client.faces import Connect, Talks
 from tests.client.scripted import CAT, Reply, Script, answer, error, item, sse
 
@@ -228,7 +229,10 @@ def test_the_real_server_answers_every_form_with_the_same_picture(images: Talks)
 
 def test_a_file_from_the_real_server_tells_what_made_it(images: Talks, tmp_path: Path) -> None:
     (path,) = images.generate(**CAT, seed=3, guidance_scale=2.5, response_format="png").save(tmp_path / "cat")
-    assert read_parameters(path.read_bytes()) == Parameters("emoji", "a cat", 8, 3, 2.5, None, 16, 16)
+    assert read_parameters(path.read_bytes()) == Parameters(
+        "emoji",
+        ImageSpec(prompt="a cat", num_inference_steps=8, seed=3, guidance_scale=2.5, width=16, height=16),
+    )
 
 
 def test_several_pictures_count_up_from_the_seed(images: Talks) -> None:

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mezzotint.spec import AdapterUse
+
 State = dict[str, Tensor]
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 """By layer: down [rank, in, ...] and up [out, rank, ...]."""
@@ -228,3 +230,8 @@ def write(state: State, file: Path, metadata: Mapping[str, Any] | None = None) -
     header = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, file, metadata=header)
     return file
+
+
+def uses(route: str | None, scale: float | None = None) -> tuple[AdapterUse, ...]:
+    """The adapters of a request that uses this one."""
+    return (AdapterUse(route, scale),) if route else ()

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from mezzotint.engine.arguments import PipelineFacts, Request
+from mezzotint.engine.arguments import PipelineFacts
 from mezzotint.errors import InvalidRequestError
+from mezzotint.spec import ImageSpec as Request
 from tests.engine import tiny
 
 

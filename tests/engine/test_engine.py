@@ -14,11 +14,12 @@ import pytest
 import torch
 from greenlet import greenlet
 
-from mezzotint.engine import Engine, Event, Request
+from mezzotint.engine import Engine, EngineSettings, Event, Request
 from mezzotint.engine.steps.jobs import Job
 from mezzotint.errors import GenerationError, InvalidRequestError, NotFoundError
 from mezzotint.messages import Cancelled, Done, Failed, Preview, Progress
 from tests.engine import adapter_files, tiny
+from tests.engine.adapter_files import uses
 from tests.engine.conftest import same_alone_and_together
 
 
@@ -132,7 +133,7 @@ def test_pixels_are_those_of_diffusers_own_pictures() -> None:
 
 def test_load_takes_a_ready_pipeline_and_measures_it() -> None:
     pipe = tiny.build("flux")
-    engine = Engine.load(pipe, max_rows=2, num_threads=1)
+    engine = Engine.load(pipe, EngineSettings(max_rows=2, num_threads=1))
     try:
         assert engine.measured[0].rows == 1
         assert engine.runner.num_rows in (1, 2)
@@ -144,14 +145,16 @@ def test_load_takes_a_ready_pipeline_and_measures_it() -> None:
 
 
 def test_load_keeps_the_rows_it_is_given() -> None:
-    engine = Engine.load(tiny.build("flux"), rows=3, num_threads=1)
+    engine = Engine.load(tiny.build("flux"), EngineSettings(num_threads=1), rows=3)
     assert engine.runner.num_rows == 3
     engine.close()
 
 
 def test_load_takes_a_folder(tmp_path: Path) -> None:
     engine = Engine.load(
-        tiny.save("flux", tmp_path), rows=1, num_threads=1, dtype="fp32", performance="reference"
+        tiny.save("flux", tmp_path),
+        EngineSettings(num_threads=1, dtype="fp32", performance="reference"),
+        rows=1,
     )
     (loaded,) = engine.generate([request()])
     engine.close()
@@ -275,7 +278,7 @@ def test_running_out_of_memory_fails_one_job_with_advice() -> None:
 def test_an_unknown_adapter_names_the_nearest(engine: Engine, tmp_path: Path) -> None:
     path = adapter_file(tmp_path, "flat", 1)
     engine.adapters.add("flat", path)
-    (result,) = engine.generate([request(adapter="flot")])
+    (result,) = engine.generate([request(adapters=uses("flot"))])
     assert isinstance(result.error, NotFoundError)
     assert "flat" in result.error.message
 
@@ -332,7 +335,7 @@ def test_a_job_that_was_overdue_is_no_longer_passed_by_a_higher_priority(
 ) -> None:
     engine = Engine(pipeline(), rows=1)
     engine.submit(request(num_inference_steps=3), "free")
-    engine.submit(request(num_inference_steps=9, priority=1), "paid")
+    engine.submit(request(num_inference_steps=9), "paid", priority=1)
     engine.step()
     engine._active["free"].parked -= 2 * engine.max_wait_s * late
     assert [event.job_id for event in drain(engine) if isinstance(event, Done)] == order
@@ -435,7 +438,7 @@ def test_pictures_above_the_limit_for_merging_run_as_they_come() -> None:
 def test_previews_come_evenly_spaced_and_resemble_the_picture() -> None:
     engine = Engine(tiny.build("flux"))
     engine.warm_up()
-    engine.submit(request(num_inference_steps=8, num_previews=3), "a")
+    engine.submit(request(num_inference_steps=8), "a", num_previews=3)
     events = drain(engine)
     engine.close()
     previews = [event for event in events if isinstance(event, Preview)]
@@ -456,12 +459,12 @@ def test_previews_come_evenly_spaced_and_resemble_the_picture() -> None:
 
 def test_previews_do_not_change_the_picture(engine: Engine) -> None:
     engine.warm_up()
-    with_previews, without = engine.generate(
-        [request(num_previews=2, num_inference_steps=4), request(num_inference_steps=4)]
-    )
-    assert with_previews.image is not None
-    assert without.image is not None
-    assert np.array_equal(with_previews.image, without.image)
+    engine.submit(request(num_inference_steps=4), "with", num_previews=2)
+    engine.submit(request(num_inference_steps=4), "without")
+    events = [event for _ in range(40) if engine.has_work for event in engine.step()]
+    assert sum(isinstance(event, Preview) for event in events) == 2
+    with_previews, without = (event.payload for event in events if isinstance(event, Done))
+    assert with_previews == without
 
 
 def adapter_file(folder: Path, name: str, seed: int) -> Path:
@@ -475,8 +478,8 @@ def test_adapters_mix_in_one_batch_and_keep_each_rows_bytes(tmp_path: Path) -> N
     for index, route in enumerate(("flat", "mono")):
         engine.adapters.add(route, adapter_file(tmp_path, route, index))
     routes = (None, "flat", "mono", "flat", None, "mono")
-    requests = [request(adapter=route, seed=5, num_inference_steps=3) for route in routes]
-    requests.append(request(adapter="flat", adapter_scale=0.25, seed=5, num_inference_steps=3))
+    requests = [request(adapters=uses(route), seed=5, num_inference_steps=3) for route in routes]
+    requests.append(request(adapters=uses("flat", 0.25), seed=5, num_inference_steps=3))
     alone = same_alone_and_together(engine, requests)
     engine.close()
     base, flat, mono, weak = alone[0], alone[1], alone[2], alone[6]
@@ -488,7 +491,7 @@ def test_adapters_mix_in_one_batch_and_keep_each_rows_bytes(tmp_path: Path) -> N
 
 def test_a_job_lets_its_adapter_go_when_it_ends(engine: Engine, tmp_path: Path) -> None:
     engine.adapters.add("flat", adapter_file(tmp_path, "flat", 1))
-    engine.submit(request(adapter="flat", num_inference_steps=9), "a")
+    engine.submit(request(adapters=uses("flat"), num_inference_steps=9), "a")
     engine.step()
     lease = engine._active["a"].lease
     assert lease is not None

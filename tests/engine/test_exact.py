@@ -168,7 +168,7 @@ def beside_two_forwards_a_step(run: Run) -> Pictures:
 
 def with_priorities(run: Run) -> Pictures:
     for index in range(8):
-        run.engine.submit(replace(REQUESTS[index], priority=index % 3), str(index))
+        run.engine.submit(REQUESTS[index], str(index), priority=index % 3)
     return run.rest()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from mezzotint.engine import Engine, Request
+from mezzotint.engine import Engine, EngineSettings, Request
 from mezzotint.engine.models import loading
 from mezzotint.engine.steps.rules import RULES
 from mezzotint.families import FAMILIES, family
@@ -74,7 +74,10 @@ def pipeline(name: str, dtype: torch.dtype) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         tiny.save(name, Path(folder))
         short = "fp32" if dtype == torch.float32 else "bf16"
-        return loading.load(folder, dtype=short, device="cpu", num_threads=1, performance="reference").pipe
+        return loading.load(
+            folder,
+            EngineSettings(dtype=short, device="cpu", num_threads=1, performance="reference"),
+        ).pipe
 
 
 def requests(case: Case) -> list[Request]:

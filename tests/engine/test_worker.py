@@ -45,7 +45,9 @@ from mezzotint.messages import (
     decode,
     encode,
 )
+from mezzotint.spec import AdapterSpec, EngineSettings, ImageSpec
 from tests.engine import adapter_files, tiny
+from tests.engine.adapter_files import uses
 
 DEADLINE_S = 120.0
 M = TypeVar("M", bound=Message)
@@ -90,15 +92,16 @@ class Process:
         self.pipe.close()
 
 
+SETTINGS = EngineSettings(dtype="fp32", device="cpu", num_threads=1, performance="reference")
+
+
 def load_model(folder: Path | str, rows: int | None = 2) -> LoadModel:
-    return LoadModel(
-        "tiny", str(folder), dtype="fp32", device="cpu", num_threads=1, rows=rows, performance="reference"
-    )
+    return LoadModel("tiny", str(folder), SETTINGS, rows)
 
 
-def generate(job_id: str, **fields: object) -> Generate:
+def generate(job_id: str, num_previews: int = 0, **fields: object) -> Generate:
     arguments: dict[str, object] = {"prompt": "a red fox", "num_inference_steps": 3, "seed": 1, **fields}
-    return Generate(job_id, **arguments)  # type: ignore[arg-type]
+    return Generate(job_id, ImageSpec(**arguments), num_previews)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +163,7 @@ def test_a_request_gives_the_bytes_of_the_library(shared: Process, folder: Path)
     ] == [0, 1, 2, 3]
     assert sum(isinstance(message, Preview) for message in shared.seen) == 1
 
-    engine = Engine.load(folder, dtype="fp32", device="cpu", num_threads=1, rows=2, performance="reference")
+    engine = Engine.load(folder, SETTINGS, rows=2)
     results = engine.generate(
         [Request(prompt="a red fox", num_inference_steps=3, seed=seed) for seed in (1, 2)]
     )
@@ -277,7 +280,9 @@ def test_turning_idle_is_told_with_what_was_done(ready: Process) -> None:
 def test_a_request_may_name_an_adapter_right_after_it_was_added(shared: Process, tmp_path: Path) -> None:
     state = adapter_files.LAYOUTS["flux", "peft"](tiny.build("flux"), 1)
     path = adapter_files.write(state, tmp_path / "flat.safetensors")
-    shared.send(AddAdapter("flat", str(path)), generate("flat", adapter="flat"), generate("base"))
+    shared.send(
+        AddAdapter(AdapterSpec("flat", str(path))), generate("flat", adapters=uses("flat")), generate("base")
+    )
     shared.send(PrefetchAdapter("flat"))
     done: dict[str, bytes] = {}
     while len(done) < 2:
@@ -288,22 +293,24 @@ def test_a_request_may_name_an_adapter_right_after_it_was_added(shared: Process,
     assert added.rank > 0
     assert done["flat"] != done["base"]
 
-    shared.send(RemoveAdapter("flat"), generate("gone", adapter="flat"))
+    shared.send(RemoveAdapter("flat"), generate("gone", adapters=uses("flat")))
     assert shared.wait_for(Failed).code == "adapter_not_found"
 
 
 def test_a_broken_adapter_is_refused_and_so_are_its_requests(shared: Process, tmp_path: Path) -> None:
     path = tmp_path / "broken.safetensors"
     path.write_bytes(b"not safetensors")
-    shared.send(AddAdapter("broken", str(path)), generate("a", adapter="broken"), generate("b"))
+    shared.send(
+        AddAdapter(AdapterSpec("broken", str(path))), generate("a", adapters=uses("broken")), generate("b")
+    )
     assert shared.wait_for(AdapterFailed).route == "broken"
     assert shared.wait_for(Failed).job_id == "a"
     shared.wait_for(Done, "b")
 
 
 def test_a_request_that_waits_for_its_adapter_can_be_cancelled(ready: Process, tmp_path: Path) -> None:
-    missing = AddAdapter("slow", str(tmp_path / "missing.safetensors"))
-    ready.send(missing, generate("a", adapter="slow"), Cancel("a"), Ping(1))
+    missing = AddAdapter(AdapterSpec("slow", str(tmp_path / "missing.safetensors")))
+    ready.send(missing, generate("a", adapters=uses("slow")), Cancel("a"), Ping(1))
     ready.wait_for(Pong)
     ready.send(Shutdown())
     assert ready.exit_status() == 0
@@ -320,7 +327,11 @@ def test_a_request_that_waits_for_its_adapter_can_be_cancelled(ready: Process, t
 def test_a_request_whose_adapter_goes_while_it_waits_for_it_ends(ready: Process, tmp_path: Path) -> None:
     file = tmp_path / "slow.safetensors"
     os.mkfifo(file)  # its check waits for a writer, who never comes
-    ready.send(AddAdapter("slow", str(file)), generate("a", adapter="slow"), RemoveAdapter("slow"))
+    ready.send(
+        AddAdapter(AdapterSpec("slow", str(file))),
+        generate("a", adapters=uses("slow")),
+        RemoveAdapter("slow"),
+    )
     ready.send(generate("b"))
     ready.wait_for(Done, "b")
     failed = [message for message in ready.seen if isinstance(message, Failed)]

@@ -11,8 +11,7 @@ import typer
 from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, ServerFlag
 from mezzotint.cli.reach import ENDPOINTS, managed
 from mezzotint.cli.tables import print_facts, print_table
-from mezzotint.errors import InvalidRequestError, NotFoundError
-from mezzotint.schemas import nearest
+from mezzotint.errors import InvalidRequestError, NotFoundError, nearest
 
 adapters = typer.Typer(help="Manage the adapters of a running server's endpoints.", no_args_is_help=True)
 

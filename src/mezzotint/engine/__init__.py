@@ -13,14 +13,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mezzotint.engine.arguments import Request as Request
     from mezzotint.engine.engine import Engine as Engine
     from mezzotint.engine.engine import Event as Event
     from mezzotint.engine.results import Result as Result
+    from mezzotint.spec import AdapterUse as AdapterUse
+    from mezzotint.spec import EngineSettings as EngineSettings
+    from mezzotint.spec import ImageSpec as Request
 
-_HOMES = {"Engine": "engine", "Event": "engine", "Request": "arguments", "Result": "results"}
+_HOMES = {
+    "Engine": ("mezzotint.engine.engine", "Engine"),
+    "EngineSettings": ("mezzotint.spec", "EngineSettings"),
+    "Event": ("mezzotint.engine.engine", "Event"),
+    "AdapterUse": ("mezzotint.spec", "AdapterUse"),
+    "Request": ("mezzotint.spec", "ImageSpec"),
+    "Result": ("mezzotint.engine.results", "Result"),
+}
 
-__all__ = ["Engine", "Event", "Request", "Result"]
+__all__ = ["AdapterUse", "Engine", "EngineSettings", "Event", "Request", "Result"]
 
 
 def __getattr__(name: str) -> object:
@@ -28,4 +37,5 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from mezzotint.errors import InvalidRequestError, echo
 from mezzotint.families import Family, family
+from mezzotint.spec import MAX_SEED, MAX_STEPS, ImageSpec
 
-MAX_STEPS = 50
 _TRUE_GUIDANCE = "true_cfg_scale"
 """Lets some models that have no negative prompt use one after all."""
 _OURS = frozenset(
@@ -20,29 +19,6 @@ _OURS = frozenset(
     )
 )
 """Pipeline arguments that `extra` must not set."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One image to make. What is None is the model's own default; a `seed` of None is drawn."""
-
-    prompt: str
-    num_inference_steps: int
-    guidance_scale: float | None = None
-    seed: int | None = None
-    width: int | None = None
-    height: int | None = None
-    negative_prompt: str | None = None
-    adapter: str | None = None
-    """Route of a LoRA adapter that the engine knows."""
-    adapter_scale: float | None = None
-    num_previews: int = 0
-    """How many evenly spaced estimates of the finished image to make on the way."""
-    priority: int = 0
-    owner: str = ""
-    """Whose request it is; owners take turns."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the pipeline's call, handed over as they are."""
 
 
 class PipelineFacts:
@@ -91,48 +67,54 @@ class PipelineFacts:
         limit = min(limits)
         return tokenizers[-1], limit if limit < 10**6 else None
 
-    def call_arguments(self, request: Request) -> tuple[dict[str, Any], list[str]]:
-        """The arguments of `__call__` for `request`, and warnings; InvalidRequestError says what is wrong."""
-        self._check(request)
+    def call_arguments(self, spec: ImageSpec) -> tuple[dict[str, Any], list[str]]:
+        """The arguments of `__call__` for `spec`, and warnings; InvalidRequestError says what is wrong."""
+        self._check(spec)
         warnings: list[str] = []
         arguments: dict[str, Any] = {
-            "prompt": request.prompt,
-            "num_inference_steps": request.num_inference_steps,
-            "width": request.width or self.width,
-            "height": request.height or self.height,
+            "prompt": spec.prompt,
+            "num_inference_steps": spec.num_inference_steps,
+            "width": spec.width or self.width,
+            "height": spec.height or self.height,
             "output_type": "np",
         }
-        self._add_guidance(request, arguments, warnings)
-        self._add_negative_prompt(request, arguments, warnings)
-        self._add_text_length(request, arguments, warnings)
-        arguments.update(request.extra)
+        self._add_guidance(spec, arguments, warnings)
+        self._add_negative_prompt(spec, arguments, warnings)
+        self._add_text_length(spec, arguments, warnings)
+        arguments.update(spec.extra)
         return {name: value for name, value in arguments.items() if self._takes(name)}, warnings
 
     def _takes(self, name: str) -> bool:
         return name in self.parameters or self.open_ended
 
-    def _check(self, request: Request) -> None:
-        steps = request.num_inference_steps
+    def _check(self, spec: ImageSpec) -> None:
+        steps = spec.num_inference_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
             raise InvalidRequestError(
                 f"num_inference_steps must be an integer between 1 and {MAX_STEPS} (got {echo(steps)})",
                 code="out_of_range",
                 param="num_inference_steps",
             )
+        if len(spec.adapters) > 1:
+            raise InvalidRequestError(
+                f"adapters: a picture can use one adapter (got {len(spec.adapters)}); name one",
+                code="not_supported",
+                param="adapters",
+            )
         for name in ("width", "height"):
-            size = getattr(request, name)
+            size = getattr(spec, name)
             if size is not None and (size <= 0 or size % self.size_multiple):
                 rule = f"a positive multiple of {self.size_multiple} for this model"
                 raise InvalidRequestError(
                     f"{name} must be {rule} (got {echo(size)})", code="out_of_range", param=name
                 )
-        if request.seed is not None and not 0 <= request.seed < 2**63:
+        if spec.seed is not None and not 0 <= spec.seed <= MAX_SEED:
             raise InvalidRequestError(
-                f"seed must be between 0 and 2**63-1 (got {echo(request.seed)})",
+                f"seed must be between 0 and 2**63-1 (got {echo(spec.seed)})",
                 code="out_of_range",
                 param="seed",
             )
-        for name in request.extra:
+        for name in spec.extra:
             if name in _OURS or not self._takes(name):
                 reason = (
                     "is set by the request itself" if name in _OURS else "is not an argument of this pipeline"
@@ -141,37 +123,37 @@ class PipelineFacts:
                     f"extra: {echo(name)} {reason}", code="unknown_field", param="extra"
                 )
 
-    def _add_guidance(self, request: Request, arguments: dict[str, Any], warnings: list[str]) -> None:
+    def _add_guidance(self, spec: ImageSpec, arguments: dict[str, Any], warnings: list[str]) -> None:
         if not self.guidance_effective:
-            if request.guidance_scale is not None:
+            if spec.guidance_scale is not None:
                 warnings.append("guidance_scale had no effect: this model does not use it")
             return
-        guidance = self.family.default_guidance if request.guidance_scale is None else request.guidance_scale
+        guidance = self.family.default_guidance if spec.guidance_scale is None else spec.guidance_scale
         if guidance is not None:
             assert self.family.guidance_argument is not None, "effective guidance has an argument"
             arguments[self.family.guidance_argument] = float(guidance)
 
-    def _add_negative_prompt(self, request: Request, arguments: dict[str, Any], warnings: list[str]) -> None:
-        negative = request.negative_prompt
+    def _add_negative_prompt(self, spec: ImageSpec, arguments: dict[str, Any], warnings: list[str]) -> None:
+        negative = spec.negative_prompt
         if negative is None:
             negative = self.family.implied_negative_prompt
         if negative is None:
             return
         arguments["negative_prompt"] = negative
-        if not self.supports_negative_prompt and _TRUE_GUIDANCE not in request.extra:
+        if not self.supports_negative_prompt and _TRUE_GUIDANCE not in spec.extra:
             warnings.append("negative_prompt had no effect: this model does not use it")
             del arguments["negative_prompt"]
 
-    def _add_text_length(self, request: Request, arguments: dict[str, Any], warnings: list[str]) -> None:
+    def _add_text_length(self, spec: ImageSpec, arguments: dict[str, Any], warnings: list[str]) -> None:
         """A text encoder shorter than the pipeline's default gets its own length; what is cut is said."""
         name = self.family.text_length_argument
         limit = self.max_prompt_tokens
         if name is not None and name in self.parameters and limit != self.parameters[name].default and limit:
             arguments[name] = limit
-        limit = request.extra.get(name, limit) if name else limit
+        limit = spec.extra.get(name, limit) if name else limit
         if self.tokenizer is None or limit is None:
             return
-        num_tokens = len(self.tokenizer(request.prompt, truncation=False, verbose=False).input_ids)
+        num_tokens = len(self.tokenizer(spec.prompt, truncation=False, verbose=False).input_ids)
         if num_tokens > limit:
             warnings.append(f"prompt was cut: it has {num_tokens} tokens, this model reads the first {limit}")
 

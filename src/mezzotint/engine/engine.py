@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-from mezzotint.engine.arguments import PipelineFacts, Request
+from mezzotint.engine.arguments import PipelineFacts
 from mezzotint.engine.lora.bank import AdapterBank, BankStats, Lease
-from mezzotint.engine.models.loading import Loaded, Performance, load
+from mezzotint.engine.models.loading import DEFAULTS, Loaded, load
+from mezzotint.engine.models.sources import Progress as OnProgress
+from mezzotint.engine.models.sources import nothing
 from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
 from mezzotint.engine.results import Image, Result, failure, pixels, result_of
 from mezzotint.engine.steps import exactness
@@ -29,6 +31,7 @@ from mezzotint.engine.steps.runner import Mode, Runner
 from mezzotint.engine.steps.scheduler import Service, StepTimes, Waiting, pick
 from mezzotint.errors import GenerationError, MezzotintError
 from mezzotint.messages import Cancelled, Done, Failed, ModelInfo, Preview, Progress
+from mezzotint.spec import EngineSettings, ImageSpec
 
 Event = Progress | Preview | Done | Failed | Cancelled
 
@@ -53,13 +56,14 @@ class _Active:
     """A job in flight and what the loop must know of it."""
 
     job_id: str
-    request: Request
+    spec: ImageSpec
     seed: int
     arguments: dict[str, Any]
     warnings: list[str]
     arrival: int
     admitted: float
     priority: int
+    owner: str
     parked: float = 0.0
     job: Job | None = None
     lease: Lease | None = None
@@ -107,6 +111,8 @@ class Engine:
         self.adapter_bytes = adapter_bytes
         self.busy_s = 0.0
         """Seconds spent in steps that ran something."""
+        self.loaded: Loaded | None = None
+        """What loading decided; set by `load`."""
         self.measured: list[exactness.Measurement] = []
         """What calibration has measured; empty if R was given."""
         self.times = StepTimes()
@@ -126,52 +132,43 @@ class Engine:
     def load(
         cls,
         source: Any,
+        settings: EngineSettings = DEFAULTS,
         *,
-        batching: Mode = "exact",
-        dtype: str = "auto",
-        device: str = "auto",
-        revision: str | None = None,
-        num_threads: int = 0,
-        performance: Performance = "auto",
         rows: int | None = None,
-        max_rows: int = 16,
-        max_jobs: int = 64,
-        min_batch_gain: float = 1.4,
-        max_batch_stretch: float = 2.5,
-        offload: bool = False,
-        allow_remote_code: bool = False,
+        progress: OnProgress = nothing,
     ) -> Engine:
         """An engine for a built-in name, a folder, a repository id, a safetensors file or a ready pipeline.
 
         `rows` None measures how many rows a merged forward should have. A seed gives the same bytes only
         under the same number (and dtype, device, threads, performance). Pictures above the model's default
-        size are not merged. ModelLoadError says why a model cannot load.
+        size are not merged. `progress` is told the stage and its fraction. ModelLoadError says why a model
+        cannot load.
         """
-        loaded = load(
-            source,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            num_threads=num_threads,
-            performance=performance,
-            offload=offload,
-            allow_remote_code=allow_remote_code,
+        loaded = load(source, settings, progress=progress)
+        progress("calibrating", None)
+        engine = cls(
+            loaded.pipe,
+            batching=settings.batching,
+            max_rows=settings.max_rows,
+            max_jobs=settings.max_jobs,
+            max_wait_s=settings.max_wait_s,
+            adapter_bytes=settings.adapter_bytes,
         )
-        engine = cls(loaded.pipe, batching=batching, max_rows=max_rows, max_jobs=max_jobs)
+        engine.loaded = loaded
         engine.max_merge_pixels = engine.facts.width * engine.facts.height
-        engine.calibrate(min_gain=min_batch_gain, max_stretch=max_batch_stretch, rows=rows)
+        engine.calibrate(min_gain=settings.min_batch_gain, max_stretch=settings.max_batch_stretch, rows=rows)
         engine.warm_up()
         return engine
 
     # ------------------------------------------------------------------ for library users
 
-    def generate(self, requests: Iterable[Request]) -> list[Result]:
+    def generate(self, requests: Iterable[ImageSpec]) -> list[Result]:
         """The results of all requests, in their order; a request that fails has its error in its result."""
         requests = list(requests)
         results = dict(self._run(requests))
         return [results[index] for index in range(len(requests))]
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Result]:
+    def stream(self, requests: Iterable[ImageSpec]) -> Iterator[Result]:
         """The results as they finish."""
         for _, result in self._run(list(requests)):
             yield result
@@ -186,7 +183,7 @@ class Engine:
         if self.runner.adapters is not None:
             self.adapters.close()
 
-    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Result]]:
+    def _run(self, requests: Sequence[ImageSpec]) -> Iterator[tuple[int, Result]]:
         seeds = [secrets.randbelow(2**32) if each.seed is None else each.seed for each in requests]
         ids: dict[str, int] = {}
         try:
@@ -226,35 +223,47 @@ class Engine:
         """Hits, loads and residency of the adapters; all zero where none was ever added."""
         return self.adapters.stats() if self.runner.adapters is not None else BankStats(0, 0, 0, 0, [])
 
-    def submit(self, request: Request, job_id: str, *, seed: int | None = None) -> None:
-        """Admits a request. It ends in exactly one Done, Failed or Cancelled event of a later `step`.
+    def submit(
+        self,
+        spec: ImageSpec,
+        job_id: str,
+        *,
+        seed: int | None = None,
+        num_previews: int = 0,
+        priority: int = 0,
+        owner: str = "",
+    ) -> None:
+        """Admits an image; `num_previews` evenly spaced estimates of it are made on the way.
+
+        It ends in exactly one Done, Failed or Cancelled event of a later `step`.
 
         For callers that run `step` themselves; `generate` and `stream` would swallow the events.
         """
         assert job_id not in self._active, f"job {job_id} is already running"
         self._arrivals += 1
-        seed = request.seed if seed is None else seed
+        seed = spec.seed if seed is None else seed
         try:
-            arguments, warnings = self.facts.call_arguments(request)
-            if request.adapter is not None:
-                self.adapters.info(request.adapter)
-                self.adapters.prefetch(request.adapter)
+            arguments, warnings = self.facts.call_arguments(spec)
+            if spec.adapter is not None:
+                self.adapters.info(spec.adapter.route)
+                self.adapters.prefetch(spec.adapter.route)
         except MezzotintError as error:
             self._events.append(Failed(job_id, error.code, error.message, error.param))
             return
         active = _Active(
             job_id=job_id,
-            request=request,
+            spec=spec,
             seed=secrets.randbelow(2**32) if seed is None else seed,
             arguments=arguments,
             warnings=warnings,
             arrival=self._arrivals,
             admitted=time.perf_counter(),
-            priority=request.priority,
-            previews_due=tuple(preview_steps(request.num_previews, request.num_inference_steps)),
+            priority=priority,
+            owner=owner,
+            previews_due=tuple(preview_steps(num_previews, spec.num_inference_steps)),
         )
         self._queue.append(active)
-        self._events.append(Progress(job_id, 0, request.num_inference_steps))
+        self._events.append(Progress(job_id, 0, spec.num_inference_steps))
 
     def cancel(self, job_id: str) -> bool:
         """Ends a job now, between two forwards; False if there is no such job (any more)."""
@@ -278,7 +287,7 @@ class Engine:
                 self._forward(batch)
                 seconds = time.perf_counter() - start
                 self.busy_s += seconds
-                self._service.add([active.request.owner for active in batch], seconds)
+                self._service.add([active.owner for active in batch], seconds)
             else:
                 self._service.forget()
         events, self._events = self._events, []
@@ -291,12 +300,12 @@ class Engine:
         for active in list(self._queue):
             if len(self._active) >= self.max_jobs:
                 return
-            route = active.request.adapter
-            if route is not None and self._active and not self.adapters.is_ready(route):
+            use = active.spec.adapter
+            if use is not None and self._active and not self.adapters.is_ready(use.route):
                 continue  # its file is being read in the background, while others run
             try:
-                if route is not None:
-                    active.lease = self.adapters.acquire(route, active.request.adapter_scale)
+                if use is not None:
+                    active.lease = self.adapters.acquire(use.route, use.scale)
                     if active.lease is None:
                         continue
                 hook = functools.partial(self._before_scheduler_step, active)
@@ -315,7 +324,7 @@ class Engine:
     def _pick(self) -> list[_Active]:
         """The jobs whose parked calls run next, together."""
         now = time.perf_counter()
-        leads = self._service.leads(frozenset(active.request.owner for active in self._active.values()))
+        leads = self._service.leads(frozenset(active.owner for active in self._active.values()))
         waiting = [self._waiting(active, now, leads) for active in self._active.values()]
         picked = pick(waiting, max_rows=self.runner.num_rows, max_wait_s=self.max_wait_s)
         if picked and picked[0].waited_s > self.max_wait_s:  # or it would get one step per wait
@@ -327,7 +336,7 @@ class Engine:
         assert job is not None, "an active job has started"
         assert job.call is not None, "an active job is parked"
         forwards_per_step = max(1.0, active.num_forwards / job.num_steps) if job.num_steps else 1.0
-        left = max(0, active.request.num_inference_steps - job.num_steps) * forwards_per_step
+        left = max(0, active.spec.num_inference_steps - job.num_steps) * forwards_per_step
         return Waiting(
             job_id=active.job_id,
             key=job.call.key,
@@ -336,8 +345,8 @@ class Engine:
             if self._prepares(active)
             else left * self.times.estimate(active.width, active.height),
             waited_s=now - active.parked,
-            owner=active.request.owner,
-            owner_lead_s=leads[active.request.owner],
+            owner=active.owner,
+            owner_lead_s=leads[active.owner],
             priority=active.priority,
             arrival=active.arrival,
         )
@@ -372,7 +381,7 @@ class Engine:
 
     def _report(self, active: _Active) -> None:
         """Tells how far the job has come, or how it has ended."""
-        job, steps = active.job, active.request.num_inference_steps
+        job, steps = active.job, active.spec.num_inference_steps
         assert job is not None, "an active job has started"
         active.parked = time.perf_counter()
         done = min(job.num_steps, steps)
@@ -460,7 +469,7 @@ class Engine:
     def calibrate(self, *, min_gain: float = 1.4, max_stretch: float = 2.5, rows: int | None = None) -> None:
         """Measures forwards of a real job; in `exact` mode sets R to `rows`, or if None to what they show."""
         with torch.inference_mode():
-            request = Request(prompt=_WARM_PROMPTS[0], num_inference_steps=2)
+            request = ImageSpec(prompt=_WARM_PROMPTS[0], num_inference_steps=2)
             call = exactness.first_call(self.pipe, self.facts, request)
             if call is None:
                 return
@@ -480,15 +489,17 @@ class Engine:
             return
         start = time.perf_counter()
         for seed, prompt in enumerate(_WARM_PROMPTS):
-            self.submit(Request(prompt=prompt, num_inference_steps=2, seed=seed), f"warm-{seed}")
+            self.submit(ImageSpec(prompt=prompt, num_inference_steps=2, seed=seed), f"warm-{seed}")
             while self.num_jobs:
                 self.step()
             late = time.perf_counter() - start > WARM_S
             if self._preview.learned or (self._preview.ready and late):
                 return
 
-    def info(self, loaded: Loaded) -> ModelInfo:
+    def info(self) -> ModelInfo:
         """What the server must know of this model."""
+        loaded = self.loaded
+        assert loaded is not None, "only a worker's engine, which `load` made, is asked"
         facts = self.facts
         return ModelInfo(
             pipeline_class=type(self.pipe).__name__,

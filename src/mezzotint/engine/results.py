@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from mezzotint.engine.arguments import Request
 from mezzotint.engine.steps.runner import is_out_of_memory
 from mezzotint.errors import (
     GenerationError,
@@ -19,6 +18,7 @@ from mezzotint.errors import (
     RequestCancelledError,
 )
 from mezzotint.messages import Cancelled, Done, Failed
+from mezzotint.spec import ImageSpec
 
 Image = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
 
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 class Result:
     """What became of one request: an image, or the error that ended it."""
 
-    request: Request
+    request: ImageSpec
     seed: int
     """The seed used; drawn where the request had none."""
     image: Image | None
@@ -76,7 +76,7 @@ def failure(job_id: str, error: Exception, *, size: str, refused: bool) -> Faile
     return Failed(job_id, GenerationError.default_code, f"generation failed: {text}")
 
 
-def result_of(request: Request, seed: int, event: Done | Failed | Cancelled) -> Result:
+def result_of(request: ImageSpec, seed: int, event: Done | Failed | Cancelled) -> Result:
     """What a library user gets for the event that ended a job."""
     if isinstance(event, Done):
         image = np.frombuffer(event.payload, np.uint8).reshape(event.height, event.width, 3)

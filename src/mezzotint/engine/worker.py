@@ -23,9 +23,8 @@ import diffusers
 import transformers
 from tqdm.std import tqdm
 
-from mezzotint.engine import Engine, Request
+from mezzotint.engine import Engine
 from mezzotint.engine.lora.bank import CheckedFile
-from mezzotint.engine.models import loading
 from mezzotint.engine.steps.runner import is_out_of_memory
 from mezzotint.errors import ModelLoadError
 from mezzotint.messages import (
@@ -54,6 +53,7 @@ from mezzotint.messages import (
     decode,
     encode,
 )
+from mezzotint.spec import AdapterSpec
 
 MAX_BACKLOG = 256
 """Unsent messages above which progress, previews and stats are dropped: a sleeping reader costs little."""
@@ -99,31 +99,12 @@ def _load(message: LoadModel, outbox: Outbox) -> Engine | None:
     """The engine, after Ready; or None, after LoadFailed, and the exit status is set."""
     start = time.perf_counter()
     try:
-        loaded = loading.load(
+        engine = Engine.load(
             message.source,
-            revision=message.revision,
-            dtype=message.dtype,
-            device=message.device,
-            num_threads=message.num_threads,
-            performance=message.performance,
-            offload=message.offload,
-            allow_remote_code=message.allow_remote_code,
+            message.settings,
+            rows=message.rows,
             progress=lambda stage, fraction: outbox.send(Loading(stage, fraction)),
         )
-        outbox.send(Loading("calibrating"))
-        engine = Engine(
-            loaded.pipe,
-            batching=message.batching,
-            max_rows=message.max_rows,
-            max_jobs=message.max_jobs,
-            max_wait_s=message.max_wait_s,
-            adapter_bytes=message.adapter_bytes,
-        )
-        engine.max_merge_pixels = engine.facts.width * engine.facts.height
-        engine.calibrate(
-            min_gain=message.min_batch_gain, max_stretch=message.max_batch_stretch, rows=message.rows
-        )
-        engine.warm_up()
     except Exception as error:
         failed = _load_failed(error)
         outbox.exit_status = EXIT_PERMANENT if failed.permanent else 1
@@ -131,7 +112,7 @@ def _load(message: LoadModel, outbox: Outbox) -> Engine | None:
         return None
     gc.collect()
     gc.freeze()  # what is there now stays: later collections need not look through it
-    outbox.send(Ready(engine.info(loaded), time.perf_counter() - start))
+    outbox.send(Ready(engine.info(), time.perf_counter() - start))
     return engine
 
 
@@ -242,7 +223,7 @@ class Worker:
         self._stats = StatsKeeper(engine)
         self._pulse = Pulse(outbox)
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="adapter-checker")
-        self._checks: dict[str, tuple[AddAdapter, Future[CheckedFile]]] = {}
+        self._checks: dict[str, tuple[AdapterSpec, Future[CheckedFile]]] = {}
         self._held: list[Generate] = []
         """Requests for adapters whose file is still being checked."""
         self._woken, self._wake = Pipe(duplex=False)
@@ -279,8 +260,8 @@ class Worker:
                 self._cancel(job_id)
             case Ping(number):
                 self._outbox.send(Pong(number))
-            case AddAdapter():
-                self._check(message)
+            case AddAdapter(adapter):
+                self._check(adapter)
             case RemoveAdapter(route):
                 self._checks.pop(route, None)
                 self.engine.adapters.remove(route)
@@ -293,25 +274,16 @@ class Worker:
                 _log.warning("a worker does not expect %s", type(message).__name__)
 
     def _generate(self, message: Generate) -> None:
-        if message.adapter in self._checks:
+        use = message.spec.adapter
+        if use is not None and use.route in self._checks:
             self._held.append(message)
             return
         self.engine.submit(
-            Request(
-                prompt=message.prompt,
-                num_inference_steps=message.num_inference_steps,
-                guidance_scale=message.guidance_scale,
-                seed=message.seed,
-                width=message.width,
-                height=message.height,
-                negative_prompt=message.negative_prompt,
-                adapter=message.adapter,
-                adapter_scale=message.adapter_scale,
-                num_previews=message.num_previews,
-                priority=message.priority,
-                owner=message.owner,
-            ),
+            message.spec,
             message.job_id,
+            num_previews=message.num_previews,
+            priority=message.priority,
+            owner=message.owner,
         )
 
     def _cancel(self, job_id: str) -> None:
@@ -324,11 +296,11 @@ class Worker:
 
     # ------------------------------------------------------------------ adapters
 
-    def _check(self, message: AddAdapter) -> None:
+    def _check(self, adapter: AdapterSpec) -> None:
         """Has the file read and checked in the background: running requests do not wait for it."""
         bank = self.engine.adapters  # prepares the layers, in this thread
-        future = self._checker.submit(bank.check, message.path, checksum=message.checksum)
-        self._checks[message.route] = (message, future)
+        future = self._checker.submit(bank.check, adapter.path, checksum=adapter.checksum)
+        self._checks[adapter.route] = (adapter, future)
         future.add_done_callback(self._wake_up)
 
     def _wake_up(self, _: Future[CheckedFile]) -> None:
@@ -340,27 +312,26 @@ class Worker:
             self._woken.recv_bytes()
         finished = [route for route, (_, future) in self._checks.items() if future.done()]
         for route in finished:
-            message, future = self._checks.pop(route)
-            self._outbox.send(self._register(message, future))
+            adapter, future = self._checks.pop(route)
+            self._outbox.send(self._register(adapter, future))
             self._go_on(route)
 
     def _go_on(self, route: str) -> None:
         """Hands over what waited for this adapter, which is known now or refused."""
-        ready = [each for each in self._held if each.adapter == route]
-        self._held = [each for each in self._held if each.adapter != route]
-        for each in ready:
+        held, self._held = self._held, []
+        for each in held:  # those that wait for another adapter are held again
             self._generate(each)
 
-    def _register(self, message: AddAdapter, future: Future[CheckedFile]) -> AdapterAdded | AdapterFailed:
+    def _register(self, adapter: AdapterSpec, future: Future[CheckedFile]) -> AdapterAdded | AdapterFailed:
         try:
-            info = self.engine.adapters.register(message.route, future.result(), scale=message.scale)
+            info = self.engine.adapters.register(adapter.route, future.result(), scale=adapter.scale)
         except ModelLoadError as error:
-            return AdapterFailed(message.route, error.code, error.message)
+            return AdapterFailed(adapter.route, error.code, error.message)
         except Exception as error:
-            _log.exception("checking adapter %s failed", message.route)
-            return AdapterFailed(message.route, "adapter_load_failed", f"{type(error).__name__}: {error}")
+            _log.exception("checking adapter %s failed", adapter.route)
+            return AdapterFailed(adapter.route, "adapter_load_failed", f"{type(error).__name__}: {error}")
         file = info.file
-        return AdapterAdded(message.route, file.rank, file.num_bytes, file.target_modules)
+        return AdapterAdded(adapter.route, file.rank, file.num_bytes, file.target_modules)
 
 
 class StatsKeeper:

@@ -26,7 +26,17 @@ from mezzotint.engine.steps.rules import RULES
 from mezzotint.errors import ModelLoadError, NotFoundError
 from mezzotint.messages import Done, Failed
 from tests.engine import adapter_files, tiny
-from tests.engine.adapter_files import ATTENTION, FEED_FORWARD, LAYOUTS, MODULATION, USUAL, pairs, peft, write
+from tests.engine.adapter_files import (
+    ATTENTION,
+    FEED_FORWARD,
+    LAYOUTS,
+    MODULATION,
+    USUAL,
+    pairs,
+    peft,
+    uses,
+    write,
+)
 from tests.engine.conftest import same_alone_and_together
 
 BUDGET = 1 << 28
@@ -726,7 +736,13 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def small(adapter: str | None = None) -> Request:
     extra = {"max_sequence_length": 32}
     return Request(
-        prompt="a red fox", num_inference_steps=2, seed=1, width=32, height=32, adapter=adapter, extra=extra
+        prompt="a red fox",
+        num_inference_steps=2,
+        seed=1,
+        width=32,
+        height=32,
+        adapters=uses(adapter),
+        extra=extra,
     )
 
 
@@ -740,8 +756,7 @@ def requests() -> list[Request]:
             seed=index // 8,
             width=32,
             height=32,
-            adapter=(None, "a", "b", "c")[index % 4],
-            adapter_scale=0.5 if index % 8 == 5 else None,
+            adapters=uses((None, "a", "b", "c")[index % 4], 0.5 if index % 8 == 5 else None),
             extra={"max_sequence_length": 32},
         )
         for index in range(48)
@@ -782,8 +797,8 @@ def test_a_scale_gives_the_same_bytes_where_several_rows_are_computed_one_by_one
     engine = Engine(tiny.build("flux", torch.bfloat16), rows=4)
     info = engine.adapters.add("a", adapters["a"])
     engine.adapters.byte_budget = 20 * info.file.num_bytes
-    engine.generate([replace(small("a"), adapter_scale=first)])  # settles which row counts are exact
-    wanted = [replace(small("a"), adapter_scale=0.7, seed=seed) for seed in range(4)]
+    engine.generate([replace(small("a"), adapters=uses("a", first))])  # settles which row counts are exact
+    wanted = [replace(small("a"), adapters=uses("a", 0.7), seed=seed) for seed in range(4)]
     same_alone_and_together(engine, wanted)
     engine.close()
 

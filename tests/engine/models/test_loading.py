@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mezzotint.engine.models import checks, doctor, hardware, loading, sources
 from mezzotint.errors import ModelLoadError
+from mezzotint.spec import EngineSettings
 from tests.engine import fake_hub, tiny
 from tests.engine.tiny import single_file
 
@@ -66,7 +67,9 @@ def one_thread() -> Iterator[None]:
 
 
 def load(source: Any, **settings: Any) -> loading.Loaded:
-    return loading.load(source, **{"num_threads": 1, "dtype": "fp32", "performance": "reference", **settings})
+    progress = settings.pop("progress", sources.nothing)
+    chosen = {"num_threads": 1, "dtype": "fp32", "performance": "reference", **settings}
+    return loading.load(source, EngineSettings(**chosen), progress=progress)
 
 
 def refusal(source: Any, **settings: Any) -> ModelLoadError:

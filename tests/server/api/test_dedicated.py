@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mezzotint import images
+from mezzotint.spec import ImageSpec
 from tests.server.hosting import GENERATE, Host, client, endpoint, hosting, settings_for
 
 
@@ -67,14 +68,16 @@ def test_the_png_holds_its_parameters_and_nothing_that_differs_between_runs(host
     data = base64.b64decode(host.picture(seed=5, guidance_scale=3.5, negative_prompt="rain"))
     found = images.read_parameters(data)
     assert found == images.Parameters(
-        model="one",
-        prompt="a cat",
-        num_inference_steps=4,
-        seed=5,
-        guidance_scale=3.5,
-        negative_prompt="rain",
-        width=16,
-        height=16,
+        "one",
+        ImageSpec(
+            prompt="a cat",
+            num_inference_steps=4,
+            seed=5,
+            guidance_scale=3.5,
+            negative_prompt="rain",
+            width=16,
+            height=16,
+        ),
     )
 
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mezzotint import images
-from mezzotint.messages import AddAdapter
 from mezzotint.server.api.openai import KNOWN
+from mezzotint.spec import AdapterSpec
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 IMAGES = "/v1/images/generations"
@@ -31,7 +31,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     file = folder / "glow.safetensors"
     file.write_bytes(b"weights")
     with hosting(settings_for(folder, endpoint(), endpoint(id="two", default_steps=5))) as running:
-        running.run(running.endpoint("one").add_adapter(AddAdapter("glow", str(file))))
+        running.run(running.endpoint("one").add_adapter(AdapterSpec("glow", str(file))))
         yield running
 
 
@@ -89,7 +89,7 @@ def test_size_quality_and_format_reach_the_file(ai: openai.OpenAI) -> None:
     assert (image.format, image.size) == ("JPEG", (32, 16))
     made = images.read_parameters(data)
     assert made is not None
-    assert made.prompt == "a fox"
+    assert made.spec.prompt == "a fox"
 
 
 def test_a_url_is_the_default_and_answers_the_file(ai: openai.OpenAI) -> None:

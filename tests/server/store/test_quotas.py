@@ -10,10 +10,10 @@ import pytest
 import sqlalchemy as sa
 
 from mezzotint.errors import RateLimitError
-from mezzotint.messages import Generate
 from mezzotint.server.store import database
 from mezzotint.server.store.keys import Key, Limits, create_key
 from mezzotint.server.store.quotas import Quotas
+from mezzotint.spec import ImageSpec
 from tests.server.hosting import GENERATE, client, endpoint, hosting, settings_for
 
 
@@ -129,5 +129,5 @@ def test_only_images_that_were_answered_are_counted_and_all_work_that_was_done(t
                 sa.select(database.usage).where(database.usage.c.key_id == key.id)
             ).mappings()
         assert row["images"] == 3
-        whole_s = host.endpoint().facts.work_s(Generate("any", "a cat", 4, 0))
+        whole_s = host.endpoint().facts.work_s(ImageSpec(prompt="a cat", num_inference_steps=4))
         assert row["step_seconds"] == pytest.approx(whole_s * (3 + 2 / 4 + 2 / 4))

@@ -164,7 +164,7 @@ def tickets_for(host: Host, prompt: str) -> list[Ticket]:
 
     def found() -> list[Ticket]:
         tickets = list(host.service.admission.tickets.by_id.values())
-        return [one for one in tickets if one.jobs[0].request.prompt == prompt]
+        return [one for one in tickets if one.jobs[0].spec.prompt == prompt]
 
     host.until(found)
     return found()

@@ -6,6 +6,7 @@ import random
 
 from mezzotint.messages import Generate
 from mezzotint.server.work.queueing import Job, JobQueue, Pace
+from mezzotint.spec import ImageSpec
 
 
 def job(
@@ -18,7 +19,7 @@ def job(
     steps: int = 10,
 ) -> Job:
     return Job(
-        Generate(f"{key}{work_s}", "x", steps, 0),
+        Generate(f"{key}{work_s}", ImageSpec(prompt="x", num_inference_steps=steps, seed=0)),
         key,
         weight,
         priority,
@@ -34,7 +35,7 @@ def run_all(queue: JobQueue, now: float = 0.0) -> list[Job]:
     order = []
     while (first := queue.peek(now)) is not None:
         queue.take(first, now)
-        queue.progressed(first, first.request.num_inference_steps)
+        queue.progressed(first, first.spec.num_inference_steps)
         queue.finished(first)
         order.append(first)
     return order
@@ -129,7 +130,7 @@ def take_some(queue: JobQueue, number: int, now: float) -> list[Job]:
         one = queue.peek(now)
         assert one is not None
         queue.take(one, now)
-        queue.progressed(one, one.request.num_inference_steps)
+        queue.progressed(one, one.spec.num_inference_steps)
         queue.finished(one)
         taken.append(one)
     return taken
@@ -234,7 +235,7 @@ def test_a_new_speed_counts_the_waiting_work_anew() -> None:
     short, long = job(work_s=1, steps=4), job(work_s=1, steps=50)
     queue.put(long, 1.0)
     queue.put(short, 1.0)
-    queue.reestimate(lambda one: one.request.num_inference_steps * 0.1)
+    queue.reestimate(lambda one: one.spec.num_inference_steps * 0.1)
     assert queue.peek(2.0) is short
     assert abs(queue.backlog_s() - 5.4) < 1e-9
 

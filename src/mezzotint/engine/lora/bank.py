@@ -22,7 +22,6 @@ is what the job waited for a cold adapter. All of it belongs to the thread that 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ import torch
 
 from mezzotint.engine.lora.files import read_adapter
 from mezzotint.engine.lora.layers import Layer, Packed, Plan, Row, RowCopies, prepare
-from mezzotint.errors import ModelLoadError, NotFoundError
+from mezzotint.errors import ModelLoadError, NotFoundError, nearest
 
 COPY_SHARE = 10
 """Rows are computed together only if the copies of their matrices take at most a tenth of the byte budget."""
@@ -195,8 +194,8 @@ class AdapterBank:
         """What is registered under `route`; NotFoundError names the nearest."""
         known = self._known.get(route)
         if known is None:
-            near = difflib.get_close_matches(route, self._known, n=3, cutoff=0.4)
-            hint = f"; nearest: {', '.join(near)}" if near else ""
+            near = nearest(route, self._known)
+            hint = f"; nearest: {near}" if near else ""
             raise NotFoundError(
                 f"there is no adapter {route!r} here{hint}", code="adapter_not_found", param="model"
             )

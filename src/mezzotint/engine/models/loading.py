@@ -26,12 +26,14 @@ from safetensors import SafetensorError
 from mezzotint.engine.models import checks, hardware, sources
 from mezzotint.errors import ModelLoadError
 from mezzotint.families import family
+from mezzotint.spec import EngineSettings
 
 Performance = Literal["auto", "reference", "compiled"]
 
 DECODERS = ("vae", "movq", "vqgan")
 """Components that turn latents into pixels: convolutions, for which channels_last is faster."""
 ALIGNMENT = 64
+DEFAULTS = EngineSettings()
 TOLERANCE = {torch.float32: 0.004, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest difference of a channel value (0 to 1) between performance settings; the mean is a tenth of it."""
 MAX_PACKED_BYTES = 512 * 1024 * 1024
@@ -57,46 +59,48 @@ class Loaded:
 
 def load(
     source: str | Path | Any,
+    settings: EngineSettings = DEFAULTS,
     *,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    num_threads: int = 0,
-    performance: Performance = "auto",
-    offload: bool = False,
-    allow_remote_code: bool = False,
     progress: sources.Progress = sources.nothing,
 ) -> Loaded:
     """Builds the pipeline of `source`: built-in name, folder, safetensors file, repository or pipeline.
 
-    A ready pipeline keeps its own dtype where `dtype` is auto. ModelLoadError says why a model cannot load,
-    and what to do about it.
+    A ready pipeline keeps its own dtype where `settings.dtype` is auto. ModelLoadError says why a model
+    cannot load, and what to do about it.
     """
     start = time.perf_counter()
-    threads = hardware.set_threads(num_threads)
-    place = hardware.choose_device(device)
+    threads = hardware.set_threads(settings.num_threads)
+    place = hardware.choose_device(settings.device)
     if isinstance(source, diffusers.DiffusionPipeline):
         checks.check_text_to_image(type(source))
         pipe = source
-        if dtype == "auto":
+        if settings.dtype == "auto":
             chosen, reason = _own_dtype(pipe)
         else:
-            chosen, reason = hardware.choose_dtype(dtype, place)
+            chosen, reason = hardware.choose_dtype(settings.dtype, place)
             pipe.to(chosen)
     else:
-        chosen, reason = hardware.choose_dtype(dtype, place)
-        path = sources.locate(str(source), revision, progress=progress, code=allow_remote_code)
+        chosen, reason = hardware.choose_dtype(settings.dtype, place)
+        path = sources.locate(
+            str(source), settings.revision, progress=progress, code=settings.allow_remote_code
+        )
         progress("loading weights", None)
-        pipe = _read(path, chosen, place, offload=offload, allow_remote_code=allow_remote_code)
-    _place(pipe, place, offload=offload)
-    tune(pipe, performance)
+        pipe = _read(
+            path,
+            chosen,
+            place,
+            offload=settings.offload,
+            allow_remote_code=settings.allow_remote_code,
+        )
+    _place(pipe, place, offload=settings.offload)
+    tune(pipe, settings.performance)
     return Loaded(
         pipe=pipe,
         dtype=next(name for name, value in hardware.DTYPES.items() if value == chosen),
         dtype_reason=reason,
         device=str(place),
         num_threads=threads,
-        performance=performance,
+        performance=settings.performance,
         num_parameters=sum(
             parameter.numel() for module in _modules(pipe) for parameter in module.parameters()
         ),

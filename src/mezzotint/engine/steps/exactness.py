@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.engine.arguments import PipelineFacts, Request
+from mezzotint.engine.arguments import PipelineFacts
 from mezzotint.engine.steps.batching import Call, Kind, Part, Rule, merge, split
 from mezzotint.engine.steps.jobs import Job
+from mezzotint.spec import ImageSpec
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 NEAR_BEST = 0.9
@@ -66,7 +67,7 @@ def find_rows(call: Call, measured: Sequence[Measurement], min_gain: float, max_
     return rows if rows == 1 or exact_row_counts(call, rows) else 1
 
 
-def first_call(pipe: Any, facts: PipelineFacts, request: Request) -> Call | None:
+def first_call(pipe: Any, facts: PipelineFacts, request: ImageSpec) -> Call | None:
     """The first denoiser call of a real job; the job itself ends there."""
     arguments, _ = facts.call_arguments(request)
     job = Job(pipe, arguments, seed=0)

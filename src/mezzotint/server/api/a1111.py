@@ -28,6 +28,7 @@ from mezzotint.server.api.disconnect import answer_or_gone
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
+from mezzotint.spec import AdapterUse, ImageSpec
 
 SAMPLER = "Automatic"
 """The one sampler there is to choose: the model's own. What clients send instead is ignored."""
@@ -60,8 +61,7 @@ class Wish:
 
     body: DedicatedImageGenerationBody
     endpoint: Endpoint
-    route: str | None
-    adapter_scale: float | None
+    spec: ImageSpec
 
 
 # ---------------------------------------------------------------- pictures
@@ -71,10 +71,10 @@ class Wish:
 async def txt2img(request: Request, context: CurrentContext, key: BasicKey) -> Response:
     values = parse_json(await request.body())
     wish = parse_wish(values, request, context, key)
-    made = dedicated.image_request(wish.body, wish.route, 0)
     ticket = await context.admission.submit(
         wish.endpoint,
-        replace(made, adapter_scale=wish.adapter_scale),
+        wish.spec,
+        n=wish.body.num_images,
         key=key,
         finish=lambda ticket, pictures: _finish(values, wish, ticket, pictures),
         request_id=request.state.request_id,
@@ -112,7 +112,9 @@ def parse_wish(values: Mapping[str, Any], request: Request, context: Context, ke
         "width": values.get("width"),
         "height": values.get("height"),
     }
-    return Wish(make_body(fields), endpoint, route, scale)
+    body = make_body(fields)
+    uses = (AdapterUse(route, scale),) if route else ()
+    return Wish(body, endpoint, replace(body.spec, adapters=uses))
 
 
 def take_lora(prompt: Any) -> tuple[Any, str | None, float | None]:
@@ -167,14 +169,14 @@ def _writable(values: Mapping[str, Any]) -> Any:
 
 
 def _info(model: str, ticket: Ticket, pictures: list[Picture]) -> dict[str, Any]:
-    first = pictures[0].request
+    first = pictures[0].spec
     return {
         "prompt": first.prompt,
-        "all_prompts": [picture.request.prompt for picture in pictures],
+        "all_prompts": [picture.spec.prompt for picture in pictures],
         "negative_prompt": first.negative_prompt or "",
-        "all_negative_prompts": [picture.request.negative_prompt or "" for picture in pictures],
+        "all_negative_prompts": [picture.spec.negative_prompt or "" for picture in pictures],
         "seed": first.seed,
-        "all_seeds": [picture.request.seed for picture in pictures],
+        "all_seeds": [picture.seed for picture in pictures],
         "width": pictures[0].width,
         "height": pictures[0].height,
         "sampler_name": SAMPLER,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -65,18 +65,7 @@ def encode(
 
 def parameters_of(model: str, picture: Picture) -> images.Parameters:
     """What made this picture."""
-    asked = picture.request
-    return images.Parameters(
-        model=model,
-        prompt=asked.prompt,
-        num_inference_steps=asked.num_inference_steps,
-        seed=asked.seed,
-        guidance_scale=asked.guidance_scale,
-        negative_prompt=asked.negative_prompt,
-        width=picture.width,
-        height=picture.height,
-        adapter_scale=asked.adapter_scale,
-    )
+    return images.Parameters(model, replace(picture.spec, width=picture.width, height=picture.height))
 
 
 def store(

@@ -31,7 +31,7 @@ from mezzotint.server.api import answers, sse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.disconnect import answer_or_gone
 from mezzotint.server.work.admission import parse_timeout
-from mezzotint.server.work.tickets import Answer, Finish, ImageRequest, Picture, Ticket
+from mezzotint.server.work.tickets import Answer, Finish, Picture, Ticket
 
 QUEUED_EVERY_S = 1.0
 """How often a watcher of a waiting request is told its place."""
@@ -71,7 +71,9 @@ async def generate(
     endpoint.require_route(route)
     ticket = await context.admission.submit(
         endpoint,
-        image_request(body, route, wish.num_previews),
+        body.spec,
+        n=body.num_images,
+        num_previews=wish.num_previews,
         key=key,
         finish=_finish(context, body, context.base_url(request)),
         request_id=request.state.request_id,
@@ -87,21 +89,6 @@ async def generate(
     return Response(answer.body, media_type="application/json", headers=answers.timing_headers(answer))
 
 
-def image_request(body: DedicatedImageGenerationBody, route: str | None, num_previews: int) -> ImageRequest:
-    """What admission is asked for."""
-    values = body.model_dump(
-        include={"guidance_scale", "seed", "width", "height", "negative_prompt"}, exclude_none=True
-    )
-    return ImageRequest(
-        prompt=body.prompt,
-        num_inference_steps=body.num_inference_steps,
-        route=route,
-        n=body.num_images,
-        num_previews=num_previews,
-        **values,
-    )
-
-
 def _finish(context: Context, body: DedicatedImageGenerationBody, base_url: str) -> Finish:
     """Turns pictures into this dialect's answer; runs in a thread."""
     form = body.response_format if isinstance(body.response_format, str) else "url"
@@ -114,7 +101,7 @@ def _finish(context: Context, body: DedicatedImageGenerationBody, base_url: str)
             id=ticket.id,
             data=items,
             usage=Usage(
-                images=len(items), steps=sum(picture.request.num_inference_steps for picture in pictures)
+                images=len(items), steps=sum(picture.spec.num_inference_steps for picture in pictures)
             ),
             warnings=ticket.warnings,
         )
@@ -142,7 +129,7 @@ def _item(
         adapter_load_ms=answers.milliseconds(picture.adapter_load_s) if picture.adapter_load_s else MISSING,
     )
     return ImageItem(
-        seed=picture.request.seed,
+        seed=picture.seed,
         response_format=form,
         width=picture.width,
         height=picture.height,
@@ -230,7 +217,7 @@ def _preview_json(ticket: Ticket, number: int, preview: Any) -> str:
     return PreviewEvent(
         index=number,
         step=preview.step,
-        num_steps=ticket.jobs[number].request.num_inference_steps,
+        num_steps=ticket.jobs[number].spec.num_inference_steps,
         b64_json=base64.b64encode(data).decode(),
     ).model_dump_json()
 

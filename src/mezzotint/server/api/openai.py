@@ -30,7 +30,7 @@ from mezzotint.schemas import (
     split_model,
     unknown_field,
 )
-from mezzotint.server.api import answers, dedicated, sse
+from mezzotint.server.api import answers, sse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.disconnect import answer_or_gone
 from mezzotint.server.store.keys import Key
@@ -133,7 +133,9 @@ async def generate(request: Request, context: CurrentContext, key: CurrentKey) -
     base_url = context.base_url(request)
     ticket = await context.admission.submit(
         endpoint,
-        dedicated.image_request(wish.body, route, wish.partial_images if wish.stream else 0),
+        wish.body.spec,
+        n=wish.body.num_images,
+        num_previews=wish.partial_images if wish.stream else 0,
         key=key,
         finish=lambda ticket, pictures: _finish(context, wish, base_url, ticket, pictures),
         request_id=request.state.request_id,
@@ -276,7 +278,7 @@ def _item(
     context: Context, wish: Wish, base_url: str, ticket: Ticket, number: int, picture: Picture, data: bytes
 ) -> dict[str, Any]:
     kind = images.FORMATS[wish.file]
-    item = {"index": number, "seed": picture.request.seed, "width": picture.width, "height": picture.height}
+    item = {"index": number, "seed": picture.seed, "width": picture.width, "height": picture.height}
     if wish.form == "url":
         url = answers.store(context, ticket, wish.body.model, picture, data, kind.suffix, base_url)
         return {"type": "url", "url": url, **item}
@@ -285,7 +287,7 @@ def _item(
 
 def _usage(pictures: list[Picture]) -> dict[str, Any]:
     """OpenAI's shape, which counts tokens: a denoising step is one of output, words are not counted."""
-    steps = sum(picture.request.num_inference_steps for picture in pictures)
+    steps = sum(picture.spec.num_inference_steps for picture in pictures)
     return {
         "input_tokens": 0,
         "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},

@@ -7,7 +7,6 @@ a thread.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +47,7 @@ class Gallery:
         name = self._storage.save(data, suffix)
         if not self._size:
             return name
-        values = json.loads(parameters.to_json())
+        values = parameters.to_dict()
         row = _TABLE.insert().values(name=name, key_id=key_id, created=time.time(), parameters=values)
         try:
             with self._engine.begin() as connection:

@@ -31,12 +31,13 @@ from mezzotint.errors import (
     ModelLoadError,
     NotFoundError,
     echo,
+    nearest,
 )
-from mezzotint.messages import AdapterAdded, AdapterFailed, AddAdapter
-from mezzotint.schemas import nearest
+from mezzotint.messages import AdapterAdded, AdapterFailed
 from mezzotint.server.store import database
 from mezzotint.server.store.adapter_files import Kept, keep, remove_unused
 from mezzotint.server.work.endpoints import Endpoint
+from mezzotint.spec import AdapterSpec
 
 CONFIGURED, BUILT_IN, CALLED = "configuration", "built-in", "api"
 """Who registered an adapter."""
@@ -68,8 +69,8 @@ class Adapter:
     failure: str = ""
     """Why the worker refused it, if it did."""
 
-    def message(self) -> AddAdapter:
-        return AddAdapter(self.route, str(self.path.absolute()), self.scale, self.checksum)
+    def spec(self) -> AdapterSpec:
+        return AdapterSpec(self.route, str(self.path.absolute()), self.scale, self.checksum)
 
     def shown(self) -> dict[str, Any]:
         """What listings tell of it: everything but where the file is."""
@@ -135,14 +136,14 @@ class AdapterStore:
         """Brings the registry in line with the settings and tells the endpoints their adapters."""
         for endpoint in endpoints:
             self._adopt(endpoint.spec)
-            endpoint.adapters.update({each.route: each.message() for each in self.registered(endpoint.id)})
+            endpoint.adapters.update({each.route: each.spec() for each in self.registered(endpoint.id)})
         remove_unused(self.folder, {adapter.path for adapter in self.registered()})
 
     async def adopt(self, endpoint: Endpoint) -> None:
         """Gives a new endpoint of a running server the adapters of its settings and of the package."""
         await asyncio.to_thread(self._adopt, endpoint.spec)
         for adapter in await asyncio.to_thread(self.registered, endpoint.id):
-            await endpoint.add_adapter(adapter.message())
+            await endpoint.add_adapter(adapter.spec())
 
     def _adopt(self, spec: EndpointSettings) -> None:
         """Registers what the settings and the package name; forgets what they no longer name."""
@@ -193,7 +194,7 @@ class AdapterStore:
         kept = await asyncio.to_thread(keep, adapter.source, self.folder, _max_file_bytes(endpoint.spec))
         new = _new(endpoint.id, adapter, kept, origin)
         try:
-            added = await endpoint.add_adapter(new.message())
+            added = await endpoint.add_adapter(new.spec())
         except ModelLoadError as error:
             message = error.message.replace(kept.path.name, Path(adapter.source).name)
             raise InvalidRequestError(message, code=error.code, param="source") from None

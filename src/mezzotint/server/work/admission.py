@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
+from dataclasses import replace
 
 import structlog
 
@@ -36,7 +37,8 @@ from mezzotint.server.store.keys import Key
 from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.queueing import Job
-from mezzotint.server.work.tickets import Answer, ClientGone, Finish, ImageRequest, Picture, Ticket, Tickets
+from mezzotint.server.work.tickets import Answer, ClientGone, Finish, Picture, Ticket, Tickets
+from mezzotint.spec import ImageSpec
 
 MAX_TIMEOUT_S = 3600.0
 STOPPING_RETRY_S = 5.0
@@ -69,8 +71,10 @@ class Admission:
     async def submit(
         self,
         endpoint: Endpoint,
-        request: ImageRequest,
+        spec: ImageSpec,
         *,
+        n: int = 1,
+        num_previews: int = 0,
         key: Key,
         finish: Finish,
         request_id: str,
@@ -91,7 +95,14 @@ class Admission:
             ticket = self._to_join(key, fingerprint, idempotency_key)
         if ticket is None:
             ticket = self._admit(
-                endpoint, request, key, finish, request_id, fingerprint, idempotency_key, timeout_s
+                endpoint,
+                _messages(spec, n, num_previews, request_id, endpoint, key),
+                key,
+                finish,
+                request_id,
+                fingerprint,
+                idempotency_key,
+                timeout_s,
             )
         else:
             self._metrics.joined.labels(endpoint.id).inc()
@@ -135,7 +146,7 @@ class Admission:
     def _admit(
         self,
         endpoint: Endpoint,
-        request: ImageRequest,
+        messages: list[Generate],
         key: Key,
         finish: Finish,
         request_id: str,
@@ -147,9 +158,9 @@ class Admission:
         now = asyncio.get_running_loop().time()
         timeout_s = endpoint.spec.deadline_s if timeout_s is None else timeout_s
         ticket = Ticket(request_id, key, endpoint, finish, fingerprint, idempotency_key, now + timeout_s)
-        jobs = [self._job(ticket, part) for part in _parts(request, request_id, endpoint, key)]
+        jobs = [self._job(ticket, part) for part in messages]
         for job in jobs:
-            endpoint.facts.check(job.request)
+            endpoint.facts.check(job.spec)
         self._quotas.require(key, now)
         self._require_room(endpoint, key, [job.work_s for job in jobs], timeout_s, now)
         ticket.jobs = jobs
@@ -166,7 +177,7 @@ class Admission:
             ticket.key.id,
             ticket.key.limits.weight,
             ticket.key.limits.priority,
-            ticket.endpoint.facts.work_s(request),
+            ticket.endpoint.facts.work_s(request.spec),
             ticket.deadline,
             on_end=lambda job, outcome: self._job_ended(ticket, job, outcome),
             on_progress=lambda job: self._job_moved(ticket, job),
@@ -328,7 +339,7 @@ class Admission:
         ticket.touch()
 
     def _job_ended(self, ticket: Ticket, job: Job, outcome: Done | MezzotintError) -> None:
-        done = job.step / job.request.num_inference_steps
+        done = job.step / job.spec.num_inference_steps
         self._quotas.used(ticket.key, step_seconds=job.work_s * done)
         if ticket.ended:
             return
@@ -338,7 +349,7 @@ class Admission:
         number = ticket.jobs.index(job)
         queue_s = (job.started_at or job.queued_at) - job.queued_at
         ticket.pictures[number] = Picture(
-            job.request, outcome.width, outcome.height, outcome.payload, queue_s, outcome.generate_s,
+            job.spec, outcome.width, outcome.height, outcome.payload, queue_s, outcome.generate_s,
             outcome.adapter_load_s, tuple(outcome.warnings),
         )  # fmt: skip
         self._metrics.queue_seconds.labels(ticket.endpoint.id).observe(queue_s)
@@ -403,27 +414,27 @@ class Admission:
         ticket.touch()
 
 
-def _parts(request: ImageRequest, request_id: str, endpoint: Endpoint, key: Key) -> list[Generate]:
-    """One job's message per image."""
-    seed = secrets.randbelow(DRAWN_SEEDS - request.n) if request.seed is None else request.seed
-    spec = endpoint.spec
+def _messages(
+    spec: ImageSpec, n: int, num_previews: int, request_id: str, endpoint: Endpoint, key: Key
+) -> list[Generate]:
+    """One message per image; image i of n uses seed + i, and the endpoint's defaults are filled in."""
+    seed = secrets.randbelow(DRAWN_SEEDS - n) if spec.seed is None else spec.seed
+    filled = replace(
+        spec,
+        guidance_scale=endpoint.facts.guidance_scale(spec.guidance_scale),
+        width=spec.width or endpoint.spec.width,
+        height=spec.height or endpoint.spec.height,
+        negative_prompt=spec.negative_prompt or None,
+    )
     return [
         Generate(
-            job_id=f"{request_id}-{number}",
-            prompt=request.prompt,
-            num_inference_steps=request.num_inference_steps,
-            seed=seed + number,
-            guidance_scale=endpoint.facts.guidance_scale(request.guidance_scale),
-            width=request.width or spec.width,
-            height=request.height or spec.height,
-            negative_prompt=request.negative_prompt or None,
-            adapter=request.route,
-            adapter_scale=request.adapter_scale,
-            num_previews=request.num_previews,
+            f"{request_id}-{number}",
+            replace(filled, seed=seed + number),
+            num_previews=num_previews,
             priority=key.limits.priority,
             owner=key.id,
         )
-        for number in range(request.n)
+        for number in range(n)
     ]
 
 

@@ -61,7 +61,7 @@ class Dispatcher:
     def uses_adapter(self, route: str) -> bool:
         """Whether a waiting or running job asked for this adapter."""
         held = (job for jobs in self._held.values() for job in jobs.values())
-        return any(job.request.adapter == route for job in (*self.queue.waiting(), *held))
+        return any(job.route == route for job in (*self.queue.waiting(), *held))
 
     def holds_jobs(self, replicas: list[Replica]) -> bool:
         return any(self._held.get(replica) for replica in replicas)
@@ -76,7 +76,7 @@ class Dispatcher:
         facts = self._facts()
         self._pace = None
         self.queue.max_wait_s = facts.spec.max_wait_s
-        self.queue.reestimate(lambda job: facts.work_s(job.request))
+        self.queue.reestimate(lambda job: facts.work_s(job.spec))
 
     async def moved(self) -> None:
         """Waits until a job has ended or a worker has changed."""
@@ -96,8 +96,8 @@ class Dispatcher:
         self.queue.put(job, now)
         self.pump()
         ready = self._ready()
-        if job.queued and job.request.adapter and ready:
-            min(ready, key=self._load_of).send(PrefetchAdapter(job.request.adapter))
+        if job.queued and job.route and ready:
+            min(ready, key=self._load_of).send(PrefetchAdapter(job.route))
 
     def cancel(self, job: Job, error: MezzotintError) -> None:
         """Ends a job at once; a worker that runs it stops within one step."""
@@ -157,7 +157,7 @@ class Dispatcher:
 
     def _adapter_suits(self, job: Job, replica: Replica) -> bool:
         """False when a worker as free as this one has the job's adapter in memory and this one has not."""
-        route = job.request.adapter
+        route = job.route
         if route is None or self._resident(replica, route):
             return True
         load = len(self._held.get(replica, {}))
@@ -175,7 +175,7 @@ class Dispatcher:
     def _hand_over(self, replica: Replica, job: Job, now: float) -> None:
         self.queue.take(job, now)
         try:
-            self._facts().check(job.request)  # for jobs that came before the model was known
+            self._facts().check(job.spec)  # for jobs that came before the model was known
         except InvalidRequestError as error:
             self.queue.finished(job)
             job.end(error)
@@ -247,7 +247,7 @@ class Dispatcher:
             now = asyncio.get_running_loop().time()
             self._pace = self.pace.observed(job.work_s, now - self._last_end)
             self._last_end = self.last_used = now
-            self.queue.progressed(job, job.request.num_inference_steps)
+            self.queue.progressed(job, job.spec.num_inference_steps)
         self._ended(replica, job_id, message)
 
     def _ended(self, replica: Replica, job_id: str, outcome: Done | MezzotintError) -> None:

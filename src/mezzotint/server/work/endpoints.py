@@ -27,6 +27,7 @@ from mezzotint.errors import (
     RequestCancelledError,
     UnavailableError,
     echo,
+    nearest,
 )
 from mezzotint.messages import (
     AdapterAdded,
@@ -38,13 +39,13 @@ from mezzotint.messages import (
     RemoveAdapter,
     Stats,
 )
-from mezzotint.schemas import nearest
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.dispatch import Dispatcher
 from mezzotint.server.work.estimate import Calibration, Facts, fingerprint, load_message
 from mezzotint.server.work.queueing import Job
 from mezzotint.server.workers.supervisor import Launcher, Replica, ReplicaState
+from mezzotint.spec import AdapterSpec
 
 FAILED_RETRY_S = 30.0
 """Retry-After of an endpoint that has failed: somebody has to look at it first."""
@@ -111,7 +112,7 @@ class Endpoint:
         self.next: Generation | None = None
         self.update_failure = ""
         """Why the last update was given up."""
-        self.adapters: dict[str, AddAdapter] = {}
+        self.adapters: dict[str, AdapterSpec] = {}
         self.adapter_facts: dict[str, AdapterAdded | AdapterFailed] = {}
         self._calibration = calibration
         self.dispatcher = Dispatcher(lambda: self.facts, lambda: self.current.ready)
@@ -349,7 +350,7 @@ class Endpoint:
     def _replica_changed(self, replica: Replica) -> None:
         if replica.is_ready:
             for adapter in self.adapters.values():  # before any request that names one
-                replica.send(adapter)
+                replica.send(AddAdapter(adapter))
         coming = self.next
         if coming is not None and replica in coming.replicas:
             if all(other.is_ready for other in coming.replicas):
@@ -455,7 +456,7 @@ class Endpoint:
 
     # ------------------------------------------------------------ adapters
 
-    async def add_adapter(self, adapter: AddAdapter) -> AdapterAdded | None:
+    async def add_adapter(self, adapter: AdapterSpec) -> AdapterAdded | None:
         """Makes an adapter known to every worker; ModelLoadError says why it does not fit.
 
         Without a running worker it is looked at when one starts, and the answer is None.
@@ -468,7 +469,7 @@ class Endpoint:
         waiter: asyncio.Future[AdapterAdded | AdapterFailed] = asyncio.get_running_loop().create_future()
         self._adapter_waiters.setdefault(adapter.route, []).append(waiter)
         for replica in [*ready, *self._coming]:
-            replica.send(adapter)
+            replica.send(AddAdapter(adapter))
         found = await waiter
         if isinstance(found, AdapterFailed):
             self.adapter_facts.pop(adapter.route, None)

@@ -9,7 +9,8 @@ from typing import Any
 
 from mezzotint.config import EndpointSettings
 from mezzotint.errors import InvalidRequestError
-from mezzotint.messages import Generate, LoadModel, ModelInfo
+from mezzotint.messages import LoadModel, ModelInfo
+from mezzotint.spec import ImageSpec
 
 GUESSED_STEP_S = 0.05
 """Seconds per step before the model has ever been measured."""
@@ -66,15 +67,15 @@ class Facts:
             return self.spec.default_guidance
         return asked
 
-    def work_s(self, request: Generate) -> float:
+    def work_s(self, spec: ImageSpec) -> float:
         """Seconds that this job would take alone; the text encoder and the decoder count as one step."""
-        return (request.num_inference_steps + 1) * self.step_s(request.width, request.height)
+        return (spec.num_inference_steps + 1) * self.step_s(spec.width, spec.height)
 
-    def check(self, request: Generate) -> None:
+    def check(self, spec: ImageSpec) -> None:
         """InvalidRequestError for what this model cannot do, as far as it is known yet."""
         if self.info is None:
             return
-        for name, value in (("width", request.width), ("height", request.height)):
+        for name, value in (("width", spec.width), ("height", spec.height)):
             if value is not None and value % self.info.size_multiple:
                 raise InvalidRequestError(
                     f"{name} must be a multiple of {self.info.size_multiple} for endpoint {self.spec.id} "
@@ -83,15 +84,15 @@ class Facts:
                     param=name,
                 )
         limit = self.spec.max_pixels or 4 * self.info.width * self.info.height
-        size = self.size(request.width, request.height)
+        size = self.size(spec.width, spec.height)
         if size and size[0] * size[1] > limit:
             raise InvalidRequestError(
                 f"width x height must be at most {limit} pixels for endpoint {self.spec.id} "
                 f"(got {size[0]} x {size[1]})",
                 code="out_of_range",
-                param="width" if request.width else "height",
+                param="width" if spec.width else "height",
             )
-        if request.negative_prompt and not self.info.supports_negative_prompt:
+        if spec.negative_prompt and not self.info.supports_negative_prompt:
             raise InvalidRequestError(
                 f"endpoint {self.spec.id} runs a model without negative prompts; leave negative_prompt out",
                 code="not_supported",
@@ -130,10 +131,4 @@ def fingerprint(spec: EndpointSettings) -> str:
 def load_message(spec: EndpointSettings, calibration: Calibration | None) -> LoadModel:
     """What a worker is told at its start; rows calibrated earlier are kept, because bytes are promised."""
     known = calibration if calibration and calibration.fingerprint == fingerprint(spec) else None
-    shared = set(LoadModel.__dataclass_fields__) & set(EndpointSettings.model_fields)
-    return LoadModel(
-        endpoint_id=spec.id,
-        source=spec.model,
-        rows=known.info.rows if known else None,
-        **{name: getattr(spec, name) for name in shared},
-    )
+    return LoadModel(spec.id, spec.model, spec.engine, rows=known.info.rows if known else None)

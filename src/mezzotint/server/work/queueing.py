@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from mezzotint.errors import MezzotintError
 from mezzotint.messages import Done, Generate, Preview
+from mezzotint.spec import ImageSpec
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +23,7 @@ class Job:
     """One image on its way. `on_end` is called exactly once, with the result or the error."""
 
     request: Generate
+    """What its worker is sent."""
     key_id: str
     weight: float
     priority: int
@@ -43,8 +45,17 @@ class Job:
     ended: bool = False
 
     @property
+    def spec(self) -> ImageSpec:
+        return self.request.spec
+
+    @property
+    def route(self) -> str | None:
+        """Route of the adapter that the image uses."""
+        return self.spec.adapter.route if self.spec.adapter else None
+
+    @property
     def remaining_s(self) -> float:
-        return self.work_s * (1 - min(self.step / self.request.num_inference_steps, 1))
+        return self.work_s * (1 - min(self.step / self.spec.num_inference_steps, 1))
 
     def end(self, outcome: Done | MezzotintError) -> None:
         """Ends the job once; later calls do nothing (a result may cross a cancellation)."""

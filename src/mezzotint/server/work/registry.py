@@ -13,8 +13,7 @@ import structlog
 from pydantic import ValidationError
 
 from mezzotint.config import EndpointSettings
-from mezzotint.errors import ConflictError, NotFoundError, echo
-from mezzotint.schemas import nearest
+from mezzotint.errors import ConflictError, NotFoundError, echo, nearest
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import database
 from mezzotint.server.store.keys import Key

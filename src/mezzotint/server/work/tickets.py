@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mezzotint.errors import MezzotintError, NotFoundError
-from mezzotint.messages import Generate, Preview
+from mezzotint.messages import Preview
 from mezzotint.schemas import RequestStatus
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.queueing import Job
+from mezzotint.spec import ImageSpec
 
 MAX_KEPT = 10_000
 """Most ended requests that can still be asked about; the oldest are forgotten first."""
@@ -29,27 +30,10 @@ class ClientGone(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRequest:
-    """What a dialect asks for. `seed` None draws one; image i of n uses seed + i."""
-
-    prompt: str
-    num_inference_steps: int
-    route: str | None = None
-    guidance_scale: float | None = None
-    seed: int | None = None
-    n: int = 1
-    width: int | None = None
-    height: int | None = None
-    negative_prompt: str | None = None
-    adapter_scale: float | None = None
-    num_previews: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Picture:
     """One finished image: uint8 RGB pixels and what made them."""
 
-    request: Generate
+    spec: ImageSpec
     width: int
     height: int
     pixels: bytes
@@ -57,6 +41,11 @@ class Picture:
     generate_s: float
     adapter_load_s: float = 0.0
     warnings: tuple[str, ...] = ()
+
+    @property
+    def seed(self) -> int:
+        assert self.spec.seed is not None, "admission draws the seed"
+        return self.spec.seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +101,11 @@ class Ticket:
 
     @property
     def step(self) -> int:
-        return sum(min(job.step, job.request.num_inference_steps) for job in self.jobs)
+        return sum(min(job.step, job.spec.num_inference_steps) for job in self.jobs)
 
     @property
     def num_steps(self) -> int:
-        return sum(job.request.num_inference_steps for job in self.jobs)
+        return sum(job.spec.num_inference_steps for job in self.jobs)
 
     async def changed(self, seen: int) -> int:
         """Waits until `changes` differs from `seen` and answers it; several changes may come as one."""

@@ -1,0 +1,127 @@
+"""The vocabulary that all parts share: what to draw, with which adapters, and how a model is run.
+
+A request is one ImageSpec from the wire to the file. The wire makes it, the messages carry it, the engine
+consumes it, and the picture's file and the database store it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""Endpoint IDs and adapter routes."""
+MAX_STEPS = 50
+MAX_SEED = 2**63 - 1
+LIMITS: Mapping[str, tuple[int, int]] = {
+    "num_inference_steps": (1, MAX_STEPS),
+    "guidance_scale": (0, 100),
+    "seed": (0, MAX_SEED),
+    "n": (1, 8),
+    "width": (8, 16384),
+    "height": (8, 16384),
+    "adapter scale": (-10, 10),
+}
+"""Smallest and largest value of each number in a request; both are allowed."""
+
+Seconds = Annotated[float, Field(ge=0)]
+Bytes = Annotated[int, Field(ge=0)]
+
+
+def between(name: str) -> Any:
+    """The pydantic constraint for LIMITS[name]."""
+    low, high = LIMITS[name]
+    return Field(ge=low, le=high)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """One LoRA adapter as a request uses it; a `scale` of None is the adapter's own."""
+
+    route: str
+    scale: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSpec:
+    """One image to draw. None means the default of the model or endpoint; a `seed` of None is drawn."""
+
+    prompt: str
+    num_inference_steps: int
+    seed: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    width: int | None = None
+    """Pixels."""
+    height: int | None = None
+    """Pixels."""
+    adapters: tuple[AdapterUse, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the pipeline's call, passed on unchanged. Library users set it; no request can."""
+
+    @property
+    def adapter(self) -> AdapterUse | None:
+        """The adapter that the image uses; the engine refuses a spec with more than one."""
+        return self.adapters[0] if self.adapters else None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """One LoRA adapter as a worker gets to know it: its route and its checked safetensors file."""
+
+    route: str
+    path: str
+    scale: float = 1.0
+    """Strength where a request names none; 1 is as trained."""
+    checksum: str = ""
+    """SHA-256 (hex) of the file at registration; empty skips the check."""
+
+
+class Table(BaseModel):
+    """A table of settings: unknown names, NaN and infinity are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class EngineSettings(Table):
+    """How a model is loaded and run. An endpoint has all of these; each reaches its workers by name."""
+
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub repository.")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="`auto` is bf16 on a GPU and on a CPU with AMX or AVX512-BF16, else fp32."
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^[a-z]+(:[0-9]+)?$",
+        description="`auto` (cuda, then mps, then cpu), or a torch device such as `cuda:1`.",
+    )
+    num_threads: int = Field(0, ge=0, le=1024, description="torch threads of the worker; 0 is one per core.")
+    batching: Literal["exact", "fast", "off"] = Field(
+        "exact",
+        description="`exact`: a seed gives the same bytes under any load. `fast`: merge what is there. "
+        "`off`: never merge.",
+    )
+    performance: Literal["auto", "reference", "compiled"] = Field(
+        "auto",
+        description="`reference` keeps plain diffusers' bytes; `auto` uses faster memory layouts; "
+        "`compiled` adds torch.compile.",
+    )
+    max_rows: int = Field(16, ge=1, le=256, description="Most rows of one merged forward.")
+    max_jobs: int = Field(
+        64, ge=1, le=4096, description="Most jobs in flight in a worker; more wait in the server."
+    )
+    min_batch_gain: float = Field(
+        1.4, ge=1, description="`exact` merges only if that raises throughput at least this many times."
+    )
+    max_batch_stretch: float = Field(
+        2.5, ge=1, description="A merged forward may take at most this many times a single row's."
+    )
+    max_wait_s: Seconds = Field(20.0, description="A job that waited longer than this for a step goes first.")
+    offload: bool = Field(False, description="Keep idle modules in host memory (slower; for small GPUs).")
+    allow_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model's repository."
+    )
+    adapter_bytes: Bytes = Field(512 * 2**20, description="Byte budget for resident adapters in one worker.")
