@@ -69,7 +69,7 @@ def _type_name(annotation: Any) -> str:
         "bool": "`true` \\| `false`",
         "Path": "folder",
     }
-    if choices and annotation.__class__.__name__ in ("UnionType", "Union"):
+    if type(None) in choices:
         return _type_name(choices[0])
     plain = getattr(annotation, "__origin__", annotation)  # of Annotated, the type itself
     return names.get(plain.__name__, "list of texts")
