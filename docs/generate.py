@@ -1,11 +1,12 @@
 """Writes the pages and tables that the program itself knows: settings, command line, errors by code.
 
-python docs/generate.py            writes docs/settings.md, docs/cli.md and the table in docs/http.md
+python docs/generate.py            writes docs/settings.md, docs/cli.md and the tables of docs/http.md
 python docs/generate.py --check    changes nothing; exit status 1 when one of them is out of date
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from mezzotint.config import AdapterSettings, EndpointSettings, Settings, defaul
 DOCS = Path(__file__).parent
 _NOTE = "<!-- Written by docs/generate.py from the program; change that, not this. -->"
 _COMPLETION = "`mezzotint --install-completion` teaches the shell to complete all of this."
-_ERROR_LINE = re.compile(r"[├└]── (\w+) +(\d{3}) +(\S.*)$", re.MULTILINE)
 
 
 def settings_page() -> str:
@@ -59,7 +59,7 @@ def _settings_table(table: type[Settings] | type[EndpointSettings] | type[Adapte
 
 
 def _type_name(annotation: Any) -> str:
-    choices = getattr(annotation, "__args__", ())
+    choices: tuple[Any, ...] = getattr(annotation, "__args__", ())
     if choices and all(isinstance(choice, str) for choice in choices):
         return " \\| ".join(f"`{choice}`" for choice in choices)
     names = {
@@ -119,13 +119,24 @@ def _value_name(parameter: Any) -> str:
 
 
 def error_table() -> str:
-    """The rows of errors.py that are HTTP answers, by status."""
+    """The errors that are HTTP answers, by status."""
     lines = ["| status | `code` | class in the SDK | worth sending again |", "|---|---|---|---|"]
-    for name, status, rest in _ERROR_LINE.findall(str(errors.__doc__)):
-        codes = ", ".join(f"`{code}`" for code in re.findall(r"[a-z_]+_[a-z_]+|conflict|forbidden", rest))
-        again = "yes" if getattr(errors, name).retryable else "no"
-        lines.append(f"| {status} | {codes} | `{name}` | {again} |")
+    for cls in errors.ANSWERS:
+        again = "yes" if cls.retryable else "no"
+        lines.append(f"| {cls.status} | {_codes(cls)} | `{cls.__name__}` | {again} |")
     return "\n".join(lines)
+
+
+def local_error_table() -> str:
+    """The errors that the SDK, the library and the commands raise without an HTTP answer."""
+    lines = ["| class | `code` | meaning |", "|---|---|---|"]
+    for cls in (errors.ModelLoadError, errors.ConfigError, errors.ConnectionFailedError):
+        lines.append(f"| `{cls.__name__}` | {_codes(cls)} | {inspect.getdoc(cls)} |")
+    return "\n".join(lines)
+
+
+def _codes(cls: type[errors.MezzotintError]) -> str:
+    return ", ".join(f"`{code}`" for code in cls.codes)
 
 
 def with_table(page: str, name: str, table: str) -> str:
@@ -141,10 +152,11 @@ def with_table(page: str, name: str, table: str) -> str:
 def pages() -> dict[Path, str]:
     """Every file this program writes, with what belongs in it."""
     http = DOCS / "http.md"
+    text = with_table(http.read_text(encoding="utf-8"), "errors", error_table())
     return {
         DOCS / "settings.md": settings_page(),
         DOCS / "cli.md": cli_page(),
-        http: with_table(http.read_text(encoding="utf-8"), "errors", error_table()),
+        http: with_table(text, "local errors", local_error_table()),
     }
 
 

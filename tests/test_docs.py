@@ -15,6 +15,7 @@ import pytest
 
 from mezzotint.cli import main
 from mezzotint.config import Settings, load_settings
+from mezzotint.errors import MezzotintError
 from mezzotint.schemas import ErrorBody, ImageGenerationAnswer, parse_body
 from tests.conftest import Fake
 
@@ -128,14 +129,9 @@ def test_every_dependency_has_its_reason() -> None:
 
 
 def test_troubleshooting_knows_every_error_code() -> None:
-    table = (
-        (ROOT / "docs" / "http.md")
-        .read_text()
-        .partition("<!-- errors -->")[2]
-        .partition("<!-- /errors -->")[0]
-    )
-    codes = {code for code in re.findall(r"`([a-z_]+)`", table) if code != "code"}
-    assert len(codes) > 20
+    classes: list[type[MezzotintError]] = [MezzotintError, *MezzotintError.__subclasses__()]
+    codes = {code for cls in classes for code in cls.codes}
+    assert len(codes) > 50
     named = set(re.findall(r"`([a-z_]+)`", (ROOT / "docs" / "troubleshooting.md").read_text()))
     assert codes - named == set()
 

@@ -1,31 +1,9 @@
-"""Every error that Mezzotint raises or answers with, as one tree.
+"""Every error that Mezzotint raises or answers with: the direct children of MezzotintError.
 
-    MezzotintError
-    ├── AuthenticationError      401  missing_api_key, invalid_api_key
-    ├── PermissionDeniedError    403  forbidden_endpoint, forbidden, invalid_signature, forbidden_origin
-    ├── NotFoundError            404  not_found, endpoint_not_found, adapter_not_found, request_not_found
-    ├── MethodNotAllowedError    405  method_not_allowed
-    ├── BodyTimeoutError         408  body_timeout
-    ├── ConflictError            409  conflict
-    ├── GoneError                410  url_expired
-    ├── BodyTooLargeError        413  body_too_large
-    ├── UnsupportedMediaError    415  unsupported_media_type
-    ├── MisdirectedError         421  wrong_host
-    ├── InvalidRequestError      422  invalid_json, duplicate_key, unknown_field, missing_field, invalid_type, invalid_value, out_of_range, not_supported, invalid_image
-    ├── QueueFullError           429  queue_full                      retryable
-    ├── RateLimitError           429  rate_limited, quota_exceeded    retryable
-    ├── RequestCancelledError    499  request_cancelled
-    ├── GenerationError          500  generation_failed, out_of_memory, worker_crashed
-    ├── InternalError            500  internal_error
-    ├── UnavailableError         503  endpoint_starting, endpoint_failed, endpoint_stopped, server_stopping, database_unavailable
-    ├── StorageFullError         507  storage_full
-    ├── DeadlineError            504  deadline_exceeded
-    ├── ModelLoadError           the worker could not build the model (never an HTTP answer of its own)
-    ├── ConfigError              a setting stops the start (exit code 2)
-    └── ConnectionFailedError    client side: the server could not be reached   retryable
-
-The server turns these into the one error body of the contract; the SDK turns that body back into these.
-"""  # noqa: E501 - the documentation's table is read from one line for each class
+Each class owns its HTTP status, its codes (the first is the default), and whether the same request is worth
+sending again. The server turns an error into the error body of docs/http.md; the SDK turns that body back
+into the error. docs/generate.py writes the tables of codes from these classes.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +14,19 @@ from typing import ClassVar
 MAX_ECHO = 200
 """Most characters of a caller's value that a message may repeat."""
 
+ADAPTER_CODES = (
+    "adapter_load_failed", "adapter_broken", "adapter_wrong_base", "adapter_unsupported", "adapter_too_large",
+    "adapter_source_not_found",
+)  # fmt: skip
+"""Why an adapter was not added. A worker's ModelLoadError reaches the client as InvalidRequestError."""
+
 
 class MezzotintError(Exception):
     """The root; `message` says what was wrong, the value, the limit and the next step."""
 
     status: ClassVar[int] = 500
-    default_code: ClassVar[str] = "internal_error"
+    codes: ClassVar[tuple[str, ...]] = ("internal_error", "not_fetched")
+    """The codes that errors of this class have; the first is the default."""
     retryable: ClassVar[bool] = False
 
     def __init__(
@@ -55,7 +40,7 @@ class MezzotintError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.code = code or self.default_code
+        self.code = code or self.codes[0]
         self.param = param
         self.retry_after = retry_after
         """Seconds after which the same request is worth sending again, where known."""
@@ -64,106 +49,121 @@ class MezzotintError(Exception):
 
 class AuthenticationError(MezzotintError):
     status = 401
-    default_code = "invalid_api_key"
+    codes = ("invalid_api_key", "missing_api_key")
 
 
 class PermissionDeniedError(MezzotintError):
     status = 403
-    default_code = "forbidden_endpoint"
+    codes = ("forbidden_endpoint", "forbidden", "invalid_signature", "forbidden_origin")
 
 
 class NotFoundError(MezzotintError):
     status = 404
-    default_code = "not_found"
+    codes = ("not_found", "endpoint_not_found", "adapter_not_found", "request_not_found")
 
 
 class MethodNotAllowedError(MezzotintError):
     status = 405
-    default_code = "method_not_allowed"
+    codes = ("method_not_allowed",)
 
 
 class BodyTimeoutError(MezzotintError):
     status = 408
-    default_code = "body_timeout"
+    codes = ("body_timeout",)
 
 
 class ConflictError(MezzotintError):
     status = 409
-    default_code = "conflict"
+    codes = ("conflict",)
 
 
 class GoneError(MezzotintError):
     status = 410
-    default_code = "url_expired"
+    codes = ("url_expired",)
 
 
 class BodyTooLargeError(MezzotintError):
     status = 413
-    default_code = "body_too_large"
+    codes = ("body_too_large",)
 
 
 class UnsupportedMediaError(MezzotintError):
     status = 415
-    default_code = "unsupported_media_type"
+    codes = ("unsupported_media_type",)
 
 
 class MisdirectedError(MezzotintError):
     status = 421
-    default_code = "wrong_host"
+    codes = ("wrong_host",)
 
 
 class InvalidRequestError(MezzotintError):
     status = 422
-    default_code = "invalid_value"
+    codes = (
+        "invalid_value", "invalid_json", "duplicate_key", "unknown_field", "missing_field", "invalid_type",
+        "out_of_range", "not_supported", "invalid_image", *ADAPTER_CODES,
+    )  # fmt: skip
 
 
 class QueueFullError(MezzotintError):
     status = 429
-    default_code = "queue_full"
+    codes = ("queue_full",)
     retryable = True
 
 
 class RateLimitError(MezzotintError):
     status = 429
-    default_code = "rate_limited"
+    codes = ("rate_limited", "quota_exceeded")
     retryable = True
 
 
 class RequestCancelledError(MezzotintError):
     status = 499
-    default_code = "request_cancelled"
+    codes = ("request_cancelled",)
 
 
 class GenerationError(MezzotintError):
     status = 500
-    default_code = "generation_failed"
+    codes = ("generation_failed", "out_of_memory", "worker_crashed")
 
 
 class InternalError(MezzotintError):
+    """The server made a mistake, or (`invalid_answer`) what answered the SDK is no Mezzotint server."""
+
     status = 500
-    default_code = "internal_error"
+    codes = ("internal_error", "invalid_answer")
 
 
 class UnavailableError(MezzotintError):
     status = 503
-    default_code = "endpoint_starting"
+    codes = (
+        "endpoint_starting", "endpoint_failed", "endpoint_stopped", "server_stopping", "database_unavailable",
+    )  # fmt: skip
     retryable = True
-
-
-class StorageFullError(MezzotintError):
-    status = 507
-    default_code = "storage_full"
 
 
 class DeadlineError(MezzotintError):
     status = 504
-    default_code = "deadline_exceeded"
+    codes = ("deadline_exceeded",)
+
+
+class StorageFullError(MezzotintError):
+    status = 507
+    codes = ("storage_full",)
+
+
+ANSWERS: tuple[type[MezzotintError], ...] = tuple(MezzotintError.__subclasses__())
+"""The classes above, which are HTTP answers; the classes below never are."""
 
 
 class ModelLoadError(MezzotintError):
     """A model or adapter could not be loaded; `permanent` tells whether trying again could help."""
 
-    default_code = "model_load_failed"
+    codes = (
+        "model_load_failed", "model_not_found", "gated_model", "no_network", "download_failed",
+        "not_a_pipeline", "missing_file", "corrupt_file", "pickle_only", "remote_code", "unsupported_class",
+        "not_enough_memory", "device_unavailable", "invalid_setting", *ADAPTER_CODES,
+    )  # fmt: skip
 
     def __init__(self, message: str, *, code: str | None = None, permanent: bool = True) -> None:
         super().__init__(message, code=code)
@@ -171,60 +171,33 @@ class ModelLoadError(MezzotintError):
 
 
 class ConfigError(MezzotintError):
-    default_code = "invalid_setting"
+    """A setting or the installation stops the command, which then ends with exit status 2."""
+
+    codes = ("invalid_setting", "not_installed")
 
 
 class ConnectionFailedError(MezzotintError):
+    """The SDK could not reach the server."""
+
     status = 0
-    default_code = "connection_failed"
+    codes = ("connection_failed",)
     retryable = True
 
 
-_BY_STATUS: Mapping[int, type[MezzotintError]] = {
-    cls.status: cls
-    for cls in (
-        AuthenticationError,
-        PermissionDeniedError,
-        NotFoundError,
-        MethodNotAllowedError,
-        BodyTimeoutError,
-        ConflictError,
-        GoneError,
-        BodyTooLargeError,
-        UnsupportedMediaError,
-        MisdirectedError,
-        InvalidRequestError,
-        RateLimitError,
-        RequestCancelledError,
-        InternalError,
-        UnavailableError,
-        StorageFullError,
-        DeadlineError,
-    )
-}
-_BY_CODE: Mapping[str, type[MezzotintError]] = {
-    "queue_full": QueueFullError,
-    "generation_failed": GenerationError,
-    "out_of_memory": GenerationError,
-    "worker_crashed": GenerationError,
-    "endpoint_starting": UnavailableError,
-    "endpoint_failed": UnavailableError,
-    "endpoint_stopped": UnavailableError,
-    "server_stopping": UnavailableError,
-    "database_unavailable": UnavailableError,
-    "deadline_exceeded": DeadlineError,
-    "request_cancelled": RequestCancelledError,
-    "storage_full": StorageFullError,
-}
+_BY_STATUS: Mapping[int, type[MezzotintError]] = {cls.status: cls for cls in ANSWERS}
+"""Where two classes share a status, the second one is meant: RateLimitError and InternalError."""
+_BY_CODE: Mapping[str, type[MezzotintError]] = {code: cls for cls in ANSWERS for code in cls.codes}
 
 
 def error_class(status: int, code: str | None) -> type[MezzotintError]:
-    """The class that an answer with this HTTP status and error code stands for."""
-    if code is not None and code in _BY_CODE:
-        return _BY_CODE[code]
-    if status in _BY_STATUS:
-        return _BY_STATUS[status]
-    return InternalError if status >= 500 else InvalidRequestError
+    """The class that an answer with this HTTP status and error code stands for.
+
+    The code decides, unless it blames the client for a server's status or the other way round.
+    """
+    cls = _BY_CODE.get(code or "")
+    if cls is not None and (cls.status >= 500) == (status >= 500):
+        return cls
+    return _BY_STATUS.get(status, InternalError if status >= 500 else InvalidRequestError)
 
 
 def error_type(status: int) -> str:

@@ -71,9 +71,9 @@ def failure(job_id: str, error: Exception, *, size: str, refused: bool) -> Faile
         return Failed(job_id, "out_of_memory", advice)
     text = f"{type(error).__name__}: {error}"[:MAX_TEXT]
     if refused and isinstance(error, (ValueError, TypeError)):
-        return Failed(job_id, InvalidRequestError.default_code, f"the pipeline refused the request: {text}")
+        return Failed(job_id, InvalidRequestError.codes[0], f"the pipeline refused the request: {text}")
     _log.error("job %s failed", job_id, exc_info=error)
-    return Failed(job_id, GenerationError.default_code, f"generation failed: {text}")
+    return Failed(job_id, GenerationError.codes[0], f"generation failed: {text}")
 
 
 def result_of(request: ImageSpec, seed: int, event: Done | Failed | Cancelled) -> Result:

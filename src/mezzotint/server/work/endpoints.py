@@ -451,7 +451,9 @@ class Endpoint:
         if not self.current.ready:
             for route in list(self._adapter_waiters):
                 self._heard_of_adapter(
-                    AdapterFailed(route, "worker_crashed", "the worker died while it looked at the adapter")
+                    AdapterFailed(
+                        route, "adapter_load_failed", "the worker died while it looked at the adapter"
+                    )
                 )
 
     # ------------------------------------------------------------ adapters
