@@ -26,7 +26,7 @@ from mezzotint.server.api import answers, dedicated, openai
 from mezzotint.server.api.context import Context, CurrentContext
 from mezzotint.server.api.disconnect import answer_or_gone
 from mezzotint.server.store.keys import Key
-from mezzotint.server.work.endpoints import Endpoint
+from mezzotint.server.work.resolve import Target, resolve_short, usable_endpoints
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
 from mezzotint.spec import AdapterUse, ImageSpec
 
@@ -60,7 +60,7 @@ class Wish:
     """A request of this dialect in the words of the dedicated route."""
 
     body: DedicatedImageGenerationBody
-    endpoint: Endpoint
+    target: Target
     spec: ImageSpec
 
 
@@ -72,7 +72,7 @@ async def txt2img(request: Request, context: CurrentContext, key: BasicKey) -> R
     values = parse_json(await request.body())
     wish = parse_wish(values, request, context, key)
     ticket = await context.admission.submit(
-        wish.endpoint,
+        wish.target.endpoint,
         wish.spec,
         n=wish.body.num_images,
         key=key,
@@ -95,15 +95,14 @@ def parse_wish(values: Mapping[str, Any], request: Request, context: Context, ke
     """What the body asks for; InvalidRequestError in the words of the dedicated route's fields."""
     settings = values.get("override_settings") or {}
     named = settings.get("sd_model_checkpoint") if isinstance(settings, dict) else None
-    endpoint, route = openai.find_endpoint(context, key, named or _chosen(request, context, key))
+    target = resolve_short(context.registry, key, named or _chosen(request, context, key))
     prompt, lora, scale = take_lora(values.get("prompt"))
     if lora is not None:
-        endpoint.require_route(lora)
-        route = lora
+        target = target.with_adapter(lora)
     steps, seed, guidance = values.get("steps"), values.get("seed"), values.get("cfg_scale")
     fields = {
-        "model": f"{endpoint.id}:{route}" if route else endpoint.id,
-        "num_inference_steps": openai.default_steps(endpoint) if steps is None else steps,
+        "model": target.model,
+        "num_inference_steps": openai.default_steps(target.endpoint) if steps is None else steps,
         "prompt": prompt,
         "negative_prompt": values.get("negative_prompt") or None,
         "guidance_scale": guidance,
@@ -113,8 +112,8 @@ def parse_wish(values: Mapping[str, Any], request: Request, context: Context, ke
         "height": values.get("height"),
     }
     body = make_body(fields)
-    uses = (AdapterUse(route, scale),) if route else ()
-    return Wish(body, endpoint, replace(body.spec, adapters=uses))
+    uses = (AdapterUse(target.route, scale),) if target.route else ()
+    return Wish(body, target, replace(body.spec, adapters=uses))
 
 
 def take_lora(prompt: Any) -> tuple[Any, str | None, float | None]:
@@ -241,17 +240,15 @@ async def set_options(request: Request, context: CurrentContext, key: BasicKey) 
     """`sd_model_checkpoint` counts for this key until the server stops; other options are ignored."""
     name = parse_json(await request.body()).get("sd_model_checkpoint")
     if name is not None:
-        endpoint, route = openai.find_endpoint(context, key, name)
-        request.app.state.a1111_chosen[key.id] = f"{endpoint.id}:{route}" if route else endpoint.id
+        request.app.state.a1111_chosen[key.id] = resolve_short(context.registry, key, name).model
     return {}
 
 
 @router.get("/sd-models", summary="The endpoints of this key", responses=_ANSWERS)
 async def sd_models(context: CurrentContext, key: BasicKey) -> list[dict[str, Any]]:
-    mine = [endpoint for endpoint in context.registry if key.may_use(endpoint.id)]
     return [
         {"title": e.id, "model_name": e.id, "hash": None, "sha256": None, "filename": e.id, "config": None}
-        for e in mine
+        for e in usable_endpoints(context.registry, key)
     ]
 
 
@@ -275,15 +272,14 @@ async def nothing(key: BasicKey) -> list[dict[str, Any]]:
 
 @router.get("/loras", summary="The adapters of the endpoint in use", responses=_ANSWERS)
 async def loras(request: Request, context: CurrentContext, key: BasicKey) -> list[dict[str, Any]]:
-    chosen = _chosen(request, context, key)
-    endpoint, _ = openai.find_endpoint(context, key, chosen)
+    endpoint = resolve_short(context.registry, key, _chosen(request, context, key)).endpoint
     return [{"name": r, "alias": r, "path": r, "metadata": {}} for r in sorted(endpoint.adapters)]
 
 
 def _chosen(request: Request, context: Context, key: Key) -> str | None:
     """The model that this key uses: as set through the options, else its first endpoint."""
     chosen: str | None = request.app.state.a1111_chosen.get(key.id)
-    mine = [endpoint.id for endpoint in context.registry if key.may_use(endpoint.id)]
+    mine = [endpoint.id for endpoint in usable_endpoints(context.registry, key)]
     if chosen is not None and split_model(chosen)[0] in mine:
         return chosen
     return mine[0] if mine else None

@@ -25,12 +25,12 @@ from mezzotint.schemas import (
     RequestState,
     Usage,
     parse_body,
-    split_model,
 )
 from mezzotint.server.api import answers, sse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.disconnect import answer_or_gone
 from mezzotint.server.work.admission import parse_timeout
+from mezzotint.server.work.resolve import resolve
 from mezzotint.server.work.tickets import Answer, Finish, Picture, Ticket
 
 QUEUED_EVERY_S = 1.0
@@ -66,11 +66,9 @@ async def generate(
         structlog.contextvars.bind_contextvars(team=x_friendli_team[:64])  # on this request's log lines
     body = parse_body(await request.body())
     wish = answers.parse_prefer(prefer)
-    endpoint_id, route = split_model(body.model)
-    endpoint = context.registry.find(endpoint_id, key)
-    endpoint.require_route(route)
+    target = resolve(context.registry, key, body.model)
     ticket = await context.admission.submit(
-        endpoint,
+        target.endpoint,
         body.spec,
         n=body.num_images,
         num_previews=wish.num_previews,

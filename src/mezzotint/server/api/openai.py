@@ -27,15 +27,14 @@ from mezzotint.schemas import (
     make_body,
     parse_json,
     shown,
-    split_model,
     unknown_field,
 )
 from mezzotint.server.api import answers, sse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.disconnect import answer_or_gone
-from mezzotint.server.store.keys import Key
 from mezzotint.server.work.admission import parse_timeout
 from mezzotint.server.work.endpoints import Endpoint
+from mezzotint.server.work.resolve import Target, resolve, resolve_short, usable_endpoints
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
 
 FALLBACK_STEPS = 20
@@ -128,11 +127,11 @@ def _body_schema() -> dict[str, Any]:
 async def generate(request: Request, context: CurrentContext, key: CurrentKey) -> Response:
     """Makes images from words. With `"stream": true` the answer is server-sent events."""
     values = {name: value for name, value in parse_json(await request.body()).items() if value is not None}
-    endpoint, route = find_endpoint(context, key, values.get("model"))
-    wish = parse_wish(values, endpoint, route)
+    target = resolve_short(context.registry, key, values.get("model"))
+    wish = parse_wish(values, target)
     base_url = context.base_url(request)
     ticket = await context.admission.submit(
-        endpoint,
+        target.endpoint,
         wish.body.spec,
         n=wish.body.num_images,
         num_previews=wish.partial_images if wish.stream else 0,
@@ -150,32 +149,7 @@ async def generate(request: Request, context: CurrentContext, key: CurrentKey) -
     return Response(answer.body, media_type="application/json", headers=answers.timing_headers(answer))
 
 
-def find_endpoint(context: Context, key: Key, model: object) -> tuple[Endpoint, str | None]:
-    """The endpoint and adapter that `model` names here.
-
-    Without a model: the only endpoint of this key. An adapter route alone: the only endpoint that has it.
-    """
-    if model is not None and not isinstance(model, str):
-        text = f"model must be a string (got {shown(model)})"
-        raise InvalidRequestError(text, code="invalid_type", param="model")
-    mine = [endpoint for endpoint in context.registry if key.may_use(endpoint.id)]
-    if model is None:
-        if len(mine) != 1:
-            names = ", ".join(endpoint.id for endpoint in mine[:10]) or "none"
-            text = f"model is required: this key may use {names}"
-            raise InvalidRequestError(text, code="missing_field", param="model")
-        return mine[0], None
-    endpoint_id, route = split_model(model)
-    if route is None and endpoint_id not in [endpoint.id for endpoint in mine]:
-        having = [endpoint for endpoint in mine if endpoint_id in endpoint.adapters]
-        if len(having) == 1:
-            return having[0], endpoint_id
-    endpoint = context.registry.find(endpoint_id, key)
-    endpoint.require_route(route)
-    return endpoint, route
-
-
-def parse_wish(values: Mapping[str, Any], endpoint: Endpoint, route: str | None) -> Wish:
+def parse_wish(values: Mapping[str, Any], target: Target) -> Wish:
     """What the body asks for; InvalidRequestError as on the dedicated route."""
     for name in values:
         if name not in KNOWN:
@@ -183,11 +157,11 @@ def parse_wish(values: Mapping[str, Any], endpoint: Endpoint, route: str | None)
     fields = {name: values[name] for name in _SHARED if name in values} | _size(values)
     if "steps" in values and values.get("num_inference_steps", values["steps"]) != values["steps"]:
         raise _invalid("steps", "and num_inference_steps say the same thing and differ; send one of them")
-    fields.setdefault("num_inference_steps", values.get("steps", default_steps(endpoint)))
+    fields.setdefault("num_inference_steps", values.get("steps", default_steps(target.endpoint)))
     form, file = _FORMS[_choice(values, "response_format", tuple(_FORMS), "url")]
     output_format = _choice(values, "output_format", ("png", "jpeg"), "png")
     return Wish(
-        body=make_body({"model": f"{endpoint.id}:{route}" if route else endpoint.id} | fields),
+        body=make_body({"model": target.model} | fields),
         form=form,
         file=file or output_format,
         quality=_integer(values, "output_compression", 0, 100, images.JPEG_QUALITY),
@@ -345,8 +319,7 @@ async def list_models(context: CurrentContext, key: CurrentKey) -> dict[str, Any
     """Each endpoint and each `endpoint:adapter`; `mezzotint` says what requests to it may ask for."""
     data = [
         model
-        for endpoint in context.registry
-        if key.may_use(endpoint.id)
+        for endpoint in usable_endpoints(context.registry, key)
         for model in await _models(context, endpoint)
     ]
     return {"object": "list", "data": data}
@@ -356,10 +329,7 @@ async def list_models(context: CurrentContext, key: CurrentKey) -> dict[str, Any
     "/v1/models/{model}", summary="One of them", responses={s: answers.ERRORS[s] for s in (401, 403, 404)}
 )
 async def read_model(model: str, context: CurrentContext, key: CurrentKey) -> dict[str, Any]:
-    endpoint_id, route = split_model(model)
-    endpoint = context.registry.find(endpoint_id, key)
-    endpoint.require_route(route)
-    for found in await _models(context, endpoint):
+    for found in await _models(context, resolve(context.registry, key, model).endpoint):
         if found["id"] == model:
             return found
     raise NotFoundError(f"there is no model {echo(model)}; list them at /v1/models", param="model")
@@ -371,7 +341,7 @@ async def _models(context: Context, endpoint: Endpoint) -> list[dict[str, Any]]:
     created = int(history[0].created) if history else 0
     return [
         {
-            "id": f"{endpoint.id}:{route}" if route else endpoint.id,
+            "id": Target(endpoint, route).model,
             "object": "model",
             "created": created,
             "owned_by": "mezzotint",

@@ -21,13 +21,9 @@ import structlog
 from mezzotint.config import EndpointSettings
 from mezzotint.errors import (
     ConflictError,
-    InvalidRequestError,
     ModelLoadError,
-    NotFoundError,
     RequestCancelledError,
     UnavailableError,
-    echo,
-    nearest,
 )
 from mezzotint.messages import (
     AdapterAdded,
@@ -175,26 +171,6 @@ class Endpoint:
         queue = self.dispatcher.queue
         ahead_s = queue.running_s() + sum(other.work_s for other in queue.ahead(job))
         return self.start_left_s(now) + ahead_s / self.dispatcher.speed + job.work_s
-
-    def require_route(self, route: str | None) -> None:
-        """NotFoundError, with the nearest name, for an adapter that this endpoint has not.
-
-        InvalidRequestError for one that its workers refused when they started.
-        """
-        if route is None or route in self.adapters:
-            refused = self.adapter_facts.get(route or "")
-            if isinstance(refused, AdapterFailed):
-                text = f"adapter {self.id}:{route} cannot be used: {refused.message}"
-                raise InvalidRequestError(text, code=refused.code, param="model")
-            return
-        hint = nearest(route, self.adapters)
-        known = ", ".join(sorted(self.adapters)[:10]) or "none"
-        nearby = f"did you mean {self.id}:{hint}?" if hint else f"its adapters are {known}"
-        raise NotFoundError(
-            f"endpoint {self.id} has no adapter {echo(route)}; {nearby}",
-            code="adapter_not_found",
-            param="model",
-        )
 
     def require_available(self) -> None:
         """UnavailableError when a job could not be run however long it waited."""

@@ -1,0 +1,93 @@
+"""The endpoint and the adapter that a request names: decided here, once, for every dialect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mezzotint.errors import InvalidRequestError, NotFoundError, echo, nearest
+from mezzotint.messages import AdapterFailed
+from mezzotint.schemas import shown, split_model
+from mezzotint.server.store.keys import Key
+from mezzotint.server.work.endpoints import Endpoint
+from mezzotint.server.work.registry import Registry
+
+MAX_NAMES = 10
+"""Most names that an error lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One endpoint, and one of its adapters or none."""
+
+    endpoint: Endpoint
+    route: str | None = None
+
+    @property
+    def model(self) -> str:
+        """The `model` of a request that names this target in full."""
+        return f"{self.endpoint.id}:{self.route}" if self.route else self.endpoint.id
+
+    def with_adapter(self, route: str) -> Target:
+        """The same endpoint with another of its adapters."""
+        _require_adapter(self.endpoint, route)
+        return Target(self.endpoint, route)
+
+
+def resolve(registry: Registry, key: Key, model: str) -> Target:
+    """The target that `ENDPOINT_ID` or `ENDPOINT_ID:ADAPTER_ROUTE` names.
+
+    NotFoundError gives the nearest name that this key may use. PermissionDeniedError means that the endpoint
+    exists and this key may not use it. InvalidRequestError means that the workers refused the adapter.
+    """
+    endpoint_id, route = split_model(model)
+    target = Target(registry.find(endpoint_id, key))
+    return target if route is None else target.with_adapter(route)
+
+
+def resolve_short(registry: Registry, key: Key, model: object) -> Target:
+    """As `resolve`, for dialects whose clients may leave out what is clear without it.
+
+    `None` is the only endpoint that this key may use. An adapter route alone is the endpoint that has it.
+    """
+    usable = usable_endpoints(registry, key)
+    if model is None:
+        if len(usable) == 1:
+            return Target(usable[0])
+        text = f"model is required: this key may use {_listed([endpoint.id for endpoint in usable])}"
+        raise InvalidRequestError(text, code="missing_field", param="model")
+    if not isinstance(model, str):
+        text = f"model must be a string (got {shown(model)})"
+        raise InvalidRequestError(text, code="invalid_type", param="model")
+    having = [endpoint for endpoint in usable if model in endpoint.adapters]
+    if not having or model in [endpoint.id for endpoint in usable]:
+        return resolve(registry, key, model)
+    if len(having) > 1:
+        names = [Target(endpoint, model).model for endpoint in having]
+        text = f"{len(having)} endpoints have an adapter {echo(model)}; send one of {_listed(names)}"
+        raise NotFoundError(text, code="adapter_not_found", param="model")
+    return Target(having[0]).with_adapter(model)
+
+
+def usable_endpoints(registry: Registry, key: Key) -> list[Endpoint]:
+    """The endpoints that this key may use."""
+    return [endpoint for endpoint in registry if key.may_use(endpoint.id)]
+
+
+def _require_adapter(endpoint: Endpoint, route: str) -> None:
+    if route not in endpoint.adapters:
+        hint = nearest(route, endpoint.adapters)
+        known = _listed(sorted(endpoint.adapters))
+        nearby = f"did you mean {endpoint.id}:{hint}?" if hint else f"its adapters are {known}"
+        raise NotFoundError(
+            f"endpoint {endpoint.id} has no adapter {echo(route)}; {nearby}",
+            code="adapter_not_found",
+            param="model",
+        )
+    refused = endpoint.adapter_facts.get(route)
+    if isinstance(refused, AdapterFailed):
+        text = f"adapter {endpoint.id}:{route} cannot be used: {refused.message}"
+        raise InvalidRequestError(text, code=refused.code, param="model")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:MAX_NAMES]) or "none"
