@@ -11,7 +11,7 @@ from mezzotint.config import EndpointSettings
 from mezzotint.images import Parameters
 from mezzotint.messages import LoadModel, decode, encode
 from mezzotint.schemas import make_body
-from mezzotint.server.work.estimate import load_message
+from mezzotint.server.work.profiles import load_message
 from mezzotint.spec import AdapterUse, EngineSettings, ImageSpec
 
 ENGINE = Path(__file__).parents[1] / "src" / "mezzotint" / "engine"

@@ -129,5 +129,5 @@ def test_only_images_that_were_answered_are_counted_and_all_work_that_was_done(t
                 sa.select(database.usage).where(database.usage.c.key_id == key.id)
             ).mappings()
         assert row["images"] == 3
-        whole_s = host.endpoint().facts.work_s(ImageSpec(prompt="a cat", num_inference_steps=4))
+        whole_s = host.endpoint().profile.work_s(ImageSpec(prompt="a cat", num_inference_steps=4))
         assert row["step_seconds"] == pytest.approx(whole_s * (3 + 2 / 4 + 2 / 4))

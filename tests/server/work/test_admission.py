@@ -23,7 +23,7 @@ from mezzotint.server.api.disconnect import or_gone
 from mezzotint.server.store import keys
 from mezzotint.server.store.keys import Limits
 from mezzotint.server.work.endpoints import State
-from mezzotint.server.work.queueing import Pace
+from mezzotint.server.work.queueing import Throughput
 from mezzotint.server.work.tickets import ClientGone, Ticket
 from tests.server.hosting import GENERATE, PATIENCE_S, Host, endpoint, hosting, settings_for
 
@@ -548,7 +548,9 @@ async def ended_in_order(tickets: list[Ticket], last: Ticket, order: list[str]) 
 
 def test_no_image_is_promised_sooner_than_it_takes_alone(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.2"))) as host:
-        host.endpoint().dispatcher._pace = Pace.expected(8.0)  # eight at once, each as slow as alone
+        host.endpoint().dispatcher._throughput = Throughput.expected(
+            8.0
+        )  # each as slow as alone
         host.submit("before", num_inference_steps=50)
         refused = host.post(num_inference_steps=20, headers={"x-request-timeout-s": "5"})  # 4.2 s alone
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")

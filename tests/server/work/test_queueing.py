@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from mezzotint.messages import Generate
-from mezzotint.server.work.queueing import Job, JobQueue, Pace
+from mezzotint.server.work.queueing import Job, JobQueue, Throughput
 from mezzotint.spec import ImageSpec
 
 
@@ -272,7 +272,7 @@ def test_any_order_of_events_keeps_the_account_right() -> None:
 
 
 def test_pace_follows_what_is_measured() -> None:
-    pace = Pace.expected(1.0)
+    throughput = Throughput.expected(1.0)
     for _ in range(100):
-        pace = pace.observed(work_s=2.0, clock_s=0.5)
-    assert 3.5 < pace.speed < 4.1
+        throughput = throughput.observed(work_s=2.0, clock_s=0.5)
+    assert 3.5 < throughput.speed < 4.1

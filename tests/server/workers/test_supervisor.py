@@ -13,7 +13,7 @@ import pytest
 
 from mezzotint.messages import PrefetchAdapter
 from mezzotint.server.work.endpoints import State
-from mezzotint.server.work.estimate import load_message
+from mezzotint.server.work.profiles import load_message
 from mezzotint.server.work.tickets import Ticket
 from mezzotint.server.workers import supervisor
 from mezzotint.server.workers.supervisor import ReplicaState

@@ -354,7 +354,7 @@ async def _models(context: Context, endpoint: Endpoint) -> list[dict[str, Any]]:
 def _abilities(endpoint: Endpoint) -> dict[str, Any]:
     """What a form for requests needs to know; null where the model has never been loaded."""
     spec, info = endpoint.spec, endpoint.info
-    size = endpoint.facts.size(None, None)
+    size = endpoint.profile.size(None, None)
     return {
         "status": str(endpoint.state),
         "default_steps": default_steps(endpoint),

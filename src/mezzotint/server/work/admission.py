@@ -160,7 +160,7 @@ class Admission:
         ticket = Ticket(request_id, key, endpoint, finish, fingerprint, idempotency_key, now + timeout_s)
         jobs = [self._job(ticket, part) for part in messages]
         for job in jobs:
-            endpoint.facts.check(job.spec)
+            endpoint.profile.check(job.spec)
         self._quotas.require(key, now)
         self._require_room(endpoint, key, [job.work_s for job in jobs], timeout_s, now)
         ticket.jobs = jobs
@@ -177,7 +177,7 @@ class Admission:
             ticket.key.id,
             ticket.key.limits.weight,
             ticket.key.limits.priority,
-            ticket.endpoint.facts.work_s(request.spec),
+            ticket.endpoint.profile.work_s(request.spec),
             ticket.deadline,
             on_end=lambda job, outcome: self._job_ended(ticket, job, outcome),
             on_progress=lambda job: self._job_moved(ticket, job),
@@ -421,7 +421,7 @@ def _messages(
     seed = secrets.randbelow(DRAWN_SEEDS - n) if spec.seed is None else spec.seed
     filled = replace(
         spec,
-        guidance_scale=endpoint.facts.guidance_scale(spec.guidance_scale),
+        guidance_scale=endpoint.profile.guidance_scale(spec.guidance_scale),
         width=spec.width or endpoint.spec.width,
         height=spec.height or endpoint.spec.height,
         negative_prompt=spec.negative_prompt or None,

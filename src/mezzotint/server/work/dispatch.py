@@ -17,8 +17,8 @@ from mezzotint.messages import (
     Progress,
     Stats,
 )
-from mezzotint.server.work.estimate import Facts
-from mezzotint.server.work.queueing import Job, JobQueue, Pace
+from mezzotint.server.work.profiles import Profile
+from mezzotint.server.work.queueing import Job, JobQueue, Throughput
 from mezzotint.server.workers.supervisor import Replica
 
 MAX_LONE_DEATHS = 4
@@ -28,15 +28,15 @@ MAX_LONE_DEATHS = 4
 class Dispatcher:
     """The jobs of one endpoint, waiting and running. `ready` gives the workers that may be handed some."""
 
-    def __init__(self, facts: Callable[[], Facts], ready: Callable[[], list[Replica]]) -> None:
-        self.queue = JobQueue(facts().spec.max_wait_s)
+    def __init__(self, profile: Callable[[], Profile], ready: Callable[[], list[Replica]]) -> None:
+        self.queue = JobQueue(profile().spec.max_wait_s)
         self.stats: dict[Replica, Stats] = {}
         self.last_used = 0.0
         self.closed = False
-        self._facts = facts
+        self._profile = profile
         self._ready = ready
         self._held: dict[Replica, dict[str, Job]] = {}
-        self._pace: Pace | None = None
+        self._throughput: Throughput | None = None
         self._last_end = 0.0
         self._moved = asyncio.Event()
 
@@ -47,13 +47,13 @@ class Dispatcher:
     @property
     def speed(self) -> float:
         """Seconds of lone work done per second: above 1 where merging or several workers help."""
-        return self.pace.speed
+        return self.throughput.speed
 
     @property
-    def pace(self) -> Pace:
-        if self._pace is None:
-            self._pace = Pace.expected(self._facts().gain * max(1, len(self._ready())))
-        return self._pace
+    def throughput(self) -> Throughput:
+        if self._throughput is None:
+            self._throughput = Throughput.expected(self._profile().gain * max(1, len(self._ready())))
+        return self._throughput
 
     def num_running(self) -> int:
         return sum(len(jobs) for jobs in self._held.values())
@@ -73,10 +73,10 @@ class Dispatcher:
 
     def refit(self) -> None:
         """The model or the workers have changed: counts the waiting work anew."""
-        facts = self._facts()
-        self._pace = None
-        self.queue.max_wait_s = facts.spec.max_wait_s
-        self.queue.reestimate(lambda job: facts.work_s(job.spec))
+        profile = self._profile()
+        self._throughput = None
+        self.queue.max_wait_s = profile.spec.max_wait_s
+        self.queue.reestimate(lambda job: profile.work_s(job.spec))
 
     async def moved(self) -> None:
         """Waits until a job has ended or a worker has changed."""
@@ -142,14 +142,14 @@ class Dispatcher:
         none in this worker, for there keys take turns. What is of lower priority than the job takes no room
         from it, for it goes before. A suspect runs alone.
         """
-        held, facts = self._held.get(replica, {}), self._facts()
+        held, profile = self._held.get(replica, {}), self._profile()
         if not held:
             return True
         suspicion = job.deaths or any(other.deaths for other in held.values())
-        if suspicion or len(held) >= facts.spec.max_jobs:
+        if suspicion or len(held) >= profile.spec.max_jobs:
             return False
         level = [other for other in held.values() if other.priority >= job.priority]
-        if len(level) < max(2, 2 * facts.rows):
+        if len(level) < max(2, 2 * profile.rows):
             return True
         if all(other.key_id != job.key_id for other in held.values()):
             return True
@@ -175,7 +175,7 @@ class Dispatcher:
     def _hand_over(self, replica: Replica, job: Job, now: float) -> None:
         self.queue.take(job, now)
         try:
-            self._facts().check(job.spec)  # for jobs that came before the model was known
+            self._profile().check(job.spec)  # for jobs that came before the model was known
         except InvalidRequestError as error:
             self.queue.finished(job)
             job.end(error)
@@ -245,7 +245,7 @@ class Dispatcher:
         job = self._held.get(replica, {}).get(job_id)
         if job is not None:
             now = asyncio.get_running_loop().time()
-            self._pace = self.pace.observed(job.work_s, now - self._last_end)
+            self._throughput = self.throughput.observed(job.work_s, now - self._last_end)
             self._last_end = self.last_used = now
             self.queue.progressed(job, job.spec.num_inference_steps)
         self._ended(replica, job_id, message)

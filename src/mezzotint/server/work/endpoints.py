@@ -38,7 +38,7 @@ from mezzotint.messages import (
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.dispatch import Dispatcher
-from mezzotint.server.work.estimate import Calibration, Facts, fingerprint, load_message
+from mezzotint.server.work.profiles import Calibration, Profile, load_message, settings_digest
 from mezzotint.server.work.queueing import Job
 from mezzotint.server.workers.supervisor import Launcher, Replica, ReplicaState
 from mezzotint.spec import AdapterSpec
@@ -111,7 +111,7 @@ class Endpoint:
         self.adapters: dict[str, AdapterSpec] = {}
         self.adapter_facts: dict[str, AdapterAdded | AdapterFailed] = {}
         self._calibration = calibration
-        self.dispatcher = Dispatcher(lambda: self.facts, lambda: self.current.ready)
+        self.dispatcher = Dispatcher(lambda: self.profile, lambda: self.current.ready)
         self._launcher = launcher
         self._metrics = metrics
         self._on_calibrated = on_calibrated
@@ -122,7 +122,7 @@ class Endpoint:
         self.awaking = False
         """Whether the start in progress ends a sleep."""
 
-    # ------------------------------------------------------------ facts
+    # ------------------------------------------------------------ what it is
 
     @property
     def spec(self) -> EndpointSettings:
@@ -132,7 +132,7 @@ class Endpoint:
     def calibration(self) -> Calibration | None:
         """What was measured under the current settings."""
         known = self._calibration
-        return known if known and known.fingerprint == fingerprint(self.spec) else None
+        return known if known and known.fingerprint == settings_digest(self.spec) else None
 
     @property
     def info(self) -> ModelInfo | None:
@@ -143,8 +143,8 @@ class Endpoint:
         return self.calibration.info if self.calibration else None
 
     @property
-    def facts(self) -> Facts:
-        return Facts(self.spec, self.info)
+    def profile(self) -> Profile:
+        return Profile(self.spec, self.info)
 
     @property
     def failure(self) -> str:
@@ -415,7 +415,7 @@ class Endpoint:
 
     def _became_ready(self, replica: Replica, info: ModelInfo, load_s: float) -> None:
         generation = self.next if self.next and replica in self.next.replicas else self.current
-        self._calibration = Calibration(fingerprint(generation.spec), info, load_s)
+        self._calibration = Calibration(settings_digest(generation.spec), info, load_s)
         self._on_calibrated(self, self._calibration)
         self._metrics.load_seconds.labels(self.id).set(load_s)
         if generation is self.current:

@@ -3,7 +3,7 @@
 Between keys: the highest priority first, and fair share in step-seconds (start-time fair queueing, by
 weight) among equals. Within a key: least remaining work first. A job that has waited too long or whose
 deadline is near goes first within its key, and its key takes turns with those of the highest priority. Work
-is counted in seconds that a lone job would take; `Pace` says how much of it is done per second of clock.
+is counted in seconds that a lone job would take. `Throughput` is how much of it is done per second of clock.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class JobQueue:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class Throughput:
     """How many seconds of lone work an endpoint does per second: above 1 where merging or replicas help.
 
     A decaying average over finished jobs, begun with what calibration promises.
@@ -257,14 +257,14 @@ class Pace:
     clock_s: float
 
     @classmethod
-    def expected(cls, speed: float) -> Pace:
+    def expected(cls, speed: float) -> Throughput:
         return cls(speed, 1.0)
 
     @property
     def speed(self) -> float:
         return max(self.work_s / self.clock_s, 1e-3)
 
-    def observed(self, work_s: float, clock_s: float) -> Pace:
+    def observed(self, work_s: float, clock_s: float) -> Throughput:
         """With one more job's work, done in the time since the one before it ended (or since work began)."""
         keep = 0.98  # fifty jobs: those that run together end together, and must not look like a change
         return replace(

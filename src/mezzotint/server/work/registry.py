@@ -18,7 +18,7 @@ from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import database
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.endpoints import Desired, Endpoint
-from mezzotint.server.work.estimate import Calibration
+from mezzotint.server.work.profiles import Calibration
 from mezzotint.server.workers.supervisor import Launcher
 
 log = structlog.get_logger(__name__)

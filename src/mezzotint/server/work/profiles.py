@@ -22,7 +22,7 @@ _CALIBRATED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class Profile:
     """An endpoint's settings beside what its model said of itself; `info` None: it has never been loaded."""
 
     spec: EndpointSettings
@@ -102,7 +102,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What an earlier start measured. `fingerprint` tells whether it still fits the settings."""
+    """What an earlier start measured. `fingerprint` is the `settings_digest` that it was measured under."""
 
     fingerprint: str
     info: ModelInfo
@@ -122,7 +122,7 @@ class Calibration:
             return None
 
 
-def fingerprint(spec: EndpointSettings) -> str:
+def settings_digest(spec: EndpointSettings) -> str:
     """Equal for settings that share a calibration."""
     values = {name: getattr(spec, name) for name in _CALIBRATED}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -130,5 +130,5 @@ def fingerprint(spec: EndpointSettings) -> str:
 
 def load_message(spec: EndpointSettings, calibration: Calibration | None) -> LoadModel:
     """What a worker is told at its start; rows calibrated earlier are kept, because bytes are promised."""
-    known = calibration if calibration and calibration.fingerprint == fingerprint(spec) else None
+    known = calibration if calibration and calibration.fingerprint == settings_digest(spec) else None
     return LoadModel(spec.id, spec.model, spec.engine, rows=known.info.rows if known else None)
