@@ -240,8 +240,17 @@ def test_an_answer_that_comes_with_the_hang_up_has_not_been_delivered() -> None:
 
     let_go = []
 
+    @contextlib.contextmanager
+    def attached() -> Iterator[None]:
+        try:
+            yield
+        except ClientGone:
+            let_go.append("gone")
+            raise
+
     async def main() -> None:
-        await or_gone(receive, answer(), lambda: let_go.append("gone"))
+        with attached():
+            await or_gone(receive, answer())
 
     with pytest.raises(ClientGone):
         asyncio.run(main())
@@ -548,9 +557,7 @@ async def ended_in_order(tickets: list[Ticket], last: Ticket, order: list[str]) 
 
 def test_no_image_is_promised_sooner_than_it_takes_alone(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.2"))) as host:
-        host.endpoint().dispatcher._throughput = Throughput.expected(
-            8.0
-        )  # each as slow as alone
+        host.endpoint().dispatcher._throughput = Throughput.expected(8.0)  # each as slow as alone
         host.submit("before", num_inference_steps=50)
         refused = host.post(num_inference_steps=20, headers={"x-request-timeout-s": "5"})  # 4.2 s alone
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")

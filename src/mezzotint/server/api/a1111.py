@@ -8,10 +8,12 @@ Basic authentication, with any user name; a bearer token is taken as well. A LoR
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -23,8 +25,9 @@ from mezzotint import images
 from mezzotint.errors import InvalidRequestError, echo
 from mezzotint.schemas import DedicatedImageGenerationBody, make_body, parse_json, shown, split_model
 from mezzotint.server.api import answers, dedicated, openai
+from mezzotint.server.api.answers import AnswerResponse
 from mezzotint.server.api.context import Context, CurrentContext
-from mezzotint.server.api.disconnect import answer_or_gone
+from mezzotint.server.api.submissions import CurrentHead, body_fingerprint
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.resolve import Target, resolve_short, usable_endpoints
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
@@ -68,27 +71,33 @@ class Wish:
 
 
 @router.post("/txt2img", summary="Generate images, as the web UI's API does", responses={**answers.ERRORS})
-async def txt2img(request: Request, context: CurrentContext, key: BasicKey) -> Response:
+async def txt2img(request: Request, context: CurrentContext, key: BasicKey, head: CurrentHead) -> Response:
     values = parse_json(await request.body())
     wish = parse_wish(values, request, context, key)
     ticket = await context.admission.submit(
-        wish.target.endpoint,
-        wish.spec,
-        n=wish.body.num_images,
-        key=key,
-        finish=lambda ticket, pictures: _finish(values, wish, ticket, pictures),
-        request_id=request.state.request_id,
-        fingerprint=answers.fingerprint("a1111", values),
-        gone=request.is_disconnected,
+        head.submission(
+            wish.target,
+            key,
+            wish.spec,
+            lambda ticket, pictures: _finish(values, wish, ticket, pictures),
+            body_fingerprint("a1111", values),
+            num_images=wish.body.num_images,
+        )
     )
-    running: dict[str, Ticket] = _running(request)
-    running[key.id] = ticket
+    return AnswerResponse(ticket, _newest(request, ticket, context.admission.attached(ticket)))
+
+
+@contextlib.contextmanager
+def _newest(request: Request, ticket: Ticket, attached: AbstractContextManager[None]) -> Iterator[None]:
+    """While `attached` is held, `progress` and `interrupt` find this request, unless a newer one comes."""
+    running = _running(request)
+    running[ticket.key.id] = ticket
     try:
-        answer = await answer_or_gone(context.admission, ticket, request.receive)
+        with attached:
+            yield
     finally:
-        if running.get(key.id) is ticket:
-            del running[key.id]
-    return Response(answer.body, media_type="application/json", headers=answers.timing_headers(answer))
+        if running.get(ticket.key.id) is ticket:
+            del running[ticket.key.id]
 
 
 def parse_wish(values: Mapping[str, Any], request: Request, context: Context, key: Key) -> Wish:

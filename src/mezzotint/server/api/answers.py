@@ -1,27 +1,22 @@
-"""What all dialects share: headers of a request, pictures to files, and the parts of an answer."""
+"""What all dialects share of an answer: pictures to files, its parts, and its response."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from mezzotint import images
-from mezzotint.errors import InvalidRequestError, echo
-from mezzotint.schemas import (
-    ErrorBody,
-)
+from mezzotint.schemas import ErrorBody
 from mezzotint.server.api.context import Context
+from mezzotint.server.api.disconnect import or_gone
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
 
-MAX_IDEMPOTENCY_KEY = 255
-MAX_PREVIEWS = 10
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
@@ -87,51 +82,29 @@ def made_answer(body: bytes, pictures: list[Picture], encode_s: float) -> Answer
     )
 
 
+class AnswerResponse(Response):
+    """Waits for a request's answer and sends it. ClientGone, with the request left, when the client hangs up.
+
+    The client counts as waiting until the last byte is out, so `attached` is held all that time.
+    """
+
+    def __init__(self, ticket: Ticket, attached: AbstractContextManager[None]) -> None:
+        super().__init__()
+        self._ticket = ticket
+        self._attached = attached
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._attached:
+            answer = await or_gone(receive, self._ticket.outcome())
+            response = Response(answer.body, media_type="application/json", headers=timing_headers(answer))
+            await response(scope, receive, send)
+
+
 def timing_headers(answer: Answer) -> dict[str, str]:
     parts = {"queue": answer.queue_s, "generate": answer.generate_s, "encode": answer.encode_s}
     return {
         "server-timing": ", ".join(f"{name};dur={milliseconds(seconds)}" for name, seconds in parts.items())
     }
-
-
-def fingerprint(dialect: str, values: Mapping[str, Any]) -> str:
-    """Tells whether two bodies are the same request."""
-    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(f"{dialect}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    respond_async: bool = False
-    num_previews: int = 0
-
-
-def parse_prefer(header: str | None) -> Preference:
-    """What the Prefer header (RFC 7240) asks for; unknown preferences are ignored, as that RFC wants."""
-    respond_async, num_previews = False, 0
-    for part in (header or "").split(","):
-        name, _, value = (text.strip().lower() for text in part.partition("="))
-        respond_async |= name == "respond-async"
-        if name == "previews":
-            if not re.fullmatch(r"\d{1,9}", value) or int(value) > MAX_PREVIEWS:
-                raise InvalidRequestError(
-                    f"Prefer: previews must be an integer between 0 and {MAX_PREVIEWS} (got {echo(value)})",
-                    code="out_of_range",
-                    param="Prefer",
-                )
-            num_previews = int(value)
-    return Preference(respond_async, num_previews)
-
-
-def idempotency(header: str | None) -> str | None:
-    """The Idempotency-Key header; InvalidRequestError for one that is empty or too long."""
-    if header is not None and not 1 <= len(header) <= MAX_IDEMPOTENCY_KEY:
-        raise InvalidRequestError(
-            f"Idempotency-Key must have 1 to {MAX_IDEMPOTENCY_KEY} characters (got {len(header)})",
-            code="out_of_range",
-            param="Idempotency-Key",
-        )
-    return header
 
 
 def milliseconds(seconds: float) -> float:

@@ -28,8 +28,7 @@ from mezzotint.schemas import (
 )
 from mezzotint.server.api import answers, sse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
-from mezzotint.server.api.disconnect import answer_or_gone
-from mezzotint.server.work.admission import parse_timeout
+from mezzotint.server.api.submissions import CurrentHead, body_fingerprint, parse_prefer
 from mezzotint.server.work.resolve import resolve
 from mezzotint.server.work.tickets import Answer, Finish, Picture, Ticket
 
@@ -54,10 +53,7 @@ async def generate(
     request: Request,
     context: CurrentContext,
     key: CurrentKey,
-    idempotency_key: Annotated[
-        str | None, Header(description="The same key finds the same request again.")
-    ] = None,
-    x_request_timeout_s: Annotated[str | None, Header(description="Seconds after which to give up.")] = None,
+    head: CurrentHead,
     prefer: Annotated[str | None, Header(description="`respond-async` answers 202 at once.")] = None,
     x_friendli_team: Annotated[str | None, Header(description="Accepted, logged and not used.")] = None,
 ) -> Response:
@@ -65,26 +61,22 @@ async def generate(
     if x_friendli_team:
         structlog.contextvars.bind_contextvars(team=x_friendli_team[:64])  # on this request's log lines
     body = parse_body(await request.body())
-    wish = answers.parse_prefer(prefer)
-    target = resolve(context.registry, key, body.model)
+    preference = parse_prefer(prefer)
     ticket = await context.admission.submit(
-        target.endpoint,
-        body.spec,
-        n=body.num_images,
-        num_previews=wish.num_previews,
-        key=key,
-        finish=_finish(context, body, context.base_url(request)),
-        request_id=request.state.request_id,
-        fingerprint=answers.fingerprint("dedicated", body.model_dump(mode="json")),
-        gone=request.is_disconnected,
-        idempotency_key=answers.idempotency(idempotency_key),
-        timeout_s=parse_timeout(x_request_timeout_s),
-        hold=wish.respond_async,
+        head.submission(
+            resolve(context.registry, key, body.model),
+            key,
+            body.spec,
+            _finish(context, body, context.base_url(request)),
+            body_fingerprint("dedicated", body.model_dump(mode="json")),
+            num_images=body.num_images,
+            num_previews=preference.num_previews,
+            hold=preference.respond_async,
+        )
     )
-    if wish.respond_async:
+    if preference.respond_async:
         return Response(_state_json(ticket), 202, media_type="application/json")
-    answer = await answer_or_gone(context.admission, ticket, request.receive)
-    return Response(answer.body, media_type="application/json", headers=answers.timing_headers(answer))
+    return answers.AnswerResponse(ticket, context.admission.attached(ticket))
 
 
 def _finish(context: Context, body: DedicatedImageGenerationBody, base_url: str) -> Finish:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
@@ -27,7 +28,6 @@ from mezzotint.errors import (
     echo,
 )
 from mezzotint.schemas import ErrorBody
-from mezzotint.server.work.admission import new_request_id
 from mezzotint.server.work.tickets import ClientGone
 
 SECURITY_HEADERS = {
@@ -56,6 +56,11 @@ def error_response(error: MezzotintError, request_id: str | None) -> Response:
         headers["www-authenticate"] = "Bearer"
     body = ErrorBody.of(error, request_id).model_dump_json()
     return Response(body, error.status, headers, media_type="application/json")
+
+
+def new_request_id() -> str:
+    """`req_`, the time in milliseconds and chance: sortable, unguessable."""
+    return f"req_{int(time.time() * 1000):011x}{secrets.token_hex(8)}"
 
 
 class Envelope:

@@ -30,9 +30,9 @@ from mezzotint.schemas import (
     unknown_field,
 )
 from mezzotint.server.api import answers, sse
+from mezzotint.server.api.answers import AnswerResponse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
-from mezzotint.server.api.disconnect import answer_or_gone
-from mezzotint.server.work.admission import parse_timeout
+from mezzotint.server.api.submissions import CurrentHead, body_fingerprint
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.resolve import Target, resolve, resolve_short, usable_endpoints
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
@@ -124,29 +124,25 @@ def _body_schema() -> dict[str, Any]:
         }
     },
 )
-async def generate(request: Request, context: CurrentContext, key: CurrentKey) -> Response:
+async def generate(request: Request, context: CurrentContext, key: CurrentKey, head: CurrentHead) -> Response:
     """Makes images from words. With `"stream": true` the answer is server-sent events."""
     values = {name: value for name, value in parse_json(await request.body()).items() if value is not None}
     target = resolve_short(context.registry, key, values.get("model"))
     wish = parse_wish(values, target)
     base_url = context.base_url(request)
     ticket = await context.admission.submit(
-        target.endpoint,
-        wish.body.spec,
-        n=wish.body.num_images,
-        num_previews=wish.partial_images if wish.stream else 0,
-        key=key,
-        finish=lambda ticket, pictures: _finish(context, wish, base_url, ticket, pictures),
-        request_id=request.state.request_id,
-        fingerprint=answers.fingerprint("openai", values),
-        gone=request.is_disconnected,
-        idempotency_key=answers.idempotency(request.headers.get("idempotency-key")),
-        timeout_s=parse_timeout(request.headers.get("x-request-timeout-s")),
+        head.submission(
+            target,
+            key,
+            wish.body.spec,
+            lambda ticket, pictures: _finish(context, wish, base_url, ticket, pictures),
+            body_fingerprint("openai", values),
+            num_images=wish.body.num_images,
+            num_previews=wish.partial_images if wish.stream else 0,
+        )
     )
-    if wish.stream:
-        return sse.stream(_events(wish, ticket), context.admission.attached(ticket))
-    answer = await answer_or_gone(context.admission, ticket, request.receive)
-    return Response(answer.body, media_type="application/json", headers=answers.timing_headers(answer))
+    attached = context.admission.attached(ticket)
+    return sse.stream(_events(wish, ticket), attached) if wish.stream else AnswerResponse(ticket, attached)
 
 
 def parse_wish(values: Mapping[str, Any], target: Target) -> Wish:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from mezzotint.errors import MezzotintError, NotFoundError
@@ -59,6 +59,35 @@ class Answer:
 
 
 Finish = Callable[["Ticket", list[Picture]], Answer]
+Identity = tuple[str, str]
+"""Key id and fingerprint of a body: equal for requests that are the same to their sender."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """What a dialect hands over: one request, before anyone has decided whether it is let in."""
+
+    endpoint: Endpoint
+    spec: ImageSpec
+    num_images: int = 1
+    num_previews: int = 0
+    key: Key
+    request_id: str
+    finish: Finish
+    """Turns the pictures into the answer's bytes; it is called in a thread."""
+    fingerprint: str
+    """Tells whether two bodies are the same request."""
+    gone: Callable[[], Awaitable[bool]]
+    """Whether this client has hung up already."""
+    idempotency_key: str | None = None
+    timeout_s: float | None = None
+    """None: the endpoint's own."""
+    hold: bool = False
+    """Nobody waits on this connection, and the request runs to its end."""
+
+    @property
+    def identity(self) -> Identity:
+        return self.key.id, self.fingerprint
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +97,8 @@ class Ticket:
     id: str
     key: Key
     endpoint: Endpoint
-    finish: Finish
+    finish: Finish | None
+    """None once the request has ended, for it may hold much of the request's body."""
     fingerprint: str
     idempotency_key: str | None
     deadline: float
@@ -89,11 +119,38 @@ class Ticket:
     """Connections that follow the events; they keep the answer, not the request."""
     held: bool = False
     """Runs to its end, and keeps its answer, without any connection."""
-    vanished_at: float = 0.0
+    left_at: float = 0.0
+    """When the last client hung up."""
     deadline_timer: asyncio.TimerHandle | None = None
     changes: int = 0
     """Counts up with every change; see `changed`."""
     _waiters: set[asyncio.Future[None]] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, submission: Submission, deadline: float) -> Ticket:
+        return cls(
+            submission.request_id,
+            submission.key,
+            submission.endpoint,
+            submission.finish,
+            submission.fingerprint,
+            submission.idempotency_key,
+            deadline,
+        )
+
+    @property
+    def identity(self) -> Identity:
+        return self.key.id, self.fingerprint
+
+    @property
+    def joinable(self) -> bool:
+        """Whether another client can still get this request's answer."""
+        return not self.ended or self.answer is not None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for the answer or has been promised it."""
+        return bool(self.clients or self.watchers or self.held or self.idempotency_key is not None)
 
     @property
     def ended(self) -> bool:

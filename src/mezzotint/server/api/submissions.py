@@ -1,0 +1,125 @@
+"""From an HTTP request to a submission: the headers that all dialects share, and a body's fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Request
+
+from mezzotint.errors import InvalidRequestError, echo
+from mezzotint.server.store.keys import Key
+from mezzotint.server.work.resolve import Target
+from mezzotint.server.work.tickets import Finish, Submission
+from mezzotint.spec import ImageSpec
+
+MAX_IDEMPOTENCY_KEY = 255
+"""Characters."""
+MAX_TIMEOUT_S = 3600.0
+MAX_PREVIEWS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHead:
+    """What every dialect reads of a request besides its body."""
+
+    request: Request
+    idempotency_key: str | None
+    timeout_s: float | None
+
+    def submission(
+        self,
+        target: Target,
+        key: Key,
+        spec: ImageSpec,
+        finish: Finish,
+        fingerprint: str,
+        *,
+        num_images: int = 1,
+        num_previews: int = 0,
+        hold: bool = False,
+    ) -> Submission:
+        return Submission(
+            endpoint=target.endpoint,
+            spec=spec,
+            num_images=num_images,
+            num_previews=num_previews,
+            key=key,
+            request_id=self.request.state.request_id,
+            finish=finish,
+            fingerprint=fingerprint,
+            gone=self.request.is_disconnected,
+            idempotency_key=self.idempotency_key,
+            timeout_s=self.timeout_s,
+            hold=hold,
+        )
+
+
+async def head_of(
+    request: Request,
+    idempotency_key: Annotated[
+        str | None, Header(description="The same key finds the same request again.")
+    ] = None,
+    x_request_timeout_s: Annotated[str | None, Header(description="Seconds after which to give up.")] = None,
+) -> RequestHead:
+    """Dependency: the headers of a request for pictures; InvalidRequestError for a bad one."""
+    if idempotency_key is not None and not 1 <= len(idempotency_key) <= MAX_IDEMPOTENCY_KEY:
+        raise InvalidRequestError(
+            f"Idempotency-Key must have 1 to {MAX_IDEMPOTENCY_KEY} characters (got {len(idempotency_key)})",
+            code="out_of_range",
+            param="Idempotency-Key",
+        )
+    timeout_s = None if x_request_timeout_s is None else _parse_timeout(x_request_timeout_s)
+    return RequestHead(request, idempotency_key, timeout_s)
+
+
+CurrentHead = Annotated[RequestHead, Depends(head_of)]
+
+
+def _parse_timeout(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise InvalidRequestError(
+            f"X-Request-Timeout-S must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:g} "
+            f"(got {echo(text)})",
+            code="out_of_range",
+            param="X-Request-Timeout-S",
+        )
+    return seconds
+
+
+def body_fingerprint(dialect: str, values: Mapping[str, Any]) -> str:
+    """Tells whether two bodies are the same request."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(f"{dialect}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    respond_async: bool = False
+    num_previews: int = 0
+
+
+def parse_prefer(header: str | None) -> Preference:
+    """What the Prefer header (RFC 7240) asks for; unknown preferences are ignored, as that RFC wants."""
+    respond_async, num_previews = False, 0
+    for part in (header or "").split(","):
+        name, _, value = (text.strip().lower() for text in part.partition("="))
+        respond_async |= name == "respond-async"
+        if name == "previews":
+            if not re.fullmatch(r"\d{1,9}", value) or int(value) > MAX_PREVIEWS:
+                raise InvalidRequestError(
+                    f"Prefer: previews must be an integer between 0 and {MAX_PREVIEWS} (got {echo(value)})",
+                    code="out_of_range",
+                    param="Prefer",
+                )
+            num_previews = int(value)
+    return Preference(respond_async, num_previews)
