@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 def test_words_become_the_right_picture_and_stay(browser: Browser, tmp_path: Path) -> None:
     emoji = endpoint(BUILT_IN_MODEL, id="emoji", num_threads=1)
     with hosting(settings_for(tmp_path, emoji), worker=ENGINE_WORKER, ready=False) as host:
-        visit = open_page(browser, host, host.service.first_key)
+        visit = open_page(browser, host, host.first_key)
         visit.page.click("#examples button >> text=teal")
         visit.done(LOADING_MS)
         picture = visit.shown_bytes()

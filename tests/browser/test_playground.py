@@ -302,7 +302,7 @@ def test_a_reload_in_the_middle_goes_on_watching(visit: Visit) -> None:
 
 def test_a_restart_of_the_server_costs_no_picture(browser: Browser, tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.5"))) as first:
-        secret = str(first.service.first_key)
+        secret = str(first.first_key)
         visit = open_page(browser, first, secret)
         visit.ask("an owl", steps=50)
         visit.hear("step")

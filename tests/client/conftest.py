@@ -9,6 +9,7 @@ import pytest
 from mezzotint.client import AsyncClient, Client, exchange
 from mezzotint.config import EndpointSettings, Settings
 from mezzotint.server.app import create_app
+from mezzotint.server.store.keys import create_first_key
 from tests.client.faces import AwaitedImages, Connect, Talks
 from tests.client.scripted import Script
 from tests.serving import serving
@@ -61,5 +62,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
         ),
     )
     app = create_app(settings, worker="mezzotint.fake_worker:run")
+    made = create_first_key(app.state.context.engine)
+    assert made is not None
     with serving(app) as url:
-        yield url, app.state.context.first_key
+        yield url, made[1]

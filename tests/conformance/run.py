@@ -22,8 +22,8 @@ from pathlib import Path
 
 from mezzotint.config import EndpointSettings, Settings
 from mezzotint.server import logs
-from mezzotint.server.api.context import Context
 from mezzotint.server.app import create_app, serve
+from mezzotint.server.store.keys import create_first_key
 from mezzotint.server.workers.supervisor import ENGINE_WORKER
 
 HERE = Path(__file__).parent
@@ -43,12 +43,13 @@ def host(connection: Connection, source: str, worker: str, folder: Path) -> None
     endpoint = EndpointSettings(id=ENDPOINT, model=source, default_steps=8)
     settings = Settings(port=0, data_dir=folder / "data", endpoints=(endpoint,))
     app = create_app(settings, worker=worker)
-    service: Context = app.state.context
-    asyncio.run(
-        serve(
-            app, settings, on_started=lambda url: connection.send_bytes(f"{url} {service.first_key}".encode())
-        )
-    )
+    made = create_first_key(app.state.context.engine)
+    assert made is not None
+
+    def tell(url: str) -> None:
+        connection.send_bytes(f"{url} {made[1]}".encode())
+
+    asyncio.run(serve(app, settings, on_started=tell))
 
 
 @contextmanager

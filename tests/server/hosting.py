@@ -18,7 +18,7 @@ import httpx2
 from mezzotint.config import EndpointSettings, Settings
 from mezzotint.server.api.context import Context
 from mezzotint.server.app import create_app, serve
-from mezzotint.server.store.keys import create_key
+from mezzotint.server.store.keys import create_first_key, create_key
 from mezzotint.server.work.endpoints import Endpoint, State
 
 FAKE = "mezzotint.fake_worker:run"
@@ -38,6 +38,8 @@ class Host:
     client: httpx2.Client
     loop: asyncio.AbstractEventLoop
     pool: ThreadPoolExecutor
+    first_key: str | None
+    """An admin key, unless the data folder had one or the server wants none."""
 
     def body(self, prompt: str = "a cat", **fields: Any) -> dict[str, Any]:
         values = {"model": "one", "prompt": prompt, "num_inference_steps": 4, "response_format": "png"}
@@ -156,6 +158,8 @@ def hosting(
     """The server while the block runs; with `ready` it begins when every endpoint is up."""
     app = create_app(settings, worker=worker)
     service: Context = app.state.context
+    made = create_first_key(service.engine) if settings.auth else None
+    first_key = made[1] if made else None
     started: Future[tuple[str, asyncio.AbstractEventLoop]] = Future()
 
     async def main() -> None:
@@ -165,8 +169,8 @@ def hosting(
     thread = threading.Thread(target=lambda: asyncio.run(main()), name="server")
     thread.start()
     url, loop = started.result(PATIENCE_S)
-    with client(url, key or service.first_key) as http, ThreadPoolExecutor(64) as pool:
-        host = Host(url, service, http, loop, pool)
+    with client(url, key or first_key) as http, ThreadPoolExecutor(64) as pool:
+        host = Host(url, service, http, loop, pool, first_key)
         try:
             if ready:
                 for one in service.registry:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mezzotint.server import logs
 from mezzotint.server.app import create_app, serve
+from mezzotint.server.store.keys import create_first_key
 from mezzotint.server.workers.supervisor import ENGINE_WORKER
 from tests.server.hosting import FAKE, endpoint, settings_for
 
@@ -24,8 +25,9 @@ if __name__ == "__main__":
     settings = settings_for(Path(sys.argv[1]), *endpoints, drain_s=float(sys.argv[2]))
     logs.configure("info", "json")
     app = create_app(settings, worker=ENGINE_WORKER if models else FAKE)
+    made = create_first_key(app.state.context.engine)
 
     def tell(url: str) -> None:
-        print(url, app.state.context.first_key, flush=True)  # noqa: T201
+        print(url, made[1] if made else None, flush=True)  # noqa: T201
 
     asyncio.run(serve(app, settings, on_started=tell))

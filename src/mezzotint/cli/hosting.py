@@ -23,6 +23,7 @@ from mezzotint.config import Settings
 from mezzotint.errors import InternalError, MezzotintError
 from mezzotint.server import app as server
 from mezzotint.server import logs
+from mezzotint.server.store.keys import create_first_key
 from mezzotint.server.workers.supervisor import ENGINE_WORKER
 
 
@@ -32,7 +33,8 @@ def serve(settings: Settings, *, worker: str = ENGINE_WORKER) -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     logs.configure(settings.log_level, settings.log_format)
     app = server.create_app(settings, worker=worker)
-    first_key = app.state.context.first_key
+    made = create_first_key(app.state.context.engine) if settings.auth else None
+    first_key = made[1] if made else None
     if first_key is not None:  # now, for it is stored nowhere and the start may still fail
         typer.echo(f"API key, shown this once: {first_key}")
     with contextlib.ExitStack() as stack:

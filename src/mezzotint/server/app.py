@@ -42,7 +42,7 @@ from mezzotint.server.api import (
 from mezzotint.server.api.context import Context
 from mezzotint.server.api.middleware import Bodies, Envelope, OwnPages, Refusals, error_response
 from mezzotint.server.metrics import Metrics
-from mezzotint.server.store import database, keys
+from mezzotint.server.store import database
 from mezzotint.server.store.gallery import Gallery
 from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.store.storage import Storage, load_secret
@@ -68,8 +68,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
     `only` names the one endpoint to serve; what is remembered of the others stays untouched.
 
     Opens the data folder and the database; worker processes start with the app's lifespan.
-    `app.state.context` is the Context; its `first_key` is the secret of the key that a first start makes.
-    ConfigError stops the start.
+    `app.state.context` is the Context. ConfigError stops the start.
     """
     context = _context(settings, worker)
     app = FastAPI(
@@ -163,7 +162,6 @@ def _context(settings: Settings, worker: str) -> Context:
     metrics = Metrics()
     quotas = Quotas(engine)
     pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
-    first = keys.create_first_key(engine) if settings.auth else None
     return Context(
         settings=settings,
         engine=engine,
@@ -175,7 +173,6 @@ def _context(settings: Settings, worker: str) -> Context:
         metrics=metrics,
         quotas=quotas,
         pool=pool,
-        first_key=first[1] if first else None,
     )
 
 

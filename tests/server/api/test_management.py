@@ -153,7 +153,7 @@ def test_an_endpoint_whose_adapter_cannot_be_had_is_not_made(tmp_path: Path) -> 
         changed = host.client.put(f"{BASE}/one", json={"settings": {"adapters": adapters}})
         assert (changed.status_code, changed.json()["error"]["code"]) == (422, "not_supported")
         assert set(host.client.get(BASE).json()["data"]) == {"one"}
-        key = host.service.first_key
+        key = host.first_key
     with hosting(settings_for(tmp_path), key=key) as host:  # nothing stored stops the next start
         assert host.post().status_code == 200
 

@@ -37,9 +37,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 @pytest.fixture(scope="module")
 def ai(host: Host) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{host.url}/v1", api_key=str(host.service.first_key), max_retries=0
-    ) as client:
+    with openai.OpenAI(base_url=f"{host.url}/v1", api_key=str(host.first_key), max_retries=0) as client:
         yield client
 
 
@@ -138,7 +136,7 @@ def test_a_failure_in_mid_stream_is_an_error_of_the_client(ai: openai.OpenAI) ->
 
 def test_the_async_client_streams_too(host: Host) -> None:
     async def main() -> list[str]:
-        key = str(host.service.first_key)
+        key = str(host.first_key)
         async with openai.AsyncOpenAI(base_url=f"{host.url}/v1", api_key=key, max_retries=0) as ai:
             stream = await ai.images.generate(model="one", prompt="a fox", stream=True, partial_images=1)
             return [event.type async for event in stream]

@@ -189,7 +189,7 @@ def test_adapters_survive_a_restart_and_the_loss_of_their_source(tmp_path: Path)
     with hosting(settings_for(tmp_path)) as host:
         add(host, "flat", file, scale=0.5)
         before = host.picture(model="one:flat", seed=1)
-        key = host.service.first_key
+        key = host.first_key
     file.unlink()
     with hosting(settings_for(tmp_path), key=key) as host:
         assert host.picture(model="one:flat", seed=1) == before
@@ -200,7 +200,7 @@ def test_adapters_survive_a_restart_and_the_loss_of_their_source(tmp_path: Path)
 def test_an_adapter_that_a_starting_worker_refuses_is_shown_and_says_why(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path)) as host:
         add(host, "flat", write(tmp_path / "flat.safetensors"))
-        key = host.service.first_key
+        key = host.first_key
         host.service.adapters.get("one", "flat").path.unlink()
     with hosting(settings_for(tmp_path), key=key) as host:
         host.until(lambda: host.endpoint().adapter_facts)
@@ -248,7 +248,7 @@ def test_what_the_api_added_stays_when_the_configuration_names_others(tmp_path: 
     file = write(tmp_path / "a.safetensors")
     with hosting(settings_for(tmp_path)) as host:
         add(host, "mine", file)
-        key = host.service.first_key
+        key = host.first_key
     named = endpoint(adapters=(AdapterSettings(route="theirs", source=str(file)),))
     with hosting(settings_for(tmp_path, named), key=key) as host:
         assert routes_of(host) == ["mine", "theirs"]
@@ -291,7 +291,7 @@ def test_ones_own_adapter_takes_the_place_of_a_built_in_one_and_gives_it_back(
         message = add(host, "flat", mine, 409)["error"]["message"]
         assert "has the built-in adapter flat already; take another route, or replace it" in message
         assert add(host, "flat", mine, replace=True)["origin"] == "api"
-        key = host.service.first_key
+        key = host.first_key
     with hosting(settings_for(tmp_path), key=key) as host:
         (entry,) = host.client.get(ADAPTERS).json()["data"]
         assert (entry["origin"], entry["source"]) == ("api", str(mine)), "it survives a restart"

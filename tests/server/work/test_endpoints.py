@@ -165,7 +165,7 @@ def test_what_was_wanted_and_updated_survives_a_restart_of_the_server(
 ) -> None:
     settings = settings_for(tmp_path, endpoint(), endpoint(id="two"), database_url=database_url)
     with hosting(settings) as host:
-        key = host.service.first_key
+        key = host.first_key
         host.run(registry(host).create(endpoint(id="made"), "test"))
         update(host, endpoint(default_steps=9))
         host.run(host.endpoint("two").sleep())

@@ -273,7 +273,7 @@ def test_calibrated_rows_survive_a_restart_of_the_server(tmp_path: Path) -> None
         known = host.endpoint().calibration
         assert known is not None
         assert known.info.rows == 4
-        key = host.service.first_key
+        key = host.first_key
     other = endpoint(max_rows=16, default_steps=9)  # no calibration depends on that
     with hosting(settings_for(tmp_path, other), ready=False, key=key) as host:
         again = host.endpoint()

@@ -37,8 +37,6 @@ class Context:
     metrics: Metrics
     quotas: Quotas
     pool: ThreadPoolExecutor
-    first_key: str | None = None
-    """The secret of the key that this start made, for the command line to print once."""
 
     async def authenticate(self, authorization: str | None) -> Key:
         """The key behind an Authorization header; everybody on a server without authentication."""
