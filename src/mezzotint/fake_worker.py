@@ -74,6 +74,8 @@ class FakeJob:
     request: Generate
     width: int
     height: int
+    checksum: str = ""
+    """Of the adapter's weights as they were when the job came."""
     step: int = 0
     started: float = field(default_factory=time.monotonic)
 
@@ -134,8 +136,11 @@ def model_info(load: LoadModel, size: int, step_s: float) -> ModelInfo:
     )
 
 
-def paint(spec: ImageSpec, width: int, height: int) -> bytes:
-    """The picture of a request: uint8 RGB, the same bytes for the same fields, in whatever company it ran."""
+def paint(spec: ImageSpec, width: int, height: int, checksum: str = "") -> bytes:
+    """The picture of a request: uint8 RGB, the same bytes for the same fields, in whatever company it ran.
+
+    `checksum` is that of the adapter's weights, if the request uses an adapter.
+    """
     fields = (
         spec.prompt,
         spec.seed,
@@ -143,6 +148,7 @@ def paint(spec: ImageSpec, width: int, height: int) -> bytes:
         spec.guidance_scale,
         spec.negative_prompt,
         spec.adapters,
+        *filter(None, (checksum,)),
     )
     return hashlib.shake_256(repr(fields).encode()).digest(width * height * 3)
 
@@ -199,10 +205,10 @@ class _Worker:
                 route, path = adapter.route, Path(adapter.path)
                 if path.exists():
                     self.adapters[route] = adapter
-                    self._send(AdapterAdded(route, 4, path.stat().st_size, ["to_q"]))
+                    self._send(AdapterAdded(route, adapter.path, 4, path.stat().st_size, ["to_q"]))
                 else:
                     text = f"adapter {route!r}: no such file"
-                    self._send(AdapterFailed(route, "adapter_load_failed", text))
+                    self._send(AdapterFailed(route, adapter.path, "adapter_load_failed", text))
             case RemoveAdapter(route):
                 self.adapters.pop(route, None)
             case Shutdown():
@@ -216,7 +222,8 @@ class _Worker:
             text = f"there is no adapter {spec.adapter.route!r} here"
             self._send(Failed(request.job_id, "adapter_not_found", text, "model"))
             return
-        job = FakeJob(request, spec.width or self.size, spec.height or self.size)
+        checksum = self.adapters[spec.adapter.route].checksum if spec.adapter else ""
+        job = FakeJob(request, spec.width or self.size, spec.height or self.size, checksum)
         self.jobs[request.job_id] = job
         self._send(Progress(request.job_id, 0, spec.num_inference_steps))
 
@@ -231,7 +238,7 @@ class _Worker:
             self._preview(job)
             if job.step >= job.request.spec.num_inference_steps:
                 del self.jobs[job_id]
-                picture = paint(job.request.spec, job.width, job.height)
+                picture = paint(job.request.spec, job.width, job.height, job.checksum)
                 self._send(Done(job_id, job.width, job.height, time.monotonic() - job.started, picture))
         if not self.jobs:
             key = f"{self.size}x{self.size}"
@@ -243,7 +250,7 @@ class _Worker:
         wanted, steps = job.request.num_previews, job.request.spec.num_inference_steps
         before, now = (job.step - 1) * (wanted + 1) // steps, job.step * (wanted + 1) // steps
         if wanted and before < now <= wanted:
-            picture = paint(job.request.spec, job.width, job.height)
+            picture = paint(job.request.spec, job.width, job.height, job.checksum)
             self._send(Preview(job.request.job_id, now - 1, job.step, job.width, job.height, picture))
 
     def _fault(self, job: FakeJob) -> bool:

@@ -138,6 +138,8 @@ class LoadFailed:
 @dataclass(frozen=True, slots=True)
 class AdapterAdded:
     route: str
+    path: str
+    """The file that was looked at: tells this answer from one about an earlier file of the same route."""
     rank: int
     num_bytes: int
     target_modules: list[str]
@@ -146,6 +148,7 @@ class AdapterAdded:
 @dataclass(frozen=True, slots=True)
 class AdapterFailed:
     route: str
+    path: str
     code: str
     message: str
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Playwright, Response, expect, sync_playwright
 
-from mezzotint.spec import AdapterSpec
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -78,7 +77,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     file = folder / "glow.safetensors"
     file.write_bytes(b"weights")
     with hosting(settings_for(folder, one, slow, still)) as running:
-        running.run(running.endpoint("one").add_adapter(AdapterSpec("glow", str(file))))
+        running.announce("one", "glow", file)
         yield running
 
 

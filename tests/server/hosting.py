@@ -18,6 +18,7 @@ import httpx2
 from mezzotint.config import EndpointSettings, Settings
 from mezzotint.server.api.context import Context
 from mezzotint.server.app import create_app, serve
+from mezzotint.server.store.adapters import Adapter, Origin
 from mezzotint.server.store.keys import create_first_key, create_key
 from mezzotint.server.work.endpoints import Endpoint, State
 
@@ -126,6 +127,11 @@ class Host:
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Runs a coroutine in the server's own loop."""
         return asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, PATIENCE_S), self.loop).result()
+
+    def announce(self, endpoint_id: str, route: str, file: Path) -> None:
+        """Opens an adapter's route without a look at the file; a worker looks at it meanwhile."""
+        record = Adapter(endpoint_id, route, str(file), file, 1.0, "", 0.0, Origin.API, 0)
+        self.call(self.endpoint(endpoint_id).adapters.announce, [record])
 
     def call(self, function: Any, *values: Any) -> Any:
         """Calls a function in the server's own loop."""

@@ -326,12 +326,13 @@ class Worker:
         try:
             info = self.engine.adapters.register(adapter.route, future.result(), scale=adapter.scale)
         except ModelLoadError as error:
-            return AdapterFailed(adapter.route, error.code, error.message)
+            return AdapterFailed(adapter.route, adapter.path, error.code, error.message)
         except Exception as error:
             _log.exception("checking adapter %s failed", adapter.route)
-            return AdapterFailed(adapter.route, "adapter_load_failed", f"{type(error).__name__}: {error}")
+            text = f"{type(error).__name__}: {error}"
+            return AdapterFailed(adapter.route, adapter.path, "adapter_load_failed", text)
         file = info.file
-        return AdapterAdded(adapter.route, file.rank, file.num_bytes, file.target_modules)
+        return AdapterAdded(adapter.route, adapter.path, file.rank, file.num_bytes, file.target_modules)
 
 
 class StatsKeeper:

@@ -46,7 +46,7 @@ from mezzotint.server.store import database
 from mezzotint.server.store.gallery import Gallery
 from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.store.storage import Storage, load_secret
-from mezzotint.server.work.adapters import AdapterStore
+from mezzotint.server.work.adapters import AdapterRegistry
 from mezzotint.server.work.admission import Admission
 from mezzotint.server.work.registry import Registry
 from mezzotint.server.workers.supervisor import ENGINE_WORKER, Launcher
@@ -166,7 +166,7 @@ def _context(settings: Settings, worker: str) -> Context:
         settings=settings,
         engine=engine,
         registry=Registry(engine, Launcher.of(settings, worker), metrics),
-        adapters=AdapterStore(engine, settings.data_dir / "adapters"),
+        adapters=AdapterRegistry(engine, settings.data_dir / "adapters"),
         admission=Admission(settings, metrics, quotas, pool),
         storage=store,
         gallery=Gallery(engine, store, settings.gallery_size),

@@ -19,7 +19,6 @@ from PIL import Image
 from mezzotint import images
 from mezzotint.errors import InvalidRequestError
 from mezzotint.server.api.a1111 import take_lora
-from mezzotint.spec import AdapterSpec
 from tests.server.hosting import PATIENCE_S, Host, endpoint, hosting, settings_for
 
 
@@ -29,7 +28,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     file = folder / "glow.safetensors"
     file.write_bytes(b"weights")
     with hosting(settings_for(folder, endpoint("fake:step_s=0.002"), endpoint(id="two"))) as running:
-        running.run(running.endpoint("one").add_adapter(AdapterSpec("glow", str(file))))
+        running.announce("one", "glow", file)
         yield running
 
 

@@ -19,7 +19,6 @@ from PIL import Image
 
 from mezzotint import images
 from mezzotint.server.api.openai import KNOWN
-from mezzotint.spec import AdapterSpec
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 IMAGES = "/v1/images/generations"
@@ -31,7 +30,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     file = folder / "glow.safetensors"
     file.write_bytes(b"weights")
     with hosting(settings_for(folder, endpoint(), endpoint(id="two", default_steps=5))) as running:
-        running.run(running.endpoint("one").add_adapter(AdapterSpec("glow", str(file))))
+        running.announce("one", "glow", file)
         yield running
 
 

@@ -6,21 +6,24 @@ import hashlib
 import json
 import socket
 import struct
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mezzotint.config import AdapterSettings
-from mezzotint.errors import ConfigError, ConflictError, InvalidRequestError, NotFoundError
+from mezzotint.errors import ConfigError, InvalidRequestError
+from mezzotint.messages import AdapterAdded
 from mezzotint.server.app import create_app
 from mezzotint.server.store.adapter_files import Kept, keep, remove_unused
+from mezzotint.server.store.adapters import AdapterState, AdapterTable, Origin
 from mezzotint.server.store.database import open_database
 from mezzotint.server.work import adapters as registry
-from mezzotint.server.work.adapters import AdapterStore
+from mezzotint.server.work.endpoints import State
 from tests.engine import fake_hub
-from tests.server.hosting import FAKE, Host, endpoint, hosting, settings_for
+from tests.server.hosting import FAKE, PATIENCE_S, Host, endpoint, hosting, settings_for
 
 ADAPTERS = "/dedicated/beta/endpoint/one/adapters"
 MAX_BYTES = 100_000
@@ -152,6 +155,74 @@ def test_what_the_worker_refuses_is_not_registered(
     assert host.picture(model="one:flat", seed=1) == before
 
 
+@pytest.fixture
+def two_files(host: Host, tmp_path: Path) -> dict[str, tuple[Path, str]]:
+    """Two adapters' files by their checksum, each with the picture that route `flat` gives with it."""
+    found = {}
+    for text in "ab":
+        file = write(tmp_path / f"{text}.safetensors", text=text)
+        checksum = add(host, "flat", file)["checksum"]
+        found[checksum] = (file, host.picture(model="one:flat", seed=1))
+        assert host.client.delete(f"{ADAPTERS}/flat").status_code == 200
+    assert len({picture for _, picture in found.values()}) == 2
+    return found
+
+
+def race(host: Host, files: Iterable[Path], **fields: Any) -> list[int]:
+    """Adds these files to route `flat` at the same moment; the status of each answer."""
+    bodies = [{"route": "flat", "source": str(file), **fields} for file in files]
+    together = threading.Barrier(len(bodies))
+
+    def post(body: dict[str, Any]) -> int:
+        together.wait(PATIENCE_S)
+        return host.client.post(ADAPTERS, json=body).status_code
+
+    return list(host.pool.map(post, bodies))
+
+
+def agreed(host: Host) -> tuple[str, str]:
+    """The checksum that list, database and requests' record hold, and the picture that the worker makes."""
+    (listed,) = host.client.get(ADAPTERS).json()["data"]
+    (stored,) = host.service.adapters.table.list("one")
+    assert listed["checksum"] == stored.checksum == host.endpoint().adapters["flat"].checksum
+    assert hashlib.sha256(stored.path.read_bytes()).hexdigest() == stored.checksum
+    return stored.checksum, host.picture(model="one:flat", seed=1)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_simultaneous_adds_of_one_route_one_is_refused(
+    host: Host, two_files: dict[str, tuple[Path, str]], overwrite: bool
+) -> None:
+    for _ in range(40):
+        statuses = race(host, [file for file, _ in two_files.values()], replace=overwrite)
+        assert sorted(statuses) == ([200, 200] if overwrite else [200, 409])
+        checksum, picture = agreed(host)
+        assert picture == two_files[checksum][1], "the worker holds what the database says"
+        if not overwrite:
+            assert statuses[list(two_files).index(checksum)] == 200
+        assert host.client.delete(f"{ADAPTERS}/flat").status_code == 200
+
+
+def test_a_refused_file_among_two_simultaneous_adds_costs_the_good_one_nothing(
+    host: Host, two_files: dict[str, tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanishing(source: str, *values: Any) -> Kept:
+        kept = keep(source, *values)
+        if source == str(bad):
+            kept.path.unlink()
+        return kept
+
+    (good, picture), (bad, _) = two_files.values()
+    monkeypatch.setattr(registry, "keep", vanishing)
+    for _ in range(40):
+        statuses = race(host, (good, bad))
+        assert statuses[0] == 200
+        assert statuses[1] in (409, 422)
+        assert agreed(host) == (next(iter(two_files)), picture)
+        assert host.client.delete(f"{ADAPTERS}/flat").status_code == 200
+        assert host.post(model="one:flat").status_code == 404
+
+
 def test_removing_lets_requests_that_were_taken_in_finish(tmp_path: Path) -> None:
     spec = endpoint("fake:step_s=0.02", max_jobs=1)
     with hosting(settings_for(tmp_path, spec)) as host:
@@ -201,9 +272,9 @@ def test_an_adapter_that_a_starting_worker_refuses_is_shown_and_says_why(tmp_pat
     with hosting(settings_for(tmp_path)) as host:
         add(host, "flat", write(tmp_path / "flat.safetensors"))
         key = host.first_key
-        host.service.adapters.get("one", "flat").path.unlink()
+        host.endpoint().adapters["flat"].path.unlink()
     with hosting(settings_for(tmp_path), key=key) as host:
-        host.until(lambda: host.endpoint().adapter_facts)
+        host.until(lambda: host.endpoint().adapters["flat"].state is AdapterState.REFUSED)
         error = host.post(model="one:flat").json()["error"]
         assert (error["param"], error["code"]) == ("model", "adapter_load_failed")
         assert "one:flat cannot be used" in error["message"]
@@ -223,7 +294,7 @@ def test_adapters_of_the_configuration_come_change_and_go_with_it(tmp_path: Path
         service = app.state.context
         service.registry.load(service.settings.endpoints)
         service.adapters.load(service.registry)
-        found = {each.route: (each.scale, each.checksum) for each in service.adapters.registered("one")}
+        found = {each.route: (each.scale, each.checksum) for each in service.adapters.table.list("one")}
         assert set(next(iter(service.registry)).adapters) == set(found)
         service.engine.dispose()
         return found
@@ -252,6 +323,51 @@ def test_what_the_api_added_stays_when_the_configuration_names_others(tmp_path: 
     named = endpoint(adapters=(AdapterSettings(route="theirs", source=str(file)),))
     with hosting(settings_for(tmp_path, named), key=key) as host:
         assert routes_of(host) == ["mine", "theirs"]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_adapter_named_at_creation_and_deleted_later_stays_deleted(tmp_path: Path, lost: bool) -> None:
+    file = write(tmp_path / "ink.safetensors")
+    named = [{"route": "ink", "source": str(file)}, {"route": "kept", "source": str(file)}]
+    made = ADAPTERS.replace("/one/", "/made/")
+    with hosting(settings_for(tmp_path)) as host:
+        body = {"name": "made", "settings": {"model": "fake", "adapters": named}}
+        assert host.client.post("/dedicated/beta/endpoint", json=body).status_code == 200
+        host.wait_for(State.READY, endpoint_id="made")
+        assert host.client.delete(f"{made}/ink").status_code == 200
+        key = host.first_key
+    if lost:
+        file.unlink()
+    with hosting(settings_for(tmp_path), key=key) as host:
+        (entry,) = host.client.get(made).json()["data"]
+        assert (entry["route"], entry["origin"], entry["state"]) == ("kept", "api", "ready")
+
+
+def test_an_adapter_added_while_its_endpoint_is_deleted_is_in_no_place(host: Host, tmp_path: Path) -> None:
+    file = write(tmp_path / "flat.safetensors")
+    path = "/dedicated/beta/endpoint/brief"
+    for _ in range(5):
+        body = {"name": "brief", "settings": {"model": "fake"}}
+        assert host.client.post("/dedicated/beta/endpoint", json=body).status_code == 200
+        host.wait_for(State.READY, endpoint_id="brief")
+        adding = host.pool.submit(
+            host.client.post, f"{path}/adapters", json={"route": "a", "source": str(file)}
+        )
+        assert host.client.delete(path).status_code == 200
+        assert adding.result().status_code in (200, 404, 422)
+        assert host.service.adapters.table.list("brief") == []
+
+
+def test_a_removed_adapter_serves_those_taken_in_across_the_death_of_the_worker(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.02"))) as host:
+        add(host, "flat", write(tmp_path / "flat.safetensors"))
+        fatal = f"a cat !die-once@15:{tmp_path / 'flag'}"
+        answer = host.post_soon(fatal, model="one:flat", num_inference_steps=20)
+        host.until(lambda: host.endpoint().dispatcher.uses_adapter("flat"))
+        assert host.client.delete(f"{ADAPTERS}/flat").status_code == 200
+        assert host.post(model="one:flat").status_code == 404
+        assert answer.result().status_code == 200, answer.result().text
+        assert (tmp_path / "flag").exists()
 
 
 def test_built_in_adapters_belong_to_the_built_in_model_only(
@@ -313,7 +429,7 @@ def test_the_configuration_may_take_a_built_in_route_for_a_while(
         service = app.state.context
         service.registry.load(service.settings.endpoints)
         service.adapters.load(service.registry)
-        origins += [(each.source, each.origin) for each in service.adapters.registered("one")]
+        origins += [(each.source, each.origin) for each in service.adapters.table.list("one")]
         service.engine.dispose()
     own = (built_in.source, "built-in")
     assert origins == [own, (mine.source, "configuration"), own]
@@ -323,36 +439,35 @@ def test_the_configuration_may_take_a_built_in_route_for_a_while(
 
 
 @pytest.fixture
-def store(tmp_path: Path, database_url: str) -> Iterator[AdapterStore]:
+def table(tmp_path: Path, database_url: str) -> Iterator[AdapterTable]:
     engine = open_database(database_url)
-    yield AdapterStore(engine, tmp_path / "kept")
+    yield AdapterTable(engine, tmp_path / "kept")
     engine.dispose()
 
 
-def test_the_registry_works_on_a_data_folder_alone(store: AdapterStore, tmp_path: Path) -> None:
+def test_the_table_works_on_a_data_folder_alone(table: AdapterTable, tmp_path: Path) -> None:
     file = write(tmp_path / "flat.safetensors", rank=8)
-    kept = keep(str(file), store.folder, MAX_BYTES)
-    store._record(
-        registry._new("one", AdapterSettings(route="flat", source=str(file)), kept, registry.CALLED)
-    )
-    assert store.get("one", "flat").rank == 8
-    assert store.get("one", "flat").shown()["state"] == "unchecked"
-    with pytest.raises(ConflictError, match="has the adapter flat already; remove it first"):
-        store._require_free("one", "flat", overwrite=False)
-    with pytest.raises(NotFoundError, match=r"did you mean flat\?"):
-        store.forget("one", "flatt")
-    store.forget("one", "flat")
-    assert store.registered() == []
+    kept = keep(str(file), table.folder, MAX_BYTES)
+    settings = AdapterSettings(route="flat", source=str(file))
+    record = registry._registered("one", settings, kept, Origin.API)
+    table.save(record)
+    (stored,) = table.list("one")
+    assert (stored, stored.rank, stored.shown()["state"]) == (record, 8, "unchecked")
+    checked = record.after(AdapterAdded("flat", str(kept.path), 8, 64, ["to_q"]), "FluxPipeline")
+    table.save(checked)
+    assert table.list() == [checked], "what a worker found out is kept"
+    table.delete(checked)
+    assert table.list() == []
 
 
-def test_a_thousand_adapters_are_listed_in_order(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_thousand_adapters_are_listed_in_order(table: AdapterTable, tmp_path: Path) -> None:
     file = str(write(tmp_path / "flat.safetensors"))
-    kept = keep(file, store.folder, MAX_BYTES)
+    kept = keep(file, table.folder, MAX_BYTES)
     for number in range(1000):
         adapter = AdapterSettings(route=f"a{number:03}", source=file)
-        store._record(registry._new("one", adapter, kept, registry.CALLED))
-    assert [each.route for each in store.registered("one")] == [f"a{number:03}" for number in range(1000)]
-    assert len(list(store.folder.iterdir())) == 1, "one copy serves all"
+        table.save(registry._registered("one", adapter, kept, Origin.API))
+    assert [each.route for each in table.list("one")] == [f"a{number:03}" for number in range(1000)]
+    assert len(list(table.folder.iterdir())) == 1, "one copy serves all"
 
 
 # ---------------------------------------------------------------- sources

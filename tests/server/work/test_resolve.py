@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from mezzotint.errors import InvalidRequestError, NotFoundError, PermissionDeniedError
 from mezzotint.messages import AdapterFailed
+from mezzotint.server.store.adapters import Adapter, Origin
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.registry import Registry
 from mezzotint.server.work.resolve import Target, resolve, resolve_short, usable_endpoints
-from mezzotint.spec import AdapterSpec
 from tests.server.hosting import endpoint, hosting, settings_for
 
 EVERYWHERE = Key("key_1", "everywhere")
@@ -24,8 +25,10 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("server")
     with hosting(settings_for(folder, endpoint(), endpoint(id="two"))) as host:
         for endpoint_id, route in (("one", "glow"), ("one", "shared"), ("one", "broken"), ("two", "shared")):
-            host.endpoint(endpoint_id).adapters[route] = AdapterSpec(route, "nowhere")
-        host.endpoint("one").adapter_facts["broken"] = AdapterFailed("broken", "invalid_adapter", "no LoRA")
+            record = Adapter(endpoint_id, route, "", Path("nowhere"), 1.0, "", 0.0, Origin.API, 0)
+            if route == "broken":
+                record = record.after(AdapterFailed(route, "nowhere", "invalid_adapter", "no LoRA"), None)
+            host.endpoint(endpoint_id).adapters.publish(record)
         yield host.service.registry
 
 

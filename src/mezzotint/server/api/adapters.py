@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Path
@@ -61,7 +60,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {status: answers.ERRORS[status] for s
 @router.get(PATH, summary="List an endpoint's adapters", response_model=AdapterList, responses=_ERRORS)
 async def list_adapters(endpoint_id: EndpointId, context: CurrentContext, key: AdminKey) -> dict[str, Any]:
     endpoint = context.registry.find(endpoint_id, key)
-    return {"data": [adapter.shown() for adapter in await context.adapters.of(endpoint)]}
+    return {"data": [adapter.shown() for _, adapter in sorted(endpoint.adapters.items())]}
 
 
 @router.post(
@@ -75,9 +74,7 @@ async def add_adapter(
 ) -> dict[str, Any]:
     endpoint = context.registry.find(endpoint_id, key)
     adapter = AdapterSettings(route=body.route, source=body.source, scale=body.scale)
-    # Shielded: whoever hangs up must not leave a route that works but stands nowhere.
-    added = await asyncio.shield(context.adapters.add(endpoint, adapter, overwrite=body.replace))
-    return added.shown()
+    return (await context.adapters.add(endpoint, adapter, overwrite=body.replace)).shown()
 
 
 @router.delete(
@@ -91,7 +88,7 @@ async def remove_adapter(
 ) -> dict[str, Any]:
     """Those of the built-in model stay; what took the place of one gives it back."""
     endpoint = context.registry.find(endpoint_id, key)
-    return (await asyncio.shield(context.adapters.remove(endpoint, route))).shown()
+    return (await context.adapters.remove(endpoint, route)).shown()
 
 
 def install(app: FastAPI) -> None:

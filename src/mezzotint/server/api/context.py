@@ -18,7 +18,7 @@ from mezzotint.server.store.gallery import Gallery
 from mezzotint.server.store.keys import Key
 from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.store.storage import Storage
-from mezzotint.server.work.adapters import AdapterStore
+from mezzotint.server.work.adapters import AdapterRegistry
 from mezzotint.server.work.admission import Admission
 from mezzotint.server.work.registry import Registry
 
@@ -30,7 +30,7 @@ class Context:
     settings: Settings
     engine: sa.Engine
     registry: Registry
-    adapters: AdapterStore
+    adapters: AdapterRegistry
     admission: Admission
     storage: Storage
     gallery: Gallery

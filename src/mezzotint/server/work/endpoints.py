@@ -19,29 +19,15 @@ from enum import StrEnum
 import structlog
 
 from mezzotint.config import EndpointSettings
-from mezzotint.errors import (
-    ConflictError,
-    ModelLoadError,
-    RequestCancelledError,
-    UnavailableError,
-)
-from mezzotint.messages import (
-    AdapterAdded,
-    AdapterFailed,
-    AddAdapter,
-    FromWorker,
-    ModelInfo,
-    Ready,
-    RemoveAdapter,
-    Stats,
-)
+from mezzotint.errors import ConflictError, RequestCancelledError, UnavailableError
+from mezzotint.messages import AdapterAdded, AdapterFailed, FromWorker, ModelInfo, Ready, Stats
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.dispatch import Dispatcher
+from mezzotint.server.work.endpoint_adapters import EndpointAdapters
 from mezzotint.server.work.profiles import Calibration, Profile, load_message, settings_digest
 from mezzotint.server.work.queueing import Job
 from mezzotint.server.workers.supervisor import Launcher, Replica, ReplicaState
-from mezzotint.spec import AdapterSpec
 
 FAILED_RETRY_S = 30.0
 """Retry-After of an endpoint that has failed: somebody has to look at it first."""
@@ -108,8 +94,10 @@ class Endpoint:
         self.next: Generation | None = None
         self.update_failure = ""
         """Why the last update was given up."""
-        self.adapters: dict[str, AdapterSpec] = {}
-        self.adapter_facts: dict[str, AdapterAdded | AdapterFailed] = {}
+        self.adapters = EndpointAdapters(
+            lambda: [*self.current.ready, *(self.next.ready if self.next else ())],
+            lambda: self.info.pipeline_class if self.info else None,
+        )
         self._calibration = calibration
         self.dispatcher = Dispatcher(lambda: self.profile, lambda: self.current.ready)
         self._launcher = launcher
@@ -117,7 +105,6 @@ class Endpoint:
         self._on_calibrated = on_calibrated
         self._tasks: set[asyncio.Task[object]] = set()
         self._all_replicas: set[Replica] = set()
-        self._adapter_waiters: dict[str, list[asyncio.Future[AdapterAdded | AdapterFailed]]] = {}
         self._idle_timer: asyncio.TimerHandle | None = None
         self.awaking = False
         """Whether the start in progress ends a sleep."""
@@ -325,8 +312,7 @@ class Endpoint:
 
     def _replica_changed(self, replica: Replica) -> None:
         if replica.is_ready:
-            for adapter in self.adapters.values():  # before any request that names one
-                replica.send(AddAdapter(adapter))
+            self.adapters.greet(replica)
         coming = self.next
         if coming is not None and replica in coming.replicas:
             if all(other.is_ready for other in coming.replicas):
@@ -406,7 +392,7 @@ class Endpoint:
             case Ready(info, load_s):
                 self._became_ready(replica, info, load_s)
             case AdapterAdded() | AdapterFailed():
-                self._heard_of_adapter(message)
+                self.adapters.hear(replica, message)
             case Stats():
                 self._metrics.stats(self.id, message)
                 self.dispatcher.hear(replica, message)
@@ -424,56 +410,4 @@ class Endpoint:
     def _lost(self, replica: Replica) -> None:
         self._metrics.worker_exits.labels(self.id).inc()
         self.dispatcher.lost(replica)
-        if not self.current.ready:
-            for route in list(self._adapter_waiters):
-                self._heard_of_adapter(
-                    AdapterFailed(
-                        route, "adapter_load_failed", "the worker died while it looked at the adapter"
-                    )
-                )
-
-    # ------------------------------------------------------------ adapters
-
-    async def add_adapter(self, adapter: AdapterSpec) -> AdapterAdded | None:
-        """Makes an adapter known to every worker; ModelLoadError says why it does not fit.
-
-        Without a running worker it is looked at when one starts, and the answer is None.
-        """
-        ready = self.current.ready
-        before, facts = self.adapters.get(adapter.route), self.adapter_facts.get(adapter.route)
-        self.adapters[adapter.route] = adapter
-        if not ready:
-            return None
-        waiter: asyncio.Future[AdapterAdded | AdapterFailed] = asyncio.get_running_loop().create_future()
-        self._adapter_waiters.setdefault(adapter.route, []).append(waiter)
-        for replica in [*ready, *self._coming]:
-            replica.send(AddAdapter(adapter))
-        found = await waiter
-        if isinstance(found, AdapterFailed):
-            self.adapter_facts.pop(adapter.route, None)
-            if before is None:
-                self.remove_adapter(adapter.route)
-            else:  # which the workers keep as well
-                self.adapters[adapter.route] = before
-                if facts is not None:
-                    self.adapter_facts[adapter.route] = facts
-            raise ModelLoadError(found.message, code=found.code)
-        return found
-
-    def remove_adapter(self, route: str) -> None:
-        """Forgets an adapter; jobs that already use it finish."""
-        self.adapters.pop(route, None)
-        self.adapter_facts.pop(route, None)
-        for replica in [*self.current.ready, *self._coming]:
-            replica.send(RemoveAdapter(route))
-
-    @property
-    def _coming(self) -> list[Replica]:
-        """Workers of an update that are up and wait for the others."""
-        return self.next.ready if self.next is not None else []
-
-    def _heard_of_adapter(self, message: AdapterAdded | AdapterFailed) -> None:
-        self.adapter_facts[message.route] = message
-        for waiter in self._adapter_waiters.pop(message.route, []):
-            if not waiter.done():
-                waiter.set_result(message)
+        self.adapters.lost(replica)

@@ -160,7 +160,9 @@ class Registry:
 
     async def delete(self, endpoint: Endpoint) -> None:
         """Forgets an endpoint and its history; it must have been terminated."""
-        await asyncio.to_thread(self._transact, lambda c: _delete(c, endpoint.id))
+        async with endpoint.adapters.lock:  # an adapter that is being added would outlive it
+            endpoint.adapters.closed = True
+            await asyncio.to_thread(self._transact, lambda c: _delete(c, endpoint.id))
         self._endpoints.pop(endpoint.id, None)
 
     async def history(self, endpoint_id: str) -> list[Version]:

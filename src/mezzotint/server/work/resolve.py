@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mezzotint.errors import InvalidRequestError, NotFoundError, echo, nearest
-from mezzotint.messages import AdapterFailed
 from mezzotint.schemas import shown, split_model
+from mezzotint.server.store.adapters import AdapterState
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.registry import Registry
@@ -83,10 +83,10 @@ def _require_adapter(endpoint: Endpoint, route: str) -> None:
             code="adapter_not_found",
             param="model",
         )
-    refused = endpoint.adapter_facts.get(route)
-    if isinstance(refused, AdapterFailed):
-        text = f"adapter {endpoint.id}:{route} cannot be used: {refused.message}"
-        raise InvalidRequestError(text, code=refused.code, param="model")
+    adapter = endpoint.adapters[route]
+    if adapter.state is AdapterState.REFUSED:
+        text = f"adapter {endpoint.id}:{route} cannot be used: {adapter.failure}"
+        raise InvalidRequestError(text, code=adapter.failure_code, param="model")
 
 
 def _listed(names: list[str]) -> str:
