@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 from mezzotint.messages import Generate
 from mezzotint.server.work.queueing import Job, JobQueue, Throughput
@@ -271,7 +272,44 @@ def test_any_order_of_events_keeps_the_account_right() -> None:
         assert abs(queue.backlog_s() - expected) < 1e-6
 
 
-def test_pace_follows_what_is_measured() -> None:
+def test_an_entry_costs_the_same_however_many_jobs_wait() -> None:
+    def cpu_s(number: int) -> float:
+        queue, jobs = JobQueue(max_wait_s=1000), [job() for _ in range(number)]
+        began = time.thread_time()
+        for one in jobs:
+            queue.put(one, 1.0)
+        return time.thread_time() - began
+
+    few_s = min(cpu_s(1500) for _ in range(3))
+    assert cpu_s(15_000) < 40 * few_s, "ten times as many should take about ten times as long"
+
+
+def test_jobs_that_left_are_not_held_while_another_of_their_key_waits() -> None:
+    queue = JobQueue(max_wait_s=1000)
+    oldest = job(work_s=0.5)
+    queue.put(oldest, 1.0)
+    for _ in range(1000):
+        one = job()
+        queue.put(one, 2.0)
+        queue.remove(one)
+    share = queue._shares["a"]
+    assert max(len(share.by_age), len(share.by_work)) < 50
+    assert run_all(queue, 3.0) == [oldest]
+
+
+def test_a_job_that_left_and_came_back_is_there_once() -> None:
+    queue = JobQueue(max_wait_s=1000)
+    first, other = job(work_s=1), job(work_s=2)
+    for one in (first, other):
+        queue.put(one, 1.0)
+    queue.take(first, 2.0)
+    queue.finished(first)
+    queue.put(first, 3.0)
+    assert queue.waiting() == [first, other], "in the order of their age"
+    assert run_all(queue, 4.0) == [first, other]
+
+
+def test_throughput_follows_what_is_measured() -> None:
     throughput = Throughput.expected(1.0)
     for _ in range(100):
         throughput = throughput.observed(work_s=2.0, clock_s=0.5)

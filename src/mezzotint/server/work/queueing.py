@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from mezzotint.errors import MezzotintError
 from mezzotint.messages import Done, Generate, Preview
 from mezzotint.spec import ImageSpec
+
+MAX_STALE = 16
+"""A key's part of the queue is rid of stale entries when they outnumber the waiting jobs by this many."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,8 +45,13 @@ class Job:
     """Workers that died while they held this job."""
     lone_deaths: list[int] = field(default_factory=list)
     """The step that it had reached when a worker died that held nothing else."""
-    queued: bool = False
+    entry: int = 0
+    """Number of its entry in the queue, which JobQueue sets and reads; 0 while it does not wait."""
     ended: bool = False
+
+    @property
+    def queued(self) -> bool:
+        return self.entry > 0
 
     @property
     def spec(self) -> ImageSpec:
@@ -71,7 +80,9 @@ class _Share:
     weight: float
     priority: int
     by_work: list[tuple[float, float, int, Job]] = field(default_factory=list)
-    by_age: deque[Job] = field(default_factory=deque)
+    """A heap of work, age, entry and job. An entry whose number is not its job's present one is stale."""
+    by_age: deque[tuple[int, Job]] = field(default_factory=deque)
+    """Entry and job, the oldest job first; stale entries as above."""
     waiting: int = 0
     waiting_s: float = 0.0
     running: int = 0
@@ -83,6 +94,16 @@ class _Share:
     def active(self) -> bool:
         return self.waiting > 0 or self.running > 0
 
+    def drop_stale(self) -> None:
+        """Frees what stale entries hold."""
+        self.by_age = deque((job.entry, job) for job in self.jobs())
+        self.by_work = [(job.work_s, job.queued_at, job.entry, job) for job in self.jobs()]
+        heapq.heapify(self.by_work)
+
+    def jobs(self) -> Iterator[Job]:
+        """The waiting jobs, the oldest first."""
+        return (job for entry, job in self.by_age if entry == job.entry)
+
 
 class JobQueue:
     """The waiting jobs of one endpoint and the account of what runs."""
@@ -90,7 +111,9 @@ class JobQueue:
     def __init__(self, max_wait_s: float) -> None:
         self.max_wait_s = max_wait_s
         self._shares: dict[str, _Share] = {}
-        self._arrivals = 0
+        """By key id; kept while any key has work, so that what was served to each is not forgotten."""
+        self._entries = 0
+        """Number of the newest entry."""
 
     def __len__(self) -> int:
         return sum(share.waiting for share in self._shares.values())
@@ -103,17 +126,15 @@ class JobQueue:
         if not share.active:  # an idle key gathers no credit
             floor = min((other.served for other in self._shares.values() if other.active), default=0.0)
             share.served = max(share.served, floor)
-        if job in share.by_age:  # a stale entry of a job that comes back
-            share.by_age.remove(job)
         again = job.queued_at > 0
         job.queued_at = job.queued_at or now
-        job.queued, job.step, job.started_at = True, 0, None
-        self._arrivals += 1
-        heapq.heappush(share.by_work, (job.work_s, job.queued_at, self._arrivals, job))
+        self._entries += 1
+        job.entry, job.step, job.started_at = self._entries, 0, None
+        heapq.heappush(share.by_work, (job.work_s, job.queued_at, job.entry, job))
         if again:
-            share.by_age.appendleft(job)
+            share.by_age.appendleft((job.entry, job))
         else:
-            share.by_age.append(job)
+            share.by_age.append((job.entry, job))
         share.waiting += 1
         share.waiting_s += job.work_s
 
@@ -163,14 +184,14 @@ class JobQueue:
         """
         mine = self._shares[job.key_id]
         rank = (job.work_s, job.queued_at)
-        before = [other for other in mine.by_age if other.queued and (other.work_s, other.queued_at) < rank]
+        before = [other for other in mine.jobs() if (other.work_s, other.queued_at) < rank]
         others = [share for share in self._shares.values() if share is not mine]
         for share in others:
             if share.priority == mine.priority:
-                before += [other for other in share.by_age if other.queued][: len(before) + 1]
+                before += islice(share.jobs(), len(before) + 1)
         for share in others:
             if share.priority > mine.priority:
-                before += [other for other in share.by_age if other.queued]
+                before += share.jobs()
         return before
 
     def running_s(self) -> float:
@@ -202,42 +223,40 @@ class JobQueue:
     def reestimate(self, work_s: Callable[[Job], float]) -> None:
         """Counts the waiting jobs' work anew, when the model's speed has become known."""
         for share in self._shares.values():
-            jobs = [job for job in share.by_age if job.queued]
-            for job in jobs:
+            for job in share.jobs():
                 job.work_s = work_s(job)
-            share.by_work = [(job.work_s, job.queued_at, number, job) for number, job in enumerate(jobs)]
-            heapq.heapify(share.by_work)
-            share.waiting_s = sum(job.work_s for job in jobs)
+            share.drop_stale()
+            share.waiting_s = sum(job.work_s for job in share.jobs())
 
     def waiting(self) -> list[Job]:
-        return [job for share in self._shares.values() for job in share.by_age if job.queued]
+        return [job for share in self._shares.values() for job in share.jobs()]
 
     def _overdue(self, share: _Share, now: float) -> bool:
         """Whether this key's oldest waiting job has waited too long or is near its deadline."""
-        while share.by_age and not share.by_age[0].queued:
+        while share.by_age and share.by_age[0][0] != share.by_age[0][1].entry:
             share.by_age.popleft()
         if not share.by_age:
             return False
-        oldest = share.by_age[0]
+        _, oldest = share.by_age[0]
         return now - oldest.queued_at > self.max_wait_s or oldest.deadline - now < 2 * oldest.work_s
 
     def _first(self, share: _Share, now: float) -> Job:
         if self._overdue(share, now):
-            return share.by_age[0]
-        while not share.by_work[0][-1].queued:
+            return share.by_age[0][1]
+        while share.by_work[0][2] != share.by_work[0][3].entry:
             heapq.heappop(share.by_work)
-        return share.by_work[0][-1]
+        return share.by_work[0][3]
 
     def _leave(self, job: Job) -> _Share:
         assert job.queued
-        job.queued = False
+        job.entry = 0
         share = self._shares[job.key_id]
         share.waiting -= 1
         share.waiting_s = max(0.0, share.waiting_s - job.work_s)
         if not share.waiting:
             share.waiting_s = 0.0
-            share.by_age.clear()
-            share.by_work.clear()
+        if max(len(share.by_age), len(share.by_work)) - 2 * share.waiting > MAX_STALE:
+            share.drop_stale()
         return share
 
     def _forget_idle(self, key_id: str) -> None:
