@@ -85,7 +85,7 @@ def add_times(engine: Engine, files: list[Path]) -> tuple[float, float]:
         file.read_bytes()
         reads.append(time.process_time() - start)
         start = time.process_time()
-        engine.adapters.add(str(number), file)
+        engine.enable_adapters().add(str(number), file)
         adds.append(time.process_time() - start)
     return statistics.median(adds) * 1e3, statistics.median(reads) * 1e3
 
@@ -94,7 +94,7 @@ def load_times(engine: Engine) -> float:
     """Median milliseconds of making a cold adapter resident; all are afterwards if the budget allows."""
     times = []
     for number in range(NUM_ADAPTERS):
-        lease = engine.adapters.acquire(str(number))
+        lease = engine.enable_adapters().acquire(str(number))
         assert lease is not None
         times.append(lease.load_s)
         lease.release()
@@ -102,7 +102,7 @@ def load_times(engine: Engine) -> float:
 
 
 def measure(engine: Engine, folder: Path, rounds: int) -> dict[str, Any]:
-    model = getattr(engine.pipe, engine.facts.denoiser_name)
+    model = getattr(engine.pipe, engine.profile.denoiser_name)
     add_ms, read_ms = add_times(engine, write_adapters(model, folder))
     cold_ms = load_times(engine)
     chance = random.Random(0)
@@ -114,7 +114,7 @@ def measure(engine: Engine, folder: Path, rounds: int) -> dict[str, Any]:
         times["64"].append(cpu_seconds(engine, requests(drawn)))
     for seconds in times.values():
         del seconds[0]  # the warm-up
-    stats = engine.adapters.stats()
+    stats = engine.enable_adapters().stats()
     return {
         "rows": engine.runner.num_rows,
         "none_s": statistics.median(times["none"]),

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from mezzotint.engine.arguments import PipelineFacts
+from mezzotint.engine.arguments import PipelineProfile
 from mezzotint.errors import InvalidRequestError
 from mezzotint.spec import ImageSpec as Request
 from tests.engine import tiny
 
 
-def facts(name: str) -> PipelineFacts:
-    return PipelineFacts(tiny.build(name))
+def facts(name: str) -> PipelineProfile:
+    return PipelineProfile(tiny.build(name))
 
 
 def request(**fields: Any) -> Request:
@@ -24,7 +24,7 @@ def request(**fields: Any) -> Request:
 @pytest.mark.parametrize("name", tiny.ALL)
 def test_no_pipeline_gets_an_argument_it_does_not_take(name: str) -> None:
     pipe = tiny.build(name)
-    known = PipelineFacts(pipe)
+    known = PipelineProfile(pipe)
     arguments, _ = known.call_arguments(request(guidance_scale=3.0, negative_prompt="ugly"))
     assert set(arguments) <= set(inspect.signature(pipe.__call__).parameters)
     assert {"prompt", "num_inference_steps", "width", "height", "output_type"} <= set(arguments)
@@ -59,7 +59,7 @@ def test_distilled_models_default_to_few_steps_and_take_no_guidance() -> None:
 def test_a_short_text_encoder_is_given_its_own_length() -> None:
     pipe = tiny.build("flux")
     pipe.tokenizer_2.model_max_length = 24
-    known = PipelineFacts(pipe)
+    known = PipelineProfile(pipe)
     assert known.max_prompt_tokens == 24
     arguments, _ = known.call_arguments(request())
     assert arguments["max_sequence_length"] == 24
@@ -70,7 +70,7 @@ def test_a_short_text_encoder_is_given_its_own_length() -> None:
 def test_extra_wins_over_what_the_engine_would_choose() -> None:
     pipe = tiny.build("flux")
     pipe.tokenizer_2.model_max_length = 24
-    arguments, warnings = PipelineFacts(pipe).call_arguments(
+    arguments, warnings = PipelineProfile(pipe).call_arguments(
         request(prompt="fox " * 12, extra={"max_sequence_length": 16})
     )
     assert arguments["max_sequence_length"] == 16

@@ -16,6 +16,7 @@ from greenlet import greenlet
 
 from mezzotint.engine import Engine, EngineSettings, Event, Request
 from mezzotint.engine.steps.jobs import Job
+from mezzotint.engine.steps.pipeline_run import PipelineRun
 from mezzotint.errors import GenerationError, InvalidRequestError, NotFoundError
 from mezzotint.messages import Cancelled, Done, Failed, Preview, Progress
 from tests.engine import adapter_files, tiny
@@ -277,7 +278,7 @@ def test_running_out_of_memory_fails_one_job_with_advice() -> None:
 
 def test_an_unknown_adapter_names_the_nearest(engine: Engine, tmp_path: Path) -> None:
     path = adapter_file(tmp_path, "flat", 1)
-    engine.adapters.add("flat", path)
+    engine.enable_adapters().add("flat", path)
     (result,) = engine.generate([request(adapters=uses("flot"))])
     assert isinstance(result.error, NotFoundError)
     assert "flat" in result.error.message
@@ -390,10 +391,7 @@ def test_a_job_can_be_cancelled_at_every_stage(engine: Engine, stage: str) -> No
 
 def parked(engine: Engine, job_id: str) -> str:
     """The component that a job waits for."""
-    job = engine._active[job_id].job
-    assert job is not None
-    assert job.call is not None
-    return job.call.name
+    return engine._active[job_id].call.name
 
 
 def test_jobs_above_the_limit_wait_for_their_turn() -> None:
@@ -476,7 +474,7 @@ def test_adapters_mix_in_one_batch_and_keep_each_rows_bytes(tmp_path: Path) -> N
     pipe = tiny.build("flux")
     engine = Engine(pipe, rows=4)
     for index, route in enumerate(("flat", "mono")):
-        engine.adapters.add(route, adapter_file(tmp_path, route, index))
+        engine.enable_adapters().add(route, adapter_file(tmp_path, route, index))
     routes = (None, "flat", "mono", "flat", None, "mono")
     requests = [request(adapters=uses(route), seed=5, num_inference_steps=3) for route in routes]
     requests.append(request(adapters=uses("flat", 0.25), seed=5, num_inference_steps=3))
@@ -490,7 +488,7 @@ def test_adapters_mix_in_one_batch_and_keep_each_rows_bytes(tmp_path: Path) -> N
 
 
 def test_a_job_lets_its_adapter_go_when_it_ends(engine: Engine, tmp_path: Path) -> None:
-    engine.adapters.add("flat", adapter_file(tmp_path, "flat", 1))
+    engine.enable_adapters().add("flat", adapter_file(tmp_path, "flat", 1))
     engine.submit(request(adapters=uses("flat"), num_inference_steps=9), "a")
     engine.step()
     lease = engine._active["a"].lease
@@ -516,7 +514,7 @@ def test_two_hundred_jobs_leave_nothing_behind() -> None:
     gc.disable()
     try:
         drain_and_count(engine, 200)
-        assert living(Job) == 0
+        assert living(Job) == living(PipelineRun) == 0
         assert living(greenlet) <= 1
         assert tensors() <= before + 2
     finally:

@@ -21,7 +21,7 @@ _OURS = frozenset(
 """Pipeline arguments that `extra` must not set."""
 
 
-class PipelineFacts:
+class PipelineProfile:
     """What is fixed for one loaded pipeline: its defaults and limits, and how it wants to be called."""
 
     def __init__(self, pipe: Any) -> None:

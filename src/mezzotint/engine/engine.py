@@ -1,7 +1,7 @@
 """The engine: many requests through one pipeline, one denoising step at a time.
 
-Every request runs the unmodified pipeline in a Job; the loop in `Engine.step` is: pick parked calls, run
-them in one forward, split the result among the jobs, report. An engine belongs to the thread that uses it.
+Every job runs the unmodified pipeline; the loop in `Engine.step` is: pick parked calls, run them in one
+forward, split the result among the jobs, report. An engine belongs to the thread that uses it.
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mezzotint.engine.arguments import PipelineFacts
-from mezzotint.engine.lora.bank import AdapterBank, BankStats, Lease
+from mezzotint.engine.arguments import PipelineProfile
+from mezzotint.engine.calibration import Measurement, find_rows, first_call, measure, warm_up
+from mezzotint.engine.lora.bank import AdapterBank, BankStats
 from mezzotint.engine.models.loading import DEFAULTS, Loaded, load
 from mezzotint.engine.models.sources import Progress as OnProgress
 from mezzotint.engine.models.sources import nothing
 from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
-from mezzotint.engine.results import Image, Result, failure, pixels, result_of
-from mezzotint.engine.steps import exactness
-from mezzotint.engine.steps.batching import Call
-from mezzotint.engine.steps.jobs import Job, Tap
+from mezzotint.engine.results import Image, Result, failed_event, pixels, result_of
+from mezzotint.engine.steps.jobs import Job
+from mezzotint.engine.steps.pipeline_run import PipelineRun, Tap
 from mezzotint.engine.steps.rules import RULES
 from mezzotint.engine.steps.runner import Mode, Runner
-from mezzotint.engine.steps.scheduler import Service, StepTimes, Waiting, pick
+from mezzotint.engine.steps.scheduler import FairShares, StepTimes, pick
 from mezzotint.errors import GenerationError, MezzotintError
 from mezzotint.messages import Cancelled, Done, Failed, ModelInfo, Preview, Progress
 from mezzotint.spec import EngineSettings, ImageSpec
@@ -37,50 +36,6 @@ Event = Progress | Preview | Done | Failed | Cancelled
 
 WARM_STEP_S = 0.25
 """Models whose forward is faster make a few pictures at load, so that the first request is fast."""
-WARM_S = 0.5
-"""How long they may take, once a preview can be drawn."""
-_WARM_PROMPTS = (
-    "a red apple on a blue table",
-    "a yellow duck on a green meadow",
-    "a white cat in the snow",
-    "a black car at night",
-    "a pink flower on a white background",
-    "an orange sunset",
-    "a brown dog on a grey street",
-    "a purple umbrella",
-)
-
-
-@dataclass(slots=True)
-class _Active:
-    """A job in flight and what the loop must know of it."""
-
-    job_id: str
-    spec: ImageSpec
-    seed: int
-    arguments: dict[str, Any]
-    warnings: list[str]
-    arrival: int
-    admitted: float
-    priority: int
-    owner: str
-    parked: float = 0.0
-    job: Job | None = None
-    lease: Lease | None = None
-    num_forwards: int = 0
-    """Denoiser forwards so far."""
-    reported: int = 0
-    previews_due: tuple[int, ...] = ()
-    clean: torch.Tensor | None = None
-    """Latents of the finished picture, for the preview to learn from."""
-
-    @property
-    def width(self) -> int:
-        return int(self.arguments["width"])
-
-    @property
-    def height(self) -> int:
-        return int(self.arguments["height"])
 
 
 class Engine:
@@ -104,27 +59,29 @@ class Engine:
         of what the bytes depend on, as `rows` is.
         """
         self.pipe = pipe
-        self.facts = PipelineFacts(pipe)
+        self.profile = PipelineProfile(pipe)
         self.max_rows = max_rows
         self.max_jobs = max_jobs
         self.max_wait_s = max_wait_s
-        self.adapter_bytes = adapter_bytes
+        self.adapters: AdapterBank | None = None
+        """Filled by `enable_adapters`, None before."""
+        self._adapter_bytes = adapter_bytes
         self.busy_s = 0.0
         """Seconds spent in steps that ran something."""
         self.loaded: Loaded | None = None
         """What loading decided; set by `load`."""
-        self.measured: list[exactness.Measurement] = []
+        self.measured: list[Measurement] = []
         """What calibration has measured; empty if R was given."""
         self.times = StepTimes()
-        self._service = Service()
+        self._shares = FairShares()
         num_rows = rows if batching == "exact" else max_rows
-        self.runner = Runner(batching, num_rows, self.facts.denoiser_name, self._synchronize)
+        self.runner = Runner(batching, num_rows, self.profile.denoiser_name, self._synchronize)
         self.max_merge_pixels = max_merge_pixels
         self._device: torch.device = pipe._execution_device  # with offloading, not the device of the weights
         self._preview = LatentPreview(packed=hasattr(pipe, "_pack_latents"))
         self._taps = self._tap()
-        self._queue: deque[_Active] = deque()
-        self._active: dict[str, _Active] = {}
+        self._queue: deque[Job] = deque()
+        self._active: dict[str, Job] = {}
         self._events: list[Event] = []
         self._arrivals = 0
 
@@ -155,7 +112,7 @@ class Engine:
             adapter_bytes=settings.adapter_bytes,
         )
         engine.loaded = loaded
-        engine.max_merge_pixels = engine.facts.width * engine.facts.height
+        engine.max_merge_pixels = engine.profile.width * engine.profile.height
         engine.calibrate(min_gain=settings.min_batch_gain, max_stretch=settings.max_batch_stretch, rows=rows)
         engine.warm_up()
         return engine
@@ -175,12 +132,12 @@ class Engine:
 
     def close(self) -> None:
         """Ends what runs and takes the taps off the pipeline."""
-        for job_id in [*self._active, *(waiting.job_id for waiting in self._queue)]:
+        for job_id in [*self._active, *(job.job_id for job in self._queue)]:
             self.cancel(job_id)
         for tap in reversed(self._taps):
             tap.close()
         self._taps.clear()
-        if self.runner.adapters is not None:
+        if self.adapters is not None:
             self.adapters.close()
 
     def _run(self, requests: Sequence[ImageSpec]) -> Iterator[tuple[int, Result]]:
@@ -212,16 +169,16 @@ class Engine:
         """Whether `step` has something to run or to tell."""
         return bool(self._active or self._queue or self._events)
 
-    @functools.cached_property
-    def adapters(self) -> AdapterBank:
-        """The LoRA adapters of this pipeline; the first use prepares its layers."""
-        bank = AdapterBank(self.pipe, byte_budget=self.adapter_bytes)
-        self.runner.adapters = bank
-        return bank
+    def enable_adapters(self) -> AdapterBank:
+        """The LoRA adapters of this pipeline; the first call patches the layers that they may change."""
+        if self.adapters is None:
+            self.adapters = AdapterBank(self.pipe, byte_budget=self._adapter_bytes)
+            self.runner.adapters = self.adapters
+        return self.adapters
 
     def bank_stats(self) -> BankStats:
         """Hits, loads and residency of the adapters; all zero where none was ever added."""
-        return self.adapters.stats() if self.runner.adapters is not None else BankStats(0, 0, 0, 0, [])
+        return self.adapters.stats() if self.adapters is not None else BankStats(0, 0, 0, 0, [])
 
     def submit(
         self,
@@ -243,38 +200,37 @@ class Engine:
         self._arrivals += 1
         seed = spec.seed if seed is None else seed
         try:
-            arguments, warnings = self.facts.call_arguments(spec)
+            arguments, warnings = self.profile.call_arguments(spec)
             if spec.adapter is not None:
-                self.adapters.info(spec.adapter.route)
-                self.adapters.prefetch(spec.adapter.route)
+                bank = self.enable_adapters()
+                bank.info(spec.adapter.route)
+                bank.prefetch(spec.adapter.route)
         except MezzotintError as error:
             self._events.append(Failed(job_id, error.code, error.message, error.param))
             return
-        active = _Active(
+        job = Job(
             job_id=job_id,
             spec=spec,
             seed=secrets.randbelow(2**32) if seed is None else seed,
             arguments=arguments,
             warnings=warnings,
             arrival=self._arrivals,
-            admitted=time.perf_counter(),
+            submitted=time.perf_counter(),
             priority=priority,
             owner=owner,
             previews_due=tuple(preview_steps(num_previews, spec.num_inference_steps)),
         )
-        self._queue.append(active)
+        self._queue.append(job)
         self._events.append(Progress(job_id, 0, spec.num_inference_steps))
 
     def cancel(self, job_id: str) -> bool:
         """Ends a job now, between two forwards; False if there is no such job (any more)."""
-        active = self._active.get(job_id) or next(
-            (each for each in self._queue if each.job_id == job_id), None
-        )
-        if active is None:
+        job = self._active.get(job_id) or next((each for each in self._queue if each.job_id == job_id), None)
+        if job is None:
             return False
-        if active.job is None:
-            self._queue.remove(active)
-        self._end(active, Cancelled(job_id))
+        if job.run is None:
+            self._queue.remove(job)
+        self._end(job, Cancelled(job_id))
         return True
 
     def step(self) -> list[Event]:
@@ -287,9 +243,9 @@ class Engine:
                 self._forward(batch)
                 seconds = time.perf_counter() - start
                 self.busy_s += seconds
-                self._service.add([active.owner for active in batch], seconds)
+                self._shares.add([job.owner for job in batch], seconds)
             else:
-                self._service.forget()
+                self._shares.forget()
         events, self._events = self._events, []
         return events
 
@@ -297,156 +253,143 @@ class Engine:
 
     def _admit(self) -> None:
         """Starts queued jobs, as far as there is room for them and their adapters are at hand."""
-        for active in list(self._queue):
+        for job in list(self._queue):
             if len(self._active) >= self.max_jobs:
                 return
-            use = active.spec.adapter
-            if use is not None and self._active and not self.adapters.is_ready(use.route):
-                continue  # its file is being read in the background, while others run
+            use = job.spec.adapter
             try:
                 if use is not None:
-                    active.lease = self.adapters.acquire(use.route, use.scale)
-                    if active.lease is None:
+                    bank = self.enable_adapters()
+                    if self._active and not bank.is_ready(use.route):
+                        continue  # its file is being read in the background, while others run
+                    job.lease = bank.acquire(use.route, use.scale)
+                    if job.lease is None:
                         continue
-                hook = functools.partial(self._before_scheduler_step, active)
-                active.job = Job(
-                    self.pipe, active.arguments, seed=active.seed, lease=active.lease, before_step=hook
+                job.run = PipelineRun(
+                    self.pipe,
+                    job.arguments,
+                    seed=job.seed,
+                    lease=job.lease,
+                    merges=self._merges(job),
+                    before_step=functools.partial(self._before_scheduler_step, job),
                 )
             except Exception as error:
-                self._queue.remove(active)
-                self._end(active, self._failed(active, error))
+                self._queue.remove(job)
+                self._end(job, self._failed(job, error))
                 continue
-            self._queue.remove(active)
-            self._active[active.job_id] = active
-            active.job.start()
-            self._report(active)
+            self._queue.remove(job)
+            self._active[job.job_id] = job
+            job.run.start()
+            self._report(job)
 
-    def _pick(self) -> list[_Active]:
+    def _merges(self, job: Job) -> bool:
+        """Whether the job's calls may share forwards: in `exact` mode only up to `max_merge_pixels`."""
+        limit = self.max_merge_pixels
+        return self.runner.mode == "fast" or limit is None or job.width * job.height <= limit
+
+    def _pick(self) -> list[Job]:
         """The jobs whose parked calls run next, together."""
         now = time.perf_counter()
-        leads = self._service.leads(frozenset(active.owner for active in self._active.values()))
-        waiting = [self._waiting(active, now, leads) for active in self._active.values()]
-        picked = pick(waiting, max_rows=self.runner.num_rows, max_wait_s=self.max_wait_s)
+        leads = self._shares.leads(frozenset(job.owner for job in self._active.values()))
+        candidates = [
+            job.candidate(
+                now,
+                forward_s=0.0 if self._prepares(job) else self.times.estimate(job.width, job.height),
+                owner_lead_s=leads[job.owner],
+            )
+            for job in self._active.values()
+        ]
+        picked = pick(candidates, max_rows=self.runner.num_rows, max_wait_s=self.max_wait_s)
         if picked and picked[0].waited_s > self.max_wait_s:  # or it would get one step per wait
-            self._active[picked[0].job_id].priority = max(each.priority for each in waiting)
+            self._active[picked[0].job_id].priority = max(each.priority for each in candidates)
         return [self._active[each.job_id] for each in picked]
 
-    def _waiting(self, active: _Active, now: float, leads: Mapping[str, float]) -> Waiting:
-        job = active.job
-        assert job is not None, "an active job has started"
-        assert job.call is not None, "an active job is parked"
-        forwards_per_step = max(1.0, active.num_forwards / job.num_steps) if job.num_steps else 1.0
-        left = max(0, active.spec.num_inference_steps - job.num_steps) * forwards_per_step
-        return Waiting(
-            job_id=active.job_id,
-            key=job.call.key,
-            rows=job.call.rows,
-            remaining_s=0.0
-            if self._prepares(active)
-            else left * self.times.estimate(active.width, active.height),
-            waited_s=now - active.parked,
-            owner=active.owner,
-            owner_lead_s=leads[active.owner],
-            priority=active.priority,
-            arrival=active.arrival,
-        )
-
-    def _prepares(self, active: _Active) -> bool:
+    def _prepares(self, job: Job) -> bool:
         """Whether a job has yet to reach the denoiser: where jobs merge it goes first, to fill the batch."""
-        assert active.job is not None, "an active job has started"
-        assert active.job.call is not None, "an active job is parked"
-        merges = self.runner.num_rows > 1 and self.facts.family.merges
-        return merges and active.num_forwards == 0 and active.job.call.name != self.facts.denoiser_name
+        merges = self.runner.num_rows > 1 and self.profile.family.merges
+        return merges and job.num_forwards == 0 and job.call.name != self.profile.denoiser_name
 
-    def _forward(self, batch: Sequence[_Active]) -> None:
+    def _forward(self, batch: Sequence[Job]) -> None:
         """Runs the parked calls of `batch` and takes each job to its next one."""
-        calls: list[Call] = []
-        for active in batch:
-            assert active.job is not None, "an active job has started"
-            assert active.job.call is not None, "an active job is parked"
-            calls.append(active.job.call)
-        outcomes = self.runner.run(calls)
-        if calls[0].name == self.facts.denoiser_name:
-            if self.runner.last_s:
-                self.times.add(batch[0].width, batch[0].height, self.runner.last_s)
-            for active in batch:
-                active.num_forwards += 1
-        for active, outcome in zip(batch, outcomes, strict=True):
-            assert active.job is not None, "an active job has started"
-            if isinstance(outcome, Exception):
-                active.job.fail(outcome)
+        calls = [job.call for job in batch]
+        outcome = self.runner.run(calls)
+        if calls[0].name == self.profile.denoiser_name:
+            if outcome.forwards:
+                seconds = sum(forward.seconds for forward in outcome.forwards)
+                self.times.add(batch[0].width, batch[0].height, seconds)
+            for job in batch:
+                job.num_forwards += 1
+        for job, result in zip(batch, outcome.results, strict=True):
+            if isinstance(result, Exception):
+                job.started.fail(result)
             else:
-                active.job.resume(outcome)
-            self._report(active)
+                job.started.resume(result)
+            self._report(job)
 
-    def _report(self, active: _Active) -> None:
+    def _report(self, job: Job) -> None:
         """Tells how far the job has come, or how it has ended."""
-        job, steps = active.job, active.spec.num_inference_steps
-        assert job is not None, "an active job has started"
-        active.parked = time.perf_counter()
-        done = min(job.num_steps, steps)
-        if done > active.reported:
-            active.reported = done
-            self._events.append(Progress(active.job_id, done, steps))
-        if job.call is not None:
-            if self.max_merge_pixels is not None and active.width * active.height > self.max_merge_pixels:
-                job.call.key = job.call.key if self.runner.mode == "fast" else None
+        run, steps = job.started, job.spec.num_inference_steps
+        job.parked = time.perf_counter()
+        done = min(run.num_steps, steps)
+        if done > job.num_reported:
+            job.num_reported = done
+            self._events.append(Progress(job.job_id, done, steps))
+        if run.call is not None:
             return
-        if job.error is not None:
-            self._end(active, self._failed(active, job.error))
+        if run.error is not None:
+            self._end(job, self._failed(job, run.error))
             return
         try:
-            picture = pixels(job.result)
-        except GenerationError as error:  # this job's picture is none; others go on
-            self._end(active, self._failed(active, error))
+            picture = pixels(run.result)
+        except GenerationError as error:  # only this job fails; others go on
+            self._end(job, self._failed(job, error))
             return
-        self._end(active, self._done(active, picture))
+        self._end(job, self._done(job, picture))
 
-    def _failed(self, active: _Active, error: Exception) -> Failed:
-        size = f"{active.width}x{active.height}"
-        return failure(active.job_id, error, size=size, refused=active.num_forwards == 0)
+    def _failed(self, job: Job, error: Exception) -> Failed:
+        size = f"{job.width}x{job.height}"
+        return failed_event(job.job_id, error, size=size, refused=job.num_forwards == 0)
 
-    def _done(self, active: _Active, picture: Image) -> Done:
-        if active.clean is not None:
-            self._preview.learn(active.clean, torch.from_numpy(picture))
+    def _done(self, job: Job, picture: Image) -> Done:
+        if job.clean is not None:
+            self._preview.learn(job.clean, torch.from_numpy(picture))
         height, width, _ = picture.shape
         return Done(
-            active.job_id,
+            job.job_id,
             width,
             height,
-            generate_s=time.perf_counter() - active.admitted,
+            generate_s=time.perf_counter() - job.submitted,
             payload=picture.tobytes(),
-            adapter_load_s=0.0 if active.lease is None else active.lease.load_s,
-            warnings=active.warnings,
+            adapter_load_s=0.0 if job.lease is None else job.lease.load_s,
+            warnings=job.warnings,
         )
 
-    def _end(self, active: _Active, event: Done | Failed | Cancelled) -> None:
-        self._active.pop(active.job_id, None)
-        if active.job is not None:
+    def _end(self, job: Job, event: Done | Failed | Cancelled) -> None:
+        self._active.pop(job.job_id, None)
+        if job.run is not None:
             with torch.inference_mode():
-                active.job.close()
-        if active.lease is not None:
-            active.lease.release()
+                job.run.close()
+        if job.lease is not None:
+            job.lease.release()
         self._events.append(event)
 
-    def _before_scheduler_step(self, active: _Active, scheduler: Any, arguments: Mapping[str, Any]) -> None:
+    def _before_scheduler_step(self, job: Job, scheduler: Any, arguments: Mapping[str, Any]) -> None:
         """Where a preview is due, or one can be learned from: estimates the finished latents."""
-        assert active.job is not None, "only a started job steps"
-        step = active.job.num_steps + 1
+        step = job.started.num_steps + 1
         last = step == len(scheduler.timesteps)
-        if not (step in active.previews_due or (last and not self._preview.learned)):
+        if not (step in job.previews_due or (last and not self._preview.learned)):
             return
         output, sample = arguments["model_output"], arguments["sample"]
         clean = estimate_clean(scheduler, output, arguments["timestep"], sample)
         if last or clean is None:
-            active.clean = clean
+            job.clean = clean
             return
-        drawn = self._preview.draw(clean, active.width, active.height)
+        drawn = self._preview.draw(clean, job.width, job.height)
         if drawn is not None:
-            index = active.previews_due.index(step)
+            index = job.previews_due.index(step)
             height, width = drawn.shape[:2]
             payload = drawn.numpy().tobytes()
-            self._events.append(Preview(active.job_id, index, step, width, height, payload))
+            self._events.append(Preview(job.job_id, index, step, width, height, payload))
 
     def _synchronize(self) -> None:
         """Waits for the device."""
@@ -459,7 +402,7 @@ class Engine:
         for name, component in self.pipe.components.items():
             if not isinstance(component, torch.nn.Module):
                 continue
-            merges = name == self.facts.denoiser_name and self.facts.family.merges
+            merges = name == self.profile.denoiser_name and self.profile.family.merges
             rule = RULES.get(type(component).__name__) if merges else None
             taps.append(Tap(name, component, "decode" if hasattr(component, "decode") else "forward", rule))
         return taps
@@ -468,61 +411,53 @@ class Engine:
 
     def calibrate(self, *, min_gain: float = 1.4, max_stretch: float = 2.5, rows: int | None = None) -> None:
         """Measures forwards of a real job; in `exact` mode sets R to `rows`, or if None to what they show."""
+        exact = self.runner.mode == "exact"
         with torch.inference_mode():
-            request = ImageSpec(prompt=_WARM_PROMPTS[0], num_inference_steps=2)
-            call = exactness.first_call(self.pipe, self.facts, request)
+            call = first_call(self.pipe, self.profile)
             if call is None:
                 return
-            self.measured = exactness.measure(
+            self.measured = measure(
                 call,
-                max_rows=self.max_rows if rows is None and self.runner.mode == "exact" else 1,
+                max_rows=self.max_rows if rows is None and exact else 1,
                 max_stretch=max_stretch,
                 synchronize=self._synchronize,
             )
-            if self.runner.mode == "exact":
-                self.runner.num_rows = rows or exactness.find_rows(call, self.measured, min_gain, max_stretch)
-        self.times.add(self.facts.width, self.facts.height, self.measured[0].forward_s)
+            if exact:
+                self.runner.num_rows = rows or find_rows(call, self.measured, min_gain, max_stretch)
+        self.times.add(self.profile.width, self.profile.height, self.measured[0].forward_s)
 
     def warm_up(self) -> None:
-        """Makes a few two-step pictures if that is quick: they teach the preview and warm up the rest."""
-        if self.times.estimate(self.facts.width, self.facts.height) > WARM_STEP_S:
-            return
-        start = time.perf_counter()
-        for seed, prompt in enumerate(_WARM_PROMPTS):
-            self.submit(ImageSpec(prompt=prompt, num_inference_steps=2, seed=seed), f"warm-{seed}")
-            while self.num_jobs:
-                self.step()
-            late = time.perf_counter() - start > WARM_S
-            if self._preview.learned or (self._preview.ready and late):
-                return
+        """Draws a few pictures if that is quick, so that the first request is fast and has previews."""
+        if self.times.estimate(self.profile.width, self.profile.height) <= WARM_STEP_S:
+            warm_up(lambda spec: self.generate([spec]), self._preview)
 
     def info(self) -> ModelInfo:
         """What the server must know of this model."""
         loaded = self.loaded
         assert loaded is not None, "only a worker's engine, which `load` made, is asked"
-        facts = self.facts
+        profile = self.profile
         return ModelInfo(
             pipeline_class=type(self.pipe).__name__,
-            model_class=type(facts.denoiser).__name__,
+            model_class=type(profile.denoiser).__name__,
             dtype=loaded.dtype,
             device=loaded.device,
             num_threads=loaded.num_threads,
             batching=self.runner.mode,
             performance=loaded.performance,
             rows=self.runner.num_rows if self.runner.mode == "exact" else 1,
-            mergeable=facts.family.merges,
-            width=facts.width,
-            height=facts.height,
-            size_multiple=facts.size_multiple,
-            default_steps=facts.default_steps,
-            default_guidance=facts.family.default_guidance,
-            guidance_effective=facts.guidance_effective,
-            supports_negative_prompt=facts.supports_negative_prompt,
-            max_prompt_tokens=facts.max_prompt_tokens,
+            mergeable=profile.family.merges,
+            width=profile.width,
+            height=profile.height,
+            size_multiple=profile.size_multiple,
+            default_steps=profile.default_steps,
+            default_guidance=profile.family.default_guidance,
+            guidance_effective=profile.guidance_effective,
+            supports_negative_prompt=profile.supports_negative_prompt,
+            max_prompt_tokens=profile.max_prompt_tokens,
             num_parameters=loaded.num_parameters,
             calibration=[
                 {"rows": each.rows, "forward_s": each.forward_s, "rows_per_s": each.rows_per_s}
                 for each in self.measured
             ],
-            step_s=self.times.estimate(facts.width, facts.height),
+            step_s=self.times.estimate(profile.width, profile.height),
         )

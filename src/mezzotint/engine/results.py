@@ -60,7 +60,7 @@ def pixels(result: Any) -> Image:
     return picture
 
 
-def failure(job_id: str, error: Exception, *, size: str, refused: bool) -> Failed:
+def failed_event(job_id: str, error: Exception, *, size: str, refused: bool) -> Failed:
     """The message for a job that `error` ended; `refused`: before its first denoiser forward."""
     if isinstance(error, MezzotintError):
         return Failed(job_id, error.code, error.message, error.param)

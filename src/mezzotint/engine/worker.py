@@ -264,10 +264,10 @@ class Worker:
                 self._check(adapter)
             case RemoveAdapter(route):
                 self._checks.pop(route, None)
-                self.engine.adapters.remove(route)
+                self.engine.enable_adapters().remove(route)
                 self._go_on(route)
             case PrefetchAdapter(route):
-                self.engine.adapters.prefetch(route)
+                self.engine.enable_adapters().prefetch(route)
             case Shutdown():
                 self._open = False
             case _:
@@ -298,7 +298,7 @@ class Worker:
 
     def _check(self, adapter: AdapterSpec) -> None:
         """Has the file read and checked in the background: running requests do not wait for it."""
-        bank = self.engine.adapters  # prepares the layers, in this thread
+        bank = self.engine.enable_adapters()  # patches the layers, in this thread
         future = self._checker.submit(bank.check, adapter.path, checksum=adapter.checksum)
         self._checks[adapter.route] = (adapter, future)
         future.add_done_callback(self._wake_up)
@@ -324,7 +324,7 @@ class Worker:
 
     def _register(self, adapter: AdapterSpec, future: Future[CheckedFile]) -> AdapterAdded | AdapterFailed:
         try:
-            info = self.engine.adapters.register(adapter.route, future.result(), scale=adapter.scale)
+            info = self.engine.enable_adapters().register(adapter.route, future.result(), scale=adapter.scale)
         except ModelLoadError as error:
             return AdapterFailed(adapter.route, adapter.path, error.code, error.message)
         except Exception as error:

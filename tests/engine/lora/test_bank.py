@@ -772,7 +772,7 @@ def test_forty_eight_requests_at_once_are_each_what_they_are_alone(
 ) -> None:
     engine = Engine(tiny.build("flux", dtype), batching=batching, rows=4)
     for route, file in adapters.items():
-        engine.adapters.add(route, file)
+        engine.enable_adapters().add(route, file)
     wanted = requests()[:num]
     alone = [engine.generate([request])[0].image for request in wanted]
     for index, request in enumerate(wanted):
@@ -795,8 +795,8 @@ def test_a_scale_gives_the_same_bytes_where_several_rows_are_computed_one_by_one
 ) -> None:
     """An adapter whose copies for all rows would take too much runs row by row, alone or not."""
     engine = Engine(tiny.build("flux", torch.bfloat16), rows=4)
-    info = engine.adapters.add("a", adapters["a"])
-    engine.adapters.byte_budget = 20 * info.file.num_bytes
+    info = engine.enable_adapters().add("a", adapters["a"])
+    engine.enable_adapters().byte_budget = 20 * info.file.num_bytes
     engine.generate([replace(small("a"), adapters=uses("a", first))])  # settles which row counts are exact
     wanted = [replace(small("a"), adapters=uses("a", 0.7), seed=seed) for seed in range(4)]
     same_alone_and_together(engine, wanted)
@@ -806,7 +806,7 @@ def test_a_scale_gives_the_same_bytes_where_several_rows_are_computed_one_by_one
 def test_each_adapter_changes_the_picture_by_a_margin(adapters: dict[str, Path]) -> None:
     engine = Engine(tiny.build("flux"), rows=4)
     for route, file in adapters.items():
-        engine.adapters.add(route, file)
+        engine.enable_adapters().add(route, file)
     pictures = [
         result.image for result in engine.generate([small(adapter=route) for route in (None, *adapters)])
     ]
@@ -821,7 +821,7 @@ def test_each_adapter_changes_the_picture_by_a_margin(adapters: dict[str, Path])
 def test_fast_mode_stays_near_to_what_a_request_is_alone(adapters: dict[str, Path]) -> None:
     engine = Engine(tiny.build("flux"), batching="fast", max_rows=8)
     for route, file in adapters.items():
-        engine.adapters.add(route, file)
+        engine.enable_adapters().add(route, file)
     wanted = requests()[:16]
     alone = [engine.generate([request])[0].image for request in wanted]
     for one, found in zip(alone, engine.generate(wanted), strict=True):
@@ -836,10 +836,10 @@ def test_more_adapters_at_once_than_have_room_take_turns(many: list[Path]) -> No
     one = bank_of(pipe).add("0", many[0]).file.num_bytes
     engine = Engine(pipe, rows=1, adapter_bytes=3 * one)
     for number in range(8):
-        engine.adapters.add(str(number), many[number])
+        engine.enable_adapters().add(str(number), many[number])
     results = engine.generate([small(adapter=str(n % 8)) for n in range(24)])
     assert [result.error for result in results] == [None] * 24
-    assert engine.adapters.stats().num_bytes <= 3 * one
+    assert engine.enable_adapters().stats().num_bytes <= 3 * one
     engine.close()
 
 
@@ -847,7 +847,7 @@ def test_a_broken_adapter_fails_its_own_request_only(adapters: dict[str, Path], 
     engine = Engine(tiny.build("flux"), rows=1)
     file = tmp_path / "a.safetensors"
     file.write_bytes(adapters["a"].read_bytes())
-    engine.adapters.add("a", file)
+    engine.enable_adapters().add("a", file)
     save_file({"x": torch.ones(1)}, file)
     bad, good = engine.generate([small(adapter="a"), small()])
     assert bad.error is not None

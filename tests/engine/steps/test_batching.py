@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mezzotint.engine.steps.batching import Call, NotMergeable, Part, Rule, join, merge, plan, split
+from mezzotint.engine.steps.batching import Call, NotMergeable, Part, Rule, join, merge, partition, split
 
 RULE = Rule(
     {
@@ -141,7 +141,7 @@ def test_calls_that_fit_share_a_forward_and_a_big_one_goes_in_chunks() -> None:
     one, two, five = call(x=torch.ones(1, 1)), call(x=torch.ones(2, 1)), call(x=torch.ones(5, 1))
 
     def rows(calls: list[Call]) -> list[list[int]]:
-        return [[part.stop - part.start for part in forward] for forward in plan(calls, 3)]
+        return [[part.stop - part.start for part in forward] for forward in partition(calls, 3)]
 
     assert rows([one, two]) == [[1, 2]]
     assert rows([two, two]) == [[2], [2]]
@@ -151,7 +151,7 @@ def test_calls_that_fit_share_a_forward_and_a_big_one_goes_in_chunks() -> None:
 def test_a_call_in_chunks_gets_its_rows_back_in_order() -> None:
     big = call(x=torch.arange(5.0).reshape(5, 1))
     pieces = []
-    for parts in plan([big], 2):
+    for parts in partition([big], 2):
         result = (merge(parts, 2)["x"] * 10,)
         pieces += split(result, [part.stop - part.start for part in parts])
     assert join(pieces)[0].tolist() == [[0.0], [10.0], [20.0], [30.0], [40.0]]

@@ -53,11 +53,11 @@ def checked(runner: Runner, model: Model) -> Runner:
 def test_exact_runs_every_forward_with_the_same_number_of_rows() -> None:
     model = Model(rows=4)
     runner = checked(Runner("exact", 4, "transformer"), model)
-    assert [values(each) for each in runner.run([call(model, 1.0), call(model, 2.0, 3.0)])] == [
+    assert [values(each) for each in runner.run([call(model, 1.0), call(model, 2.0, 3.0)]).results] == [
         [2.0],
         [4.0, 6.0],
     ]
-    assert values(runner.run([call(model, 5.0)])[0]) == [10.0]
+    assert values(runner.run([call(model, 5.0)]).results[0]) == [10.0]
     assert model.batches == [4, 4]
     assert (runner.num_forwards, runner.num_real_rows, runner.num_padded_rows) == (2, 4, 4)
 
@@ -107,9 +107,9 @@ def test_rows_with_adapters_are_checked_with_their_adapters(odd_rows: int, expec
     runner.run([adapters.call(1.0)])
     assert adapters.model.batches == [1]
     adapters.model.batches.clear()
-    assert values(runner.run([adapters.call(1.0, "a")])[0]) == [2.25]
+    assert values(runner.run([adapters.call(1.0, "a")]).results[0]) == [2.25]
     assert adapters.model.batches == expected
-    together = runner.run([adapters.call(1.0), adapters.call(1.0, "a"), adapters.call(2.0)])
+    together = runner.run([adapters.call(1.0), adapters.call(1.0, "a"), adapters.call(2.0)]).results
     assert [values(each) for each in together] == [[2.0], [2.25], [4.0]]
 
 
@@ -120,7 +120,7 @@ def test_calls_that_may_not_merge_run_beside_those_that_may() -> None:
     runner.run([adapters.call(0.0)])
     runner._row_counts[hash((adapters.call(0.0, "b").key, 4, "b"))] = ()
     adapters.model.batches.clear()
-    together = runner.run([adapters.call(1.0), adapters.call(1.0, "b"), adapters.call(3.0)])
+    together = runner.run([adapters.call(1.0), adapters.call(1.0, "b"), adapters.call(3.0)]).results
     assert [values(each) for each in together] == [[2.0], [2.25], [6.0]]
     assert sorted(adapters.model.batches) == [1, 2]
 
@@ -128,14 +128,14 @@ def test_calls_that_may_not_merge_run_beside_those_that_may() -> None:
 def test_exact_sends_a_call_with_many_rows_through_in_chunks() -> None:
     model = Model()
     runner = checked(Runner("exact", 2), model)
-    assert values(runner.run([call(model, 1.0, 2.0, 3.0, 4.0, 5.0)])[0]) == [2.0, 4.0, 6.0, 8.0, 10.0]
+    assert values(runner.run([call(model, 1.0, 2.0, 3.0, 4.0, 5.0)]).results[0]) == [2.0, 4.0, 6.0, 8.0, 10.0]
     assert model.batches == [2, 2, 1]
 
 
 def test_exact_with_one_row_runs_each_call_as_it_came() -> None:
     model = Model()
     runner = Runner("exact", 1)
-    assert values(runner.run([call(model, 1.0, 2.0)])[0]) == [2.0, 4.0]
+    assert values(runner.run([call(model, 1.0, 2.0)]).results[0]) == [2.0, 4.0]
     assert model.batches == [2]
 
 
@@ -149,7 +149,7 @@ def test_exact_never_merges_rows_that_depend_on_each_other() -> None:
     runner = Runner("exact", 4)
     arguments = {"x": torch.tensor([[1.0], [3.0]])}
     calls = [Call("transformer", mixing, (), arguments, RULE) for _ in range(2)]
-    assert [values(each) for each in runner.run(calls)] == [[-1.0, 1.0]] * 2
+    assert [values(each) for each in runner.run(calls).results] == [[-1.0, 1.0]] * 2
     assert batches[-2:] == [2, 2]
 
 
@@ -164,7 +164,10 @@ def test_a_shape_is_checked_once() -> None:
 def test_fast_merges_what_is_there_and_runs_one_call_as_it_came() -> None:
     model = Model()
     runner = Runner("fast", 8)
-    assert [values(each) for each in runner.run([call(model, 1.0), call(model, 2.0)])] == [[2.0], [4.0]]
+    assert [values(each) for each in runner.run([call(model, 1.0), call(model, 2.0)]).results] == [
+        [2.0],
+        [4.0],
+    ]
     runner.run([call(model, 1.0)])
     assert model.batches == [2, 1]
 
@@ -176,7 +179,7 @@ def test_off_has_room_for_one_row() -> None:
 def test_a_class_without_a_rule_runs_as_it_came() -> None:
     model = Model()
     runner = Runner("exact", 4)
-    assert values(runner.run([call(model, 1.0, 2.0, rule=None)])[0]) == [2.0, 4.0]
+    assert values(runner.run([call(model, 1.0, 2.0, rule=None)]).results[0]) == [2.0, 4.0]
     assert model.batches == [2]
 
 
@@ -185,7 +188,7 @@ def test_a_bad_row_fails_alone_and_the_others_keep_their_bytes(mode: Any) -> Non
     model = Model(rows=4 if mode == "exact" else None)
     runner = Runner(mode, 4)
     outcomes = [
-        values(each) for each in runner.run([call(model, 1.0), call(model, -500.0), call(model, 3.0)])
+        values(each) for each in runner.run([call(model, 1.0), call(model, -500.0), call(model, 3.0)]).results
     ]
     assert outcomes[0] == [2.0]
     assert isinstance(outcomes[1], ZeroDivisionError)
@@ -198,11 +201,12 @@ def test_the_time_of_a_run_is_that_of_its_forwards_without_the_check_of_a_new_sh
     waited: list[int] = []
     model = Model()
     runner = Runner("exact", 4, synchronize=lambda: waited.append(len(model.batches)))
-    runner.run([call(model, 1.0)])
+    forwards = runner.run([call(model, 1.0)]).forwards
     checks = len(model.batches) - 1
     assert checks >= 3
     assert waited == [checks + 1]
-    assert runner.last_s > 0
+    assert [each.rows for each in forwards] == [1]
+    assert forwards[0].seconds > 0
 
 
 def test_only_the_named_component_is_counted() -> None:

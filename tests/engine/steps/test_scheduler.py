@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.engine.steps.scheduler import MAX_SIZES, Service, StepTimes, Waiting, pick
+from mezzotint.engine.steps.scheduler import MAX_SIZES, Candidate, FairShares, StepTimes, pick
 
 
-def waiting(job_id: str, **fields: Any) -> Waiting:
+def candidate(job_id: str, **fields: Any) -> Candidate:
     defaults: dict[str, Any] = {"key": "shape", "rows": 1, "remaining_s": 1.0, "waited_s": 0.0}
-    return Waiting(job_id, **{**defaults, **fields})
+    return Candidate(job_id, **{**defaults, **fields})
 
 
-def ids(picked: Sequence[Waiting]) -> list[str]:
+def ids(picked: Sequence[Candidate]) -> list[str]:
     return [each.job_id for each in picked]
 
 
@@ -30,45 +30,45 @@ def test_nothing_waiting_picks_nothing() -> None:
 
 
 def test_the_job_with_least_work_left_goes_first() -> None:
-    jobs = [waiting("long", remaining_s=5, key="a"), waiting("short", remaining_s=0.4, key="b")]
+    jobs = [candidate("long", remaining_s=5, key="a"), candidate("short", remaining_s=0.4, key="b")]
     assert ids(pick(jobs, max_rows=4, max_wait_s=20)) == ["short"]
 
 
 def test_calls_of_the_leaders_key_fill_the_batch_in_order_of_urgency() -> None:
     jobs = [
-        waiting("third", remaining_s=3),
-        waiting("other", remaining_s=1.5, key="another shape"),
-        waiting("first", remaining_s=1),
-        waiting("second", remaining_s=2),
-        waiting("fourth", remaining_s=4),
+        candidate("third", remaining_s=3),
+        candidate("other", remaining_s=1.5, key="another shape"),
+        candidate("first", remaining_s=1),
+        candidate("second", remaining_s=2),
+        candidate("fourth", remaining_s=4),
     ]
     assert ids(pick(jobs, max_rows=3, max_wait_s=20)) == ["first", "second", "third"]
 
 
 def test_a_call_without_a_key_goes_alone() -> None:
-    jobs = [waiting("a", key=None), waiting("b", key=None)]
+    jobs = [candidate("a", key=None), candidate("b", key=None)]
     assert ids(pick(jobs, max_rows=4, max_wait_s=20)) == ["a"]
 
 
 def test_rows_are_counted_not_calls() -> None:
     jobs = [
-        waiting("a", rows=2, remaining_s=1),
-        waiting("b", rows=2, remaining_s=2),
-        waiting("c", rows=1, remaining_s=3),
+        candidate("a", rows=2, remaining_s=1),
+        candidate("b", rows=2, remaining_s=2),
+        candidate("c", rows=1, remaining_s=3),
     ]
     assert ids(pick(jobs, max_rows=3, max_wait_s=20)) == ["a", "c"]
 
 
 def test_a_call_with_more_rows_than_a_forward_takes_leads_alone() -> None:
-    jobs = [waiting("big", rows=6, remaining_s=1), waiting("small", remaining_s=2)]
+    jobs = [candidate("big", rows=6, remaining_s=1), candidate("small", remaining_s=2)]
     assert ids(pick(jobs, max_rows=4, max_wait_s=20)) == ["big"]
 
 
 def test_a_job_that_has_waited_past_its_bound_goes_first() -> None:
     jobs = [
-        waiting("short", remaining_s=0.1, key="a"),
-        waiting("starved", remaining_s=50, waited_s=21, key="b"),
-        waiting("starved longer", remaining_s=60, waited_s=22, key="c"),
+        candidate("short", remaining_s=0.1, key="a"),
+        candidate("starved", remaining_s=50, waited_s=21, key="b"),
+        candidate("starved longer", remaining_s=60, waited_s=22, key="c"),
     ]
     assert ids(pick(jobs, max_rows=1, max_wait_s=20)) == ["starved longer"]
     assert ids(pick(jobs, max_rows=1, max_wait_s=30)) == ["short"]
@@ -76,42 +76,42 @@ def test_a_job_that_has_waited_past_its_bound_goes_first() -> None:
 
 def test_priority_goes_before_work_but_not_before_the_overdue() -> None:
     jobs = [
-        waiting("paid", remaining_s=9, priority=1),
-        waiting("short", remaining_s=1),
-        waiting("overdue", remaining_s=9, waited_s=21),
+        candidate("paid", remaining_s=9, priority=1),
+        candidate("short", remaining_s=1),
+        candidate("overdue", remaining_s=9, waited_s=21),
     ]
     assert ids(pick(jobs, max_rows=3, max_wait_s=20)) == ["overdue", "paid", "short"]
 
 
 def test_everyones_most_urgent_job_comes_before_anyones_second() -> None:
-    jobs = [waiting(f"crowd {left}", remaining_s=left, owner="crowd") for left in (1, 2, 3, 4)]
-    jobs.append(waiting("lone", remaining_s=9, owner="lone"))
+    jobs = [candidate(f"crowd {left}", remaining_s=left, owner="crowd") for left in (1, 2, 3, 4)]
+    jobs.append(candidate("lone", remaining_s=9, owner="lone"))
     assert ids(pick(jobs, max_rows=3, max_wait_s=20)) == ["crowd 1", "lone", "crowd 2"]
 
 
 def test_an_owner_far_ahead_lets_the_others_pass_but_not_a_higher_priority() -> None:
     jobs = [
-        waiting("flood", remaining_s=1, owner="flood", owner_lead_s=21),
-        waiting("patient", remaining_s=50, owner="patient"),
+        candidate("flood", remaining_s=1, owner="flood", owner_lead_s=21),
+        candidate("patient", remaining_s=50, owner="patient"),
     ]
     assert ids(pick(jobs, max_rows=1, max_wait_s=20)) == ["patient"]
     assert ids(pick(jobs, max_rows=1, max_wait_s=22)) == ["flood"]
-    paid = waiting("paid", remaining_s=1, owner="flood", owner_lead_s=21, priority=1)
+    paid = candidate("paid", remaining_s=1, owner="flood", owner_lead_s=21, priority=1)
     assert ids(pick([paid, *jobs], max_rows=1, max_wait_s=20)) == ["paid"]
 
 
 def test_a_flood_of_short_jobs_delays_another_owners_long_one_by_a_bounded_time() -> None:
-    service, left, now = Service(), {"long": 50.0}, 0
+    shares, left, now = FairShares(), {"long": 50.0}, 0
     while left["long"]:
         left = {"long": left["long"], f"short {now // 4}": left.get(f"short {now // 4}", 4.0)}
         owners = {name: name.split()[0] for name in left}
-        leads = service.leads(frozenset(owners.values()))
+        leads = shares.leads(frozenset(owners.values()))
         jobs = [
-            waiting(name, remaining_s=steps, owner=owners[name], owner_lead_s=leads[owners[name]])
+            candidate(name, remaining_s=steps, owner=owners[name], owner_lead_s=leads[owners[name]])
             for name, steps in left.items()
         ]
         (job,) = pick(jobs, max_rows=1, max_wait_s=20)
-        service.add([owners[job.job_id]], 1.0)
+        shares.add([owners[job.job_id]], 1.0)
         left[job.job_id] -= 1
         left = {name: steps for name, steps in left.items() if steps or name == "long"}
         now += 1
@@ -119,23 +119,23 @@ def test_a_flood_of_short_jobs_delays_another_owners_long_one_by_a_bounded_time(
 
 
 def test_who_comes_or_comes_back_starts_level_and_has_earned_nothing_by_absence() -> None:
-    service = Service()
-    service.leads(frozenset("a"))
-    service.add("a", 10.0)
-    assert service.leads(frozenset("ab")) == {"a": 0.0, "b": 0.0}
-    service.add("aab", 9.0)
-    assert service.leads(frozenset("ab")) == {"a": 3.0, "b": 0.0}
-    service.leads(frozenset("b"))
-    assert service.leads(frozenset("ab")) == {"a": 3.0, "b": 0.0}, "leaving for a moment forgives nothing"
-    service.forget()
-    assert service.leads(frozenset("ab")) == {"a": 0.0, "b": 0.0}
+    shares = FairShares()
+    shares.leads(frozenset("a"))
+    shares.add("a", 10.0)
+    assert shares.leads(frozenset("ab")) == {"a": 0.0, "b": 0.0}
+    shares.add("aab", 9.0)
+    assert shares.leads(frozenset("ab")) == {"a": 3.0, "b": 0.0}
+    shares.leads(frozenset("b"))
+    assert shares.leads(frozenset("ab")) == {"a": 3.0, "b": 0.0}, "leaving for a moment forgives nothing"
+    shares.forget()
+    assert shares.leads(frozenset("ab")) == {"a": 0.0, "b": 0.0}
 
 
 def test_a_running_job_is_carried_on_rather_than_rotated() -> None:
     left = {"a": 5, "b": 5}
     order = []
     while left:
-        jobs = [waiting(name, remaining_s=steps, arrival=ord(name)) for name, steps in left.items()]
+        jobs = [candidate(name, remaining_s=steps, arrival=ord(name)) for name, steps in left.items()]
         (job,) = pick(jobs, max_rows=1, max_wait_s=1e9)
         order.append(job.job_id)
         left[job.job_id] -= 1
@@ -145,7 +145,7 @@ def test_a_running_job_is_carried_on_rather_than_rotated() -> None:
 
 
 def test_a_short_job_overtakes_a_long_one_in_mid_run() -> None:
-    jobs = [waiting("long", remaining_s=40, arrival=1), waiting("short", remaining_s=4, arrival=2)]
+    jobs = [candidate("long", remaining_s=40, arrival=1), candidate("short", remaining_s=4, arrival=2)]
     assert ids(pick(jobs, max_rows=1, max_wait_s=20)) == ["short"]
 
 
@@ -171,7 +171,7 @@ def ends_by_picking(jobs: Sequence[tuple[float, int]]) -> dict[int, float]:
             now = min(time for time, _ in coming.values())
             continue
         parked = [
-            waiting(str(index), key=None, remaining_s=steps, waited_s=now - last[index], arrival=index)
+            candidate(str(index), key=None, remaining_s=steps, waited_s=now - last[index], arrival=index)
             for index, steps in left.items()
         ]
         (picked,) = pick(parked, max_rows=1, max_wait_s=2000)
@@ -204,7 +204,7 @@ def test_short_jobs_among_long_ones_end_four_times_sooner_than_in_a_queue() -> N
 @given(
     st.lists(
         st.builds(
-            Waiting,
+            Candidate,
             job_id=st.text(max_size=3),
             key=st.sampled_from([None, "a", "b"]),
             rows=st.integers(1, 9),
@@ -218,7 +218,7 @@ def test_short_jobs_among_long_ones_end_four_times_sooner_than_in_a_queue() -> N
     ),
     st.integers(1, 8),
 )
-def test_a_pick_is_never_empty_never_too_big_and_of_one_key(jobs: list[Waiting], max_rows: int) -> None:
+def test_a_pick_is_never_empty_never_too_big_and_of_one_key(jobs: list[Candidate], max_rows: int) -> None:
     picked = pick(jobs, max_rows=max_rows, max_wait_s=20)
     assert picked
     if len(picked) > 1:

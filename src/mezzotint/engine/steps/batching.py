@@ -55,6 +55,8 @@ class Call:
     """Names of the positional parameters of `run`."""
     lease: Lease | None = None
     """The adapter of the call's rows."""
+    merges: bool = True
+    """False: the call runs alone whatever its Rule allows."""
     rows: int = 1
     key: Hashable | None = None
     """Calls with equal keys may share a forward; None: never."""
@@ -75,7 +77,7 @@ class Call:
         except (NotMergeable, TypeError):
             self.rows = 1
         else:
-            self.key = (self.name, parts)
+            self.key = (self.name, parts) if self.merges else None
 
     def alone(self) -> Any:
         """The result of the forward exactly as the pipeline asked for it."""
@@ -91,7 +93,7 @@ class Part:
     stop: int
 
 
-def plan(calls: Sequence[Call], max_rows: int) -> list[list[Part]]:
+def partition(calls: Sequence[Call], max_rows: int) -> list[list[Part]]:
     """The forwards of `calls` (of one key): together where they fit, a call above `max_rows` in chunks."""
     parts = [
         Part(call, start, min(start + max_rows, call.rows))
@@ -191,7 +193,7 @@ def _entry_key(entry: Tensor, multiple: int) -> Hashable:
 
 def _tensor_key(name: str, value: Tensor, kind: Kind | None, rows: int) -> Hashable:
     if kind == "shared":
-        return (*_like(value), _fingerprint(value))
+        return (*_like(value), _contents(value))
     if kind == "scalar" and value.numel() == 1 and value.ndim <= 1:
         return (torch.Size(()), value.dtype, value.device)
     if kind in ("row", "scalar") and value.ndim > 0 and len(value) == rows:
@@ -203,16 +205,16 @@ def _like(value: Tensor) -> tuple[Hashable, ...]:
     return (value.shape, value.dtype, value.device)
 
 
-def _fingerprint(value: Tensor) -> bytes:
+def _contents(value: Tensor) -> bytes:
     """The bytes of a shared tensor, kept while it lives: nobody writes into ids of positions."""
-    known = _FINGERPRINTS.get(value)
+    known = _CONTENTS.get(value)
     if known is None:
         known = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        _FINGERPRINTS[value] = known
+        _CONTENTS[value] = known
     return known
 
 
-_FINGERPRINTS: MutableMapping[Tensor, bytes] = WeakIdKeyDictionary()
+_CONTENTS: MutableMapping[Tensor, bytes] = WeakIdKeyDictionary()
 
 
 def _freeze(value: Any) -> Hashable:

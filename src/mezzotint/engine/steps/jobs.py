@@ -1,217 +1,86 @@
-"""The greenlet bridge: a request runs its own unmodified pipeline, and parks at each shared forward.
-
-A Job runs a pipeline in a greenlet. A Tap replaces `forward` of a shared module (or `decode` of a VAE) by
-an instance attribute: called from inside a Job it parks the job and hands over a Call, called from anywhere
-else it runs as always. All of it belongs to one thread.
-
-What is thread-local in torch does not travel with a greenlet. Whoever starts, resumes or closes jobs does
-so with gradients off (`no_grad` or `inference_mode`). A forward that a pipeline asks for with gradients or
-autocast on is run in place instead of parked: so the mode is the same at every switch, and there is nothing
-to carry across.
-"""
+"""A job: one image on its way, from its request to the pipeline run that draws it."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
-from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor
 
 from mezzotint.engine.lora.bank import Lease
-from mezzotint.engine.steps.batching import Call, Rule
-
-StepHook = Callable[[Any, Mapping[str, Any]], None]
-"""Called before every scheduler step with the scheduler and the arguments of its `step` by name."""
-
-_STEP_ARGUMENTS = ("model_output", "timestep", "sample")
-_DEVICE_TYPES = ("cpu", "cuda", "mps")
-_MISSING = object()
+from mezzotint.engine.steps.batching import Call
+from mezzotint.engine.steps.pipeline_run import PipelineRun
+from mezzotint.engine.steps.scheduler import Candidate
+from mezzotint.spec import ImageSpec
 
 
-class _JobGreenlet(greenlet):  # type: ignore[misc]
-    job: Job
-
-
-class Tap:
-    """Parks jobs at `module.<attribute>`; `close` puts the previous attribute back.
-
-    Tap after everything else that patches the module (accelerate's hooks, compilation): the tap calls what
-    it finds.
-    """
-
-    def __init__(self, name: str, module: Any, attribute: str = "forward", rule: Rule | None = None) -> None:
-        self._module = module
-        self._attribute = attribute
-        self._previous = module.__dict__.get(attribute, _MISSING)
-        self._tapped = _parking(name, getattr(module, attribute), rule)
-        setattr(module, attribute, self._tapped)
-
-    def close(self) -> None:
-        """Restores the module, unless somebody else has patched it since."""
-        if self._module.__dict__.get(self._attribute) is not self._tapped:
-            return
-        if self._previous is _MISSING:
-            delattr(self._module, self._attribute)
-        else:
-            setattr(self._module, self._attribute, self._previous)
-
-
-def _parking(name: str, original: Callable[..., Any], rule: Rule | None) -> Callable[..., Any]:
-    parameters = inspect.signature(original).parameters.values()
-    names = tuple(
-        each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-    )
-
-    @functools.wraps(original)
-    def tapped(*args: Any, **kwargs: Any) -> Any:
-        current = getcurrent()
-        if type(current) is not _JobGreenlet or _mode_differs():
-            return original(*args, **kwargs)
-        job = current.job
-        return job.park(Call(name, original, args, kwargs, rule, names, job.lease))
-
-    return tapped
-
-
-def _mode_differs() -> bool:
-    return torch.is_grad_enabled() or any(map(torch.is_autocast_enabled, _DEVICE_TYPES))
-
-
+@dataclass(slots=True, eq=False, kw_only=True)
 class Job:
-    """One run of a pipeline's `__call__`, one parked Call at a time.
+    """Belongs to one Engine, which makes it at `submit` and forgets it when its last event is told."""
 
-    `call` is the parked forward. It is None once the run has ended; then `error` is set if it failed, and
-    `result` is what the pipeline returned. The pipeline sees a view of `pipe` with schedulers of its own.
-    """
+    job_id: str
+    spec: ImageSpec
+    seed: int
+    arguments: dict[str, Any]
+    """Those of the pipeline's `__call__`."""
+    warnings: list[str]
+    arrival: int
+    """Running number; settles ties between equally urgent jobs."""
+    submitted: float
+    """Clock reading, seconds."""
+    priority: int
+    """The engine raises it once for a job that was overdue."""
+    owner: str
+    previews_due: tuple[int, ...]
+    """Steps after which a preview is drawn."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        arguments: Mapping[str, Any],
-        *,
-        seed: int,
-        lease: Lease | None = None,
-        before_step: StepHook | None = None,
-    ) -> None:
-        self.call: Call | None = None
-        self.result: Any = None
-        self.error: Exception | None = None
-        self.lease = lease
-        self.num_steps = 0
-        """Scheduler steps done so far."""
-        self._closed = False
-        self._before_step = before_step
-        self._schedulers: list[Any] = []
-        generator = torch.Generator("cpu").manual_seed(seed)
-        view = self._view(pipe, generator)
-        self._greenlet: _JobGreenlet | None = _JobGreenlet(lambda: view(generator=generator, **arguments))
-        self._greenlet.job = self
+    # Filled when the engine starts the job.
+    run: PipelineRun | None = None
+    lease: Lease | None = None
 
-    def _view(self, pipe: Any, generator: torch.Generator) -> Any:
-        """A shallow copy of the pipeline: the modules are shared, and left where they are when it ends."""
-        view = copy.copy(pipe)
-        for name, value in vars(pipe).items():
-            if isinstance(value, DiffusionPipeline):  # combined pipelines hold pipelines
-                view.__dict__[name] = self._view(value, generator)
-        for name, component in pipe.components.items():
-            if callable(getattr(component, "step", None)) and hasattr(component, "set_timesteps"):
-                own = copy.deepcopy(component)
-                own.step = self._counted(own, own.step, generator)
-                self._schedulers.append(own)
-                view.__dict__[name] = own
-        view.__dict__["_progress_bar_config"] = {"disable": True}
-        view.__dict__["maybe_free_model_hooks"] = _nothing
-        return view
+    # Filled by the engine after each forward of the job.
+    parked: float = 0.0
+    """Clock reading when its latest call was parked; the scheduler sees how long ago that was."""
+    num_forwards: int = 0
+    """Denoiser forwards so far; several a step with true classifier-free guidance."""
+    num_reported: int = 0
+    """Steps that the latest Progress told of."""
+    clean: Tensor | None = field(default=None, repr=False)
+    """Latents after the last step, kept from there to the finished picture for the preview to learn from."""
 
-    def _counted(
-        self, scheduler: Any, step: Callable[..., Any], generator: torch.Generator
-    ) -> Callable[..., Any]:
-        """`step`, told of and counted; where a pipeline hands it no generator, it draws from the job's.
+    @property
+    def width(self) -> int:
+        return int(self.arguments["width"])
 
-        Else its noise would come from the one generator of the process, which all jobs share.
-        """
-        draws = "generator" in inspect.signature(step).parameters
+    @property
+    def height(self) -> int:
+        return int(self.arguments["height"])
 
-        @functools.wraps(step)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if draws and len(args) <= len(_STEP_ARGUMENTS) and kwargs.get("generator") is None:
-                kwargs["generator"] = generator
-            if self._before_step is not None:
-                self._before_step(scheduler, dict(zip(_STEP_ARGUMENTS, args, strict=False)) | kwargs)
-            result = step(*args, **kwargs)
-            self.num_steps += 1
-            return result
+    @property
+    def started(self) -> PipelineRun:
+        """The run of a job that has one."""
+        assert self.run is not None, "the job has started"
+        return self.run
 
-        return counted
+    @property
+    def call(self) -> Call:
+        """The parked call of a running job."""
+        assert self.started.call is not None, "a running job is parked"
+        return self.started.call
 
-    def start(self) -> None:
-        """Runs up to the first parked call, or to the end."""
-        self._switch()
-
-    def resume(self, value: Any) -> None:
-        """Hands the parked call its result and runs up to the next one, or to the end."""
-        self._switch(value)
-
-    def fail(self, error: Exception) -> None:
-        """Lets the parked call raise `error` inside the pipeline."""
-        self._enter(lambda running: running.throw(error))
-
-    def close(self) -> None:
-        """Unwinds the pipeline wherever it stands and frees what it holds; harmless on an ended job."""
-        self._closed = True
-        if self._greenlet:  # has started: its frames must unwind
-            self._enter(lambda running: running.throw(GreenletExit))
-        self._end()
-        self.result = None
-        _forget_frames(self.error)
-
-    def park(self, call: Call) -> Any:
-        """Called inside the job: hands `call` to whoever resumed it and waits for the result."""
-        if self._closed:
-            raise GreenletExit
-        assert self._greenlet is not None, "only a living job parks"
-        self.call = call
-        return self._greenlet.parent.switch()
-
-    def _switch(self, *value: Any) -> None:
-        self._enter(lambda running: running.switch(*value))
-
-    def _enter(self, switch: Callable[[_JobGreenlet], Any]) -> None:
-        running = self._greenlet
-        assert running is not None, "the job has ended"
-        assert not torch.is_grad_enabled(), "jobs run with gradients off"
-        running.parent = getcurrent()
-        self.call = None
-        try:
-            result = switch(running)
-        except Exception as error:
-            self.error = error
-            self._end()
-            return
-        if running.dead:
-            self.result = result
-            self._end()
-
-    def _end(self) -> None:
-        for scheduler in self._schedulers:
-            scheduler.__dict__.pop("step", None)  # or it would hold itself alive
-        self._schedulers.clear()
-        self.call = None
-        self._greenlet = None
-        self._before_step = None
-
-
-def _forget_frames(error: BaseException | None) -> None:
-    """Lets go of the frames, and with them of the tensors, that a kept exception would keep."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__context__
-
-
-def _nothing() -> None:
-    """Stands in for maybe_free_model_hooks: other jobs may be using the modules."""
+    def candidate(self, now: float, *, forward_s: float, owner_lead_s: float) -> Candidate:
+        """Its parked call for the scheduler, at `forward_s` seconds for each forward that it has left."""
+        done = self.started.num_steps
+        forwards_per_step = max(1.0, self.num_forwards / done) if done else 1.0
+        steps_left = max(0, self.spec.num_inference_steps - done)
+        return Candidate(
+            job_id=self.job_id,
+            key=self.call.key,
+            rows=self.call.rows,
+            remaining_s=steps_left * forwards_per_step * forward_s,
+            waited_s=now - self.parked,
+            owner=self.owner,
+            owner_lead_s=owner_lead_s,
+            priority=self.priority,
+            arrival=self.arrival,
+        )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from mezzotint.engine.lora.bank import AdapterBank, Lease
-from mezzotint.engine.steps.batching import Call, Part, join, merge, plan, split
+from mezzotint.engine.steps.batching import Call, Part, join, merge, partition, split
 from mezzotint.engine.steps.exactness import exact_row_counts
 
 Mode = Literal["exact", "fast", "off"]
@@ -19,8 +20,26 @@ Mode = Literal["exact", "fast", "off"]
 _log = logging.getLogger(__name__)
 
 
-def _nothing() -> None:
-    """A device that never lags behind."""
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward that succeeded: its rows, padding included, and its seconds."""
+
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of the calls of one `Runner.run`."""
+
+    results: list[Any]
+    """For each call its result, or the exception that it alone caused."""
+    forwards: list[Forward]
+    """Without the forwards that checked a new shape."""
+
+
+def _no_wait() -> None:
+    """For a device that never lags behind."""
 
 
 class Runner:
@@ -33,7 +52,7 @@ class Runner:
     """
 
     def __init__(
-        self, mode: Mode, num_rows: int, counted: str = "", synchronize: Callable[[], None] = _nothing
+        self, mode: Mode, num_rows: int, counted: str = "", synchronize: Callable[[], None] = _no_wait
     ) -> None:
         """`counted` names the component whose forwards and rows are counted.
 
@@ -46,44 +65,47 @@ class Runner:
         self.num_forwards = 0
         self.num_real_rows = 0
         self.num_padded_rows = 0
-        self.last_s = 0.0
-        """Seconds that the forwards of the last `run` took, checks of new shapes not counted."""
         self._synchronize = synchronize
         self._row_counts: dict[int, tuple[int, ...]] = {}
 
-    def run(self, calls: Sequence[Call]) -> list[Any]:
-        """For each call its result, or the exception that it alone caused. Several calls share one key."""
-        self.last_s = 0.0
+    def run(self, calls: Sequence[Call]) -> Outcome:
+        """Runs calls that share one key, and alone those that fail together."""
+        forwards: list[Forward] = []
         try:
-            return self._run(calls)
+            return Outcome(self._run(calls, forwards), forwards)
         except Exception as error:
             free_memory(error)
             if len(calls) == 1:
-                return [error]
+                return Outcome([error], forwards)
             _log.warning("a merged forward of %d calls failed; running each alone", len(calls), exc_info=True)
-        return [self.run([call])[0] for call in calls]
+        alone = [self.run([call]) for call in calls]
+        for each in alone:
+            forwards += each.forwards
+        return Outcome([each.results[0] for each in alone], forwards)
 
-    def _run(self, calls: Sequence[Call]) -> list[Any]:
+    def _run(self, calls: Sequence[Call], forwards: list[Forward]) -> list[Any]:
         if self.mode != "exact":
-            return [self._alone(calls[0])] if len(calls) == 1 else self._together(calls, ())
+            return (
+                [self._alone(calls[0], forwards)] if len(calls) == 1 else self._together(calls, (), forwards)
+            )
         counts = [self._exact_row_counts(call) for call in calls]
         merging = [call for call, allowed in zip(calls, counts, strict=True) if allowed]
         common = [
             count for count in range(1, self.num_rows + 1) if all(count in each for each in counts if each)
         ]
-        together = iter(self._together(merging, common))
+        together = iter(self._together(merging, common, forwards))
         return [
-            next(together) if allowed else self._alone(call)
+            next(together) if allowed else self._alone(call, forwards)
             for call, allowed in zip(calls, counts, strict=True)
         ]
 
-    def _together(self, calls: Sequence[Call], allowed: Sequence[int]) -> list[Any]:
+    def _together(self, calls: Sequence[Call], allowed: Sequence[int], forwards: list[Forward]) -> list[Any]:
         """Results of calls in shared forwards of `allowed` row counts; () allows whatever there is."""
         pieces: dict[int, list[Any]] = {id(call): [] for call in calls}
-        for parts in plan(calls, self.num_rows) if calls else ():
+        for parts in partition(calls, self.num_rows) if calls else ():
             sizes = [part.stop - part.start for part in parts]
             rows = next((count for count in allowed if count >= sum(sizes)), sum(sizes))
-            result = self._merged(parts, sizes, rows)
+            result = self._merged(parts, sizes, rows, forwards)
             for part, piece in zip(parts, split(result, sizes), strict=True):
                 pieces[id(part.call)].append(piece)
         return [join(pieces[id(call)]) for call in calls]
@@ -103,33 +125,33 @@ class Runner:
             if len(self._row_counts) >= _MAX_SHAPES:
                 self._row_counts.clear()
 
-            def around(order: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+            def adapted(order: Sequence[int]) -> contextlib.AbstractContextManager[None]:
                 return self._adapted(call.name, [None if index % 2 else call.lease for index in order])
 
-            known = self._row_counts[shape] = exact_row_counts(call, self.num_rows, around)
+            known = self._row_counts[shape] = exact_row_counts(call, self.num_rows, adapted)
             if not known:
                 _log.warning("rows of %s depend on their neighbours in this shape: not merged", call.name)
         return known
 
-    def _alone(self, call: Call) -> Any:
+    def _alone(self, call: Call, forwards: list[Forward]) -> Any:
         self._count(call, call.rows, call.rows)
-        with self._timed(), self._adapted(call.name, [call.lease]):
-            return call.alone()
+        with self._adapted(call.name, [call.lease]):
+            return self._timed(call.rows, call.alone, forwards)
 
-    def _merged(self, parts: Sequence[Part], sizes: Sequence[int], rows: int) -> Any:
+    def _merged(self, parts: Sequence[Part], sizes: Sequence[int], rows: int, forwards: list[Forward]) -> Any:
         call = parts[0].call
         self._count(call, sum(sizes), rows)
         leases = [part.call.lease for part, size in zip(parts, sizes, strict=True) for _ in range(size)]
         leases += leases[-1:] * (rows - len(leases))
-        with self._timed(), self._adapted(call.name, leases):
-            return call.run(**merge(parts, rows))
+        with self._adapted(call.name, leases):
+            return self._timed(rows, lambda: call.run(**merge(parts, rows)), forwards)
 
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _timed(self, rows: int, forward: Callable[[], Any], forwards: list[Forward]) -> Any:
         start = time.perf_counter()
-        yield
+        result = forward()
         self._synchronize()
-        self.last_s += time.perf_counter() - start
+        forwards.append(Forward(rows, time.perf_counter() - start))
+        return result
 
     def _adapted(self, name: str, leases: Sequence[Lease | None]) -> contextlib.AbstractContextManager[None]:
         return _NOTHING if self.adapters is None else self.adapters.rows(name, leases)

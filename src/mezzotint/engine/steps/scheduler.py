@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class Candidate:
     """One parked call, as the scheduler sees it."""
 
     job_id: str
@@ -29,7 +29,7 @@ class Waiting:
     owner: str = ""
     """Whose job it is: any name, the same for all jobs of one payer."""
     owner_lead_s: float = 0.0
-    """Seconds of forwards that its owner has had more than the least served one (see Service)."""
+    """Seconds of forwards that its owner has had beyond the least served one (see FairShares)."""
     priority: int = 0
     """A job of higher priority goes before all of lower priority (but not before overdue ones).
 
@@ -39,15 +39,15 @@ class Waiting:
     """Running number of the job; settles ties, so that nothing depends on chance."""
 
 
-def pick(waiting: Sequence[Waiting], *, max_rows: int, max_wait_s: float) -> list[Waiting]:
-    """The calls of the next forward, the most urgent first; empty only when nothing waits.
+def pick(candidates: Sequence[Candidate], *, max_rows: int, max_wait_s: float) -> list[Candidate]:
+    """The calls of the next forward, the most urgent first; empty only when there are none.
 
     The most urgent call leads. Calls with its key join, most urgent first, while the rows fit in
     `max_rows`. A leader with more than `max_rows` rows, or without a key, goes alone.
     """
-    if not waiting:
+    if not candidates:
         return []
-    order = _by_urgency(waiting, max_wait_s)
+    order = _by_urgency(candidates, max_wait_s)
     leader = order[0]
     batch, rows = [leader], leader.rows
     if leader.key is None:
@@ -61,10 +61,10 @@ def pick(waiting: Sequence[Waiting], *, max_rows: int, max_wait_s: float) -> lis
     return batch
 
 
-def _by_urgency(waiting: Sequence[Waiting], max_wait_s: float) -> list[Waiting]:
+def _by_urgency(candidates: Sequence[Candidate], max_wait_s: float) -> list[Candidate]:
     """The overdue, who waited longest first; then by priority, owners in turn, least work left first."""
-    overdue = [call for call in waiting if call.waited_s > max_wait_s]
-    in_time = [call for call in waiting if call.waited_s <= max_wait_s]
+    overdue = [call for call in candidates if call.waited_s > max_wait_s]
+    in_time = [call for call in candidates if call.waited_s <= max_wait_s]
     overdue.sort(key=lambda call: (-call.waited_s, call.arrival))
     in_time.sort(key=lambda call: (-call.priority, call.remaining_s, call.arrival))
     seen: Counter[tuple[int, str]] = Counter()
@@ -73,14 +73,14 @@ def _by_urgency(waiting: Sequence[Waiting], max_wait_s: float) -> list[Waiting]:
         turns[call.job_id] = seen[call.priority, call.owner]
         seen[call.priority, call.owner] += 1
 
-    def rank(call: Waiting) -> tuple[int, bool, int]:
+    def rank(call: Candidate) -> tuple[int, bool, int]:
         return (-call.priority, call.owner_lead_s > max_wait_s, turns[call.job_id])
 
     in_time.sort(key=rank)  # stable: by work within a turn
     return overdue + in_time
 
 
-class Service:
+class FairShares:
     """Seconds of forwards that each owner has had, as far as it matters: while others had jobs too.
 
     Who comes or comes back starts level with the least served of those who are there, or keeps what it had

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mezzotint.engine.steps.jobs import Job, Tap
+from mezzotint.engine.steps.pipeline_run import PipelineRun, Tap
 
 
 class Double(nn.Module):
@@ -75,7 +75,7 @@ def loop() -> Iterator[Loop]:
     tap.close()
 
 
-def finish(job: Job) -> Any:
+def finish(job: PipelineRun) -> Any:
     job.start()
     while job.call is not None:
         job.resume(job.call.alone())
@@ -84,12 +84,12 @@ def finish(job: Job) -> Any:
 
 def test_a_job_runs_to_the_result_of_the_pipeline_itself(loop: Loop) -> None:
     expected = copy.copy(loop)(3, torch.Generator().manual_seed(5), guidance=2.0)
-    assert finish(Job(loop, {"num": 3, "guidance": 2.0}, seed=5)) == expected
+    assert finish(PipelineRun(loop, {"num": 3, "guidance": 2.0}, seed=5)) == expected
 
 
 def test_jobs_take_turns_and_keep_their_own_schedulers_and_settings(loop: Loop) -> None:
-    one = Job(loop, {"num": 2, "guidance": 1.0}, seed=1)
-    two = Job(loop, {"num": 3, "guidance": 2.0}, seed=2)
+    one = PipelineRun(loop, {"num": 2, "guidance": 1.0}, seed=1)
+    two = PipelineRun(loop, {"num": 3, "guidance": 2.0}, seed=2)
     for job in (one, two):
         job.start()
     while one.call or two.call:
@@ -127,13 +127,13 @@ def test_a_tap_leaves_alone_what_somebody_patched_after_it() -> None:
 
 
 def test_an_error_handed_to_the_parked_call_is_raised_inside_the_pipeline(loop: Loop) -> None:
-    failing = Job(loop, {"num": 2}, seed=1)
+    failing = PipelineRun(loop, {"num": 2}, seed=1)
     failing.start()
     failing.fail(ZeroDivisionError("no"))
     assert isinstance(failing.error, ZeroDivisionError)
     assert failing.call is None
 
-    forgiving = Job(loop, {"num": 2, "fault": "forgives"}, seed=1)
+    forgiving = PipelineRun(loop, {"num": 2, "fault": "forgives"}, seed=1)
     forgiving.start()
     forgiving.fail(ZeroDivisionError("no"))
     assert forgiving.error is None
@@ -142,7 +142,7 @@ def test_an_error_handed_to_the_parked_call_is_raised_inside_the_pipeline(loop: 
 
 
 def test_arguments_that_the_pipeline_refuses_are_the_jobs_error(loop: Loop) -> None:
-    job = Job(loop, {"num": 1, "colour": "red"}, seed=1)
+    job = PipelineRun(loop, {"num": 1, "colour": "red"}, seed=1)
     job.start()
     assert isinstance(job.error, TypeError)
     job.close()
@@ -161,7 +161,7 @@ def test_closing_unwinds_the_pipeline_where_it_stands() -> None:
     pipe = Careful()
     tap = Tap("transformer", pipe.transformer)
     with torch.inference_mode():
-        job = Job(pipe, {"num": 5}, seed=1)
+        job = PipelineRun(pipe, {"num": 5}, seed=1)
         job.start()
         assert events == []
         job.close()
@@ -184,7 +184,7 @@ def test_a_pipeline_that_swallows_everything_still_ends_when_closed() -> None:
     pipe = Stubborn()
     tap = Tap("transformer", pipe.transformer)
     with torch.inference_mode():
-        job = Job(pipe, {"num": 1}, seed=1)
+        job = PipelineRun(pipe, {"num": 1}, seed=1)
         job.start()
         job.close()
     assert job.call is None
@@ -192,7 +192,7 @@ def test_a_pipeline_that_swallows_everything_still_ends_when_closed() -> None:
 
 
 def test_a_job_that_never_started_can_be_closed(loop: Loop) -> None:
-    job = Job(loop, {"num": 1}, seed=1)
+    job = PipelineRun(loop, {"num": 1}, seed=1)
     job.close()
     assert job.call is None
 
@@ -209,7 +209,7 @@ def test_a_forward_that_wants_gradients_or_autocast_runs_in_place() -> None:
     pipe = Mixed()
     tap = Tap("transformer", pipe.transformer)
     with torch.no_grad():
-        job = Job(pipe, {}, seed=1)
+        job = PipelineRun(pipe, {}, seed=1)
         job.start()
         assert float(job.result) == 4.0
         assert not torch.is_grad_enabled()
@@ -217,7 +217,7 @@ def test_a_forward_that_wants_gradients_or_autocast_runs_in_place() -> None:
 
 
 def test_gradients_stay_off_however_jobs_interleave(loop: Loop) -> None:
-    one, two = Job(loop, {"num": 1}, seed=1), Job(loop, {"num": 2}, seed=1)
+    one, two = PipelineRun(loop, {"num": 1}, seed=1), PipelineRun(loop, {"num": 2}, seed=1)
     one.start()
     two.start()
     for job in (one, two, two):
@@ -232,7 +232,7 @@ def test_an_ended_job_is_freed_at_once_without_the_garbage_collector(loop: Loop,
     gc.collect()
     gc.disable()
     try:
-        job = Job(loop, {"num": 2}, seed=1, before_step=lambda scheduler, arguments: None)
+        job = PipelineRun(loop, {"num": 2}, seed=1, before_step=lambda scheduler, arguments: None)
         job.start()
         assert job.call is not None
         held = weakref.ref(job.call.args[0])
@@ -257,5 +257,5 @@ def test_the_step_hook_sees_the_scheduler_before_each_step(loop: Loop) -> None:
     def hook(scheduler: Any, arguments: Mapping[str, Any]) -> None:
         seen.append((len(scheduler.steps_taken), float(arguments["model_output"])))
 
-    finish(Job(loop, {"num": 3}, seed=1, before_step=hook))
+    finish(PipelineRun(loop, {"num": 3}, seed=1, before_step=hook))
     assert seen == [(0, 2.0), (1, 4.0), (2, 8.0)]

@@ -1,0 +1,220 @@
+"""The greenlet bridge: a job runs its own unmodified pipeline, and parks at each shared forward.
+
+A PipelineRun runs a pipeline in a greenlet. A Tap replaces `forward` of a shared module (or `decode` of a
+VAE) by an instance attribute: called from inside a run it parks the run and hands over a Call, called from
+anywhere else it works as always. All of it belongs to one thread.
+
+What is thread-local in torch does not travel with a greenlet. Whoever starts, resumes or closes runs does
+so with gradients off (`no_grad` or `inference_mode`). A forward that a pipeline asks for with gradients or
+autocast on is run in place instead of parked: so the mode is the same at every switch, and there is nothing
+to carry across.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from mezzotint.engine.lora.bank import Lease
+from mezzotint.engine.steps.batching import Call, Rule
+
+StepHook = Callable[[Any, Mapping[str, Any]], None]
+"""Called before every scheduler step with the scheduler and the arguments of its `step`, by name."""
+
+_STEP_ARGUMENTS = ("model_output", "timestep", "sample")
+_DEVICE_TYPES = ("cpu", "cuda", "mps")
+_MISSING = object()
+
+
+class _RunGreenlet(greenlet):  # type: ignore[misc]
+    pipeline_run: PipelineRun
+
+
+class Tap:
+    """Parks runs at `module.<attribute>`; `close` puts the previous attribute back.
+
+    Tap after everything else that patches the module (accelerate's hooks, compilation): the tap calls what
+    it finds.
+    """
+
+    def __init__(self, name: str, module: Any, attribute: str = "forward", rule: Rule | None = None) -> None:
+        self._module = module
+        self._attribute = attribute
+        self._previous = module.__dict__.get(attribute, _MISSING)
+        self._tapped = _parking(name, getattr(module, attribute), rule)
+        setattr(module, attribute, self._tapped)
+
+    def close(self) -> None:
+        """Restores the module, unless somebody else has patched it since."""
+        if self._module.__dict__.get(self._attribute) is not self._tapped:
+            return
+        if self._previous is _MISSING:
+            delattr(self._module, self._attribute)
+        else:
+            setattr(self._module, self._attribute, self._previous)
+
+
+def _parking(name: str, original: Callable[..., Any], rule: Rule | None) -> Callable[..., Any]:
+    parameters = inspect.signature(original).parameters.values()
+    names = tuple(
+        each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    )
+
+    @functools.wraps(original)
+    def tapped(*args: Any, **kwargs: Any) -> Any:
+        current = getcurrent()
+        if type(current) is not _RunGreenlet or _mode_differs():
+            return original(*args, **kwargs)
+        run = current.pipeline_run
+        return run.park(Call(name, original, args, kwargs, rule, names, run.lease, merges=run.merges))
+
+    return tapped
+
+
+def _mode_differs() -> bool:
+    return torch.is_grad_enabled() or any(map(torch.is_autocast_enabled, _DEVICE_TYPES))
+
+
+class PipelineRun:
+    """One run of a pipeline's `__call__`, one parked Call at a time.
+
+    `call` is the parked forward. It is None once the run has ended; then `error` is set if it failed, and
+    `result` is what the pipeline returned. The pipeline sees a view of `pipe` with schedulers of its own.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        arguments: Mapping[str, Any],
+        *,
+        seed: int,
+        lease: Lease | None = None,
+        merges: bool = True,
+        before_step: StepHook | None = None,
+    ) -> None:
+        self.call: Call | None = None
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.lease = lease
+        self.merges = merges
+        """Whether its calls may share a forward; read by the taps."""
+        self.num_steps = 0
+        """Scheduler steps done so far."""
+        self._closed = False
+        self._before_step = before_step
+        self._schedulers: list[Any] = []
+        generator = torch.Generator("cpu").manual_seed(seed)
+        view = self._view(pipe, generator)
+        self._greenlet: _RunGreenlet | None = _RunGreenlet(lambda: view(generator=generator, **arguments))
+        self._greenlet.pipeline_run = self
+
+    def _view(self, pipe: Any, generator: torch.Generator) -> Any:
+        """A shallow copy of the pipeline: the modules are shared, and left where they are when it ends."""
+        view = copy.copy(pipe)
+        for name, value in vars(pipe).items():
+            if isinstance(value, DiffusionPipeline):  # combined pipelines hold pipelines
+                view.__dict__[name] = self._view(value, generator)
+        for name, component in pipe.components.items():
+            if callable(getattr(component, "step", None)) and hasattr(component, "set_timesteps"):
+                own = copy.deepcopy(component)
+                own.step = self._counted(own, own.step, generator)
+                self._schedulers.append(own)
+                view.__dict__[name] = own
+        view.__dict__["_progress_bar_config"] = {"disable": True}
+        view.__dict__["maybe_free_model_hooks"] = _keep_modules
+        return view
+
+    def _counted(
+        self, scheduler: Any, step: Callable[..., Any], generator: torch.Generator
+    ) -> Callable[..., Any]:
+        """`step`, announced and counted; where a pipeline passes no generator, it draws from this run's.
+
+        Otherwise its noise would come from the generator of the process, which all jobs share.
+        """
+        draws = "generator" in inspect.signature(step).parameters
+
+        @functools.wraps(step)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if draws and len(args) <= len(_STEP_ARGUMENTS) and kwargs.get("generator") is None:
+                kwargs["generator"] = generator
+            if self._before_step is not None:
+                self._before_step(scheduler, dict(zip(_STEP_ARGUMENTS, args, strict=False)) | kwargs)
+            result = step(*args, **kwargs)
+            self.num_steps += 1
+            return result
+
+        return counted
+
+    def start(self) -> None:
+        """Runs up to the first parked call, or to the end."""
+        self._switch()
+
+    def resume(self, value: Any) -> None:
+        """Hands the parked call its result and runs up to the next one, or to the end."""
+        self._switch(value)
+
+    def fail(self, error: Exception) -> None:
+        """Lets the parked call raise `error` inside the pipeline."""
+        self._enter(lambda running: running.throw(error))
+
+    def close(self) -> None:
+        """Unwinds the pipeline wherever it stands and frees what it holds; harmless on an ended run."""
+        self._closed = True
+        if self._greenlet:  # has started: its frames must unwind
+            self._enter(lambda running: running.throw(GreenletExit))
+        self._end()
+        self.result = None
+        _forget_frames(self.error)
+
+    def park(self, call: Call) -> Any:
+        """Called inside the run: hands `call` to whoever resumed it and waits for the result."""
+        if self._closed:
+            raise GreenletExit
+        assert self._greenlet is not None, "only a living run parks"
+        self.call = call
+        return self._greenlet.parent.switch()
+
+    def _switch(self, *value: Any) -> None:
+        self._enter(lambda running: running.switch(*value))
+
+    def _enter(self, switch: Callable[[_RunGreenlet], Any]) -> None:
+        running = self._greenlet
+        assert running is not None, "the run has ended"
+        assert not torch.is_grad_enabled(), "pipelines run with gradients off"
+        running.parent = getcurrent()
+        self.call = None
+        try:
+            result = switch(running)
+        except Exception as error:
+            self.error = error
+            self._end()
+            return
+        if running.dead:
+            self.result = result
+            self._end()
+
+    def _end(self) -> None:
+        for scheduler in self._schedulers:
+            scheduler.__dict__.pop("step", None)  # or it would hold itself alive
+        self._schedulers.clear()
+        self.call = None
+        self._greenlet = None
+        self._before_step = None
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Lets go of the frames, and with them of the tensors, that a kept exception would keep."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
+
+
+def _keep_modules() -> None:
+    """Replaces maybe_free_model_hooks, because other jobs may be using the modules."""
