@@ -265,8 +265,7 @@ _LENGTH = struct.Struct(">I")
 def encode(message: Message) -> bytes:
     """One frame for `message`."""
     name = type(message).__name__
-    header = _CODECS[name].dump_python(message, mode="python", exclude={"payload"})
-    head = json.dumps({"is": name, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    head = json.dumps({"is": name, **_fields(message)}, separators=(",", ":"), ensure_ascii=False).encode()
     payload = message.payload if isinstance(message, Preview | Done) else b""
     return b"".join((_LENGTH.pack(len(head)), head, payload))
 
@@ -276,10 +275,19 @@ def decode(frame: bytes) -> Message:
     try:
         (length,) = _LENGTH.unpack_from(frame)
         fields = json.loads(frame[_LENGTH.size : _LENGTH.size + length])
-        name = fields.pop("is")
-        if name in _WITH_PAYLOAD:
-            fields["payload"] = frame[_LENGTH.size + length :]
-        message: Message = _CODECS[name].validate_python(fields)
+        name, payload = fields.pop("is"), frame[_LENGTH.size + length :]
+        known = {"payload": payload} if name in _WITH_PAYLOAD else {}
+        message: Message = _CODECS[name].validate_python(fields | known)
+        if _fields(message) != fields or (payload and not known):  # pydantic drops what it does not know
+            raise ValueError(f"{name} has more than its fields, or one of another type")
     except (struct.error, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"not a message of this version: {error}") from error
     return message
+
+
+def _fields(message: Message) -> dict[str, Any]:
+    """The header's fields, as JSON has them."""
+    fields: dict[str, Any] = _CODECS[type(message).__name__].dump_python(
+        message, mode="json", exclude={"payload"}
+    )
+    return fields
