@@ -187,8 +187,7 @@ class DedicatedImageGenerationBody(BaseModel):
 
 
 KNOWN_FIELDS = tuple(DedicatedImageGenerationBody.model_fields)
-FIXED_FIELDS = KNOWN_FIELDS[:6]
-"""The six fields every server of this contract knows; the rest are Mezzotint's own."""
+"""The first six are those of every server of this contract; the rest are Mezzotint's own."""
 
 
 # ---------------------------------------------------------------- answers

@@ -49,7 +49,6 @@ class Loaded:
     pipe: Any
     dtype: str
     """bf16, fp16 or fp32."""
-    dtype_reason: str
     device: str
     num_threads: int
     performance: Performance
@@ -75,12 +74,12 @@ def load(
         checks.check_text_to_image(type(source))
         pipe = source
         if settings.dtype == "auto":
-            chosen, reason = _own_dtype(pipe)
+            chosen = _own_dtype(pipe)
         else:
-            chosen, reason = hardware.choose_dtype(settings.dtype, place)
+            chosen, _ = hardware.choose_dtype(settings.dtype, place)
             pipe.to(chosen)
     else:
-        chosen, reason = hardware.choose_dtype(settings.dtype, place)
+        chosen, _ = hardware.choose_dtype(settings.dtype, place)
         path = sources.locate(
             str(source), settings.revision, progress=progress, code=settings.allow_remote_code
         )
@@ -97,7 +96,6 @@ def load(
     return Loaded(
         pipe=pipe,
         dtype=next(name for name, value in hardware.DTYPES.items() if value == chosen),
-        dtype_reason=reason,
         device=str(place),
         num_threads=threads,
         performance=settings.performance,
@@ -246,13 +244,14 @@ def _failure(path: Path, error: Exception) -> ModelLoadError:
     )
 
 
-def _own_dtype(pipe: Any) -> tuple[torch.dtype, str]:
+def _own_dtype(pipe: Any) -> torch.dtype:
     if pipe.dtype not in hardware.DTYPES.values():
         raise ModelLoadError(
             f"the pipeline is in {pipe.dtype}; name one of {', '.join(hardware.DTYPES)} as dtype",
             code="invalid_setting",
         )
-    return pipe.dtype, "the pipeline came with it"
+    dtype: torch.dtype = pipe.dtype
+    return dtype
 
 
 def _place(pipe: Any, device: torch.device, *, offload: bool) -> None:

@@ -35,8 +35,6 @@ export async function remove(name) {
   draw();
 }
 
-export const isEmpty = () => prints.length === 0;
-
 /** Marks which print lies on the sheet. */
 export function pointAt(name) {
   for (const button of $("prints").querySelectorAll(".show")) {
