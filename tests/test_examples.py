@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.conftest import Fake
 from tests.engine.tiny import save
+from tests.server.hosting import endpoint, hosting, settings_for
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -36,9 +37,14 @@ def test_the_contact_sheet_holds_eight_pictures(tmp_path: Path) -> None:
         assert sheet.size == (4 * 32, 2 * 32)
 
 
-@pytest.mark.usefixtures("_reached")
-def test_watching_tells_of_steps_and_previews(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main_of("watch")("a red apple", str(tmp_path / "apple.png"))
+def test_watching_tells_of_steps_and_previews(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    painted = endpoint("fake:step_s=0.03,size=32", id="emoji")  # so slow that there is something to watch
+    with hosting(settings_for(tmp_path, painted)) as host:
+        monkeypatch.setenv("MEZZOTINT_BASE_URL", host.url)
+        monkeypatch.setenv("MEZZOTINT_API_KEY", host.first_key or "")
+        main_of("watch")("a red apple", str(tmp_path / "apple.png"))
     told = capsys.readouterr().out
     assert "a preview of (32, 32) pixels" in told
     assert "step " in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, get_args
 
 import pytest
@@ -28,9 +29,9 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def every_field(cls: type, **known: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def every_field(cls: Any, **known: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     """Instances of a dataclass with all their fields drawn, those with defaults too."""
-    return st.builds(cls, **dict.fromkeys(cls.__dataclass_fields__, ...) | known)
+    return st.builds(cls, **{field.name: ... for field in fields(cls)} | known)
 
 
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))

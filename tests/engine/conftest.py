@@ -21,6 +21,7 @@ _HERE = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _HERE in item.path.parents:
+            item.add_marker(pytest.mark.no_cover)  # coverage is of the part without torch, and slows the rest
             for pattern in _DIFFUSERS_OWN:
                 item.add_marker(pytest.mark.filterwarnings(pattern))
 
