@@ -25,7 +25,7 @@ from mezzotint.engine.lora.bank import AdapterBank
 from mezzotint.engine.models.sources import locate
 from mezzotint.server.work.adapters import built_in_adapters
 from mezzotint.server.work.endpoints import State
-from mezzotint.server.workers.supervisor import ENGINE_WORKER
+from mezzotint.server.workers.process import ENGINE_WORKER
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 ROUTES = ("flat", "mono", "noto")

@@ -18,7 +18,7 @@ from playwright.sync_api import Browser
 
 import mezzotint
 from mezzotint.config import BUILT_IN_MODEL
-from mezzotint.server.workers.supervisor import ENGINE_WORKER
+from mezzotint.server.workers.process import ENGINE_WORKER
 from tests.browser.conftest import PATIENCE_MS, Visit, open_page
 from tests.server.hosting import endpoint, hosting, settings_for
 

@@ -24,7 +24,7 @@ from mezzotint.config import EndpointSettings, Settings
 from mezzotint.server import logs
 from mezzotint.server.app import create_app, serve
 from mezzotint.server.store.keys import create_first_key
-from mezzotint.server.workers.supervisor import ENGINE_WORKER
+from mezzotint.server.workers.process import ENGINE_WORKER
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

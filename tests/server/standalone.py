@@ -13,7 +13,7 @@ from pathlib import Path
 from mezzotint.server import logs
 from mezzotint.server.app import create_app, serve
 from mezzotint.server.store.keys import create_first_key
-from mezzotint.server.workers.supervisor import ENGINE_WORKER
+from mezzotint.server.workers.process import ENGINE_WORKER
 from tests.server.hosting import FAKE, endpoint, settings_for
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from mezzotint.errors import InternalError, MezzotintError
 from mezzotint.server import app as server
 from mezzotint.server import logs
 from mezzotint.server.store.keys import create_first_key
-from mezzotint.server.workers.supervisor import ENGINE_WORKER
+from mezzotint.server.workers.process import ENGINE_WORKER
 
 
 def serve(settings: Settings, *, worker: str = ENGINE_WORKER) -> None:

@@ -49,7 +49,7 @@ from mezzotint.server.store.storage import Storage, load_secret
 from mezzotint.server.work.adapters import AdapterRegistry
 from mezzotint.server.work.admission import Admission
 from mezzotint.server.work.registry import Registry
-from mezzotint.server.workers.supervisor import ENGINE_WORKER, Launcher
+from mezzotint.server.workers.process import ENGINE_WORKER, WorkerSettings
 
 CLEAN_EVERY_S = 60.0
 BACKLOG = 2048
@@ -165,7 +165,7 @@ def _context(settings: Settings, worker: str) -> Context:
     return Context(
         settings=settings,
         engine=engine,
-        registry=Registry(engine, Launcher.of(settings, worker), metrics),
+        registry=Registry(engine, WorkerSettings.of(settings, worker), metrics),
         adapters=AdapterRegistry(engine, settings.data_dir / "adapters"),
         admission=Admission(settings, metrics, quotas, pool),
         storage=store,

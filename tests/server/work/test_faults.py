@@ -106,6 +106,10 @@ class Process:
         (worker,) = [child for child in self.children() if child.ppid() != self.process.pid]
         return worker
 
+    def process_of_forks(self) -> psutil.Process:
+        """The forkserver."""
+        return self.worker().parent()
+
     def start_request(self, pool: ThreadPoolExecutor, steps: int) -> Future[httpx2.Response]:
         """A request that runs, with a connection waiting for it, when this returns."""
         body = {"model": "one", "prompt": "x", "num_inference_steps": steps, "response_format": "png"}
@@ -175,6 +179,17 @@ def test_sigterm_ends_what_does_not_finish_in_time_and_says_so(tmp_path: Path) -
         server.process.wait(PATIENCE_S)
         assert '"num": 3' in (tmp_path / "log").read_text()
         assert not worker.is_running()
+
+
+def test_a_stopped_forkserver_does_not_block_sigterm(tmp_path: Path) -> None:
+    """Neither where a worker has exited and nobody says so, nor where the start of another never ends."""
+    with server_process(tmp_path, 1) as server, client(server.url, server.key) as http:
+        worker = server.worker()
+        server.process_of_forks().suspend()
+        assert http.put("/dedicated/beta/endpoint/one/restart").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(PATIENCE_S)
+        assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
 def test_workers_do_not_outlive_a_server_that_was_killed(tmp_path: Path) -> None:

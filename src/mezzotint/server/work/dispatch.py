@@ -19,7 +19,7 @@ from mezzotint.messages import (
 )
 from mezzotint.server.work.profiles import Profile
 from mezzotint.server.work.queueing import Job, JobQueue, Throughput
-from mezzotint.server.workers.supervisor import Replica
+from mezzotint.server.workers.replica import Replica
 
 MAX_LONE_DEATHS = 4
 """A job during which this many workers died that held nothing else is given up, wherever they died."""
@@ -206,31 +206,31 @@ class Dispatcher:
             case Stats():
                 self.stats[replica] = message
 
-    def lost(self, replica: Replica) -> None:
-        """A worker died: its unfinished jobs run again, as request and seed alone make the picture."""
+    def take_back(self, replica: Replica, crashed: bool) -> int:
+        """Takes an ended worker's jobs back: they run again, as request and seed alone make the picture.
+
+        A job that kills its workers is given up. Answers how many crashes such jobs are to blame for.
+        """
         now = asyncio.get_running_loop().time()
         self.stats.pop(replica, None)
         jobs = list(self._held.pop(replica, {}).values())
+        blamed = 0
         for job in jobs:
             self.queue.finished(job)
             if job.ended:
                 continue
-            job.deaths += 1
-            if len(jobs) == 1:
-                job.lone_deaths.append(job.step)
-            if not _guilty(job):
-                self.queue.put(job, now)
-                job.on_progress(job)
-                continue
-            replica.forgive(job.deaths)
-            job.end(
-                GenerationError(
-                    f"the request was given up: {job.deaths} workers died while they ran it; "
-                    "change its size, steps or prompt, and tell the server's owner",
-                    code="worker_crashed",
-                )
-            )
+            if crashed:
+                job.deaths += 1
+                if len(jobs) == 1:
+                    job.lone_deaths.append(job.step)
+                if _guilty(job):
+                    blamed = max(blamed, job.deaths)
+                    job.end(_given_up(job))
+                    continue
+            self.queue.put(job, now)
+            job.on_progress(job)
         self.touch()
+        return blamed
 
     def _progressed(self, replica: Replica, job_id: str, step: int) -> None:
         job = self._held.get(replica, {}).get(job_id)
@@ -263,6 +263,14 @@ def _guilty(job: Job) -> bool:
     """Whether a job kills its workers: a pure function does so at one step each time, chance does not."""
     steps = job.lone_deaths
     return (len(steps) > 1 and steps[-1] == steps[-2]) or len(steps) >= MAX_LONE_DEATHS
+
+
+def _given_up(job: Job) -> GenerationError:
+    return GenerationError(
+        f"the request was given up: {job.deaths} workers died while they ran it; "
+        "change its size, steps or prompt, and tell the server's owner",
+        code="worker_crashed",
+    )
 
 
 def failure(code: str, text: str, param: str | None) -> MezzotintError:

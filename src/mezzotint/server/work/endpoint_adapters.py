@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from mezzotint.errors import ModelLoadError
 from mezzotint.messages import AdapterAdded, AdapterFailed, AddAdapter, RemoveAdapter
 from mezzotint.server.store.adapters import Adapter
-from mezzotint.server.workers.supervisor import Replica
+from mezzotint.server.workers.replica import Replica
 
 
 @dataclass(slots=True)

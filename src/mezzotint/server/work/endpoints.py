@@ -20,14 +20,15 @@ import structlog
 
 from mezzotint.config import EndpointSettings
 from mezzotint.errors import ConflictError, RequestCancelledError, UnavailableError
-from mezzotint.messages import AdapterAdded, AdapterFailed, FromWorker, ModelInfo, Ready, Stats
+from mezzotint.messages import AdapterAdded, AdapterFailed, FromWorker, ModelInfo, Stats
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.dispatch import Dispatcher
 from mezzotint.server.work.endpoint_adapters import EndpointAdapters
 from mezzotint.server.work.profiles import Calibration, Profile, load_message, settings_digest
 from mezzotint.server.work.queueing import Job
-from mezzotint.server.workers.supervisor import Launcher, Replica, ReplicaState
+from mezzotint.server.workers.process import WorkerSettings
+from mezzotint.server.workers.replica import Replica, ReplicaState
 
 FAILED_RETRY_S = 30.0
 """Retry-After of an endpoint that has failed: somebody has to look at it first."""
@@ -76,7 +77,7 @@ class Endpoint:
     def __init__(
         self,
         spec: EndpointSettings,
-        launcher: Launcher,
+        workers: WorkerSettings,
         metrics: Metrics,
         *,
         version: int = 1,
@@ -100,7 +101,7 @@ class Endpoint:
         )
         self._calibration = calibration
         self.dispatcher = Dispatcher(lambda: self.profile, lambda: self.current.ready)
-        self._launcher = launcher
+        self._workers = workers
         self._metrics = metrics
         self._on_calibrated = on_calibrated
         self._tasks: set[asyncio.Task[object]] = set()
@@ -142,7 +143,7 @@ class Endpoint:
         if self.current.ready or self.calibration is None:
             return 0.0
         expected = self.calibration.load_s + 0.5
-        starting = [r.started_at for r in self.current.replicas if r.state is ReplicaState.STARTING]
+        starting = [r.run.started_at for r in self.current.replicas if r.run and not r.is_ready]
         return max(0.0, expected - (now - min(starting))) if starting else expected
 
     def wait_s(self, key: Key, now: float) -> float:
@@ -301,18 +302,18 @@ class Endpoint:
         for number in range(spec.replicas):
             replica = Replica(
                 f"{self.id}/{generation.version}/{number}",
-                self._launcher,
+                self._workers,
                 lambda: load_message(spec, self._calibration),
                 on_message=self._hear,
                 on_change=self._replica_changed,
-                on_lost=self._lost,
+                on_exit=self._worker_exited,
             )
             generation.replicas.append(replica)
             self._all_replicas.add(replica)
 
     def _replica_changed(self, replica: Replica) -> None:
         if replica.is_ready:
-            self.adapters.greet(replica)
+            self._became_ready(replica)
         coming = self.next
         if coming is not None and replica in coming.replicas:
             if all(other.is_ready for other in coming.replicas):
@@ -367,7 +368,8 @@ class Endpoint:
             self._idle_timer = None
         if self.spec.idle_sleep_s and self.state is State.READY and not self.dispatcher.closed:
             loop = asyncio.get_running_loop()
-            since = max(self.dispatcher.last_used, self.current.ready[0].ready_at)
+            run = self.current.ready[0].run
+            since = max(self.dispatcher.last_used, run.ready_at or 0.0 if run else 0.0)
             when = max(since + self.spec.idle_sleep_s, loop.time() + 0.01)
             self._idle_timer = loop.call_at(when, self._sleep_if_idle)
 
@@ -389,8 +391,6 @@ class Endpoint:
 
     def _hear(self, replica: Replica, message: FromWorker) -> None:
         match message:
-            case Ready(info, load_s):
-                self._became_ready(replica, info, load_s)
             case AdapterAdded() | AdapterFailed():
                 self.adapters.hear(replica, message)
             case Stats():
@@ -399,15 +399,17 @@ class Endpoint:
             case _:
                 self.dispatcher.hear(replica, message)
 
-    def _became_ready(self, replica: Replica, info: ModelInfo, load_s: float) -> None:
+    def _became_ready(self, replica: Replica) -> None:
+        assert replica.info is not None
+        self.adapters.greet(replica)
         generation = self.next if self.next and replica in self.next.replicas else self.current
-        self._calibration = Calibration(settings_digest(generation.spec), info, load_s)
+        self._calibration = Calibration(settings_digest(generation.spec), replica.info, replica.load_s)
         self._on_calibrated(self, self._calibration)
-        self._metrics.load_seconds.labels(self.id).set(load_s)
+        self._metrics.load_seconds.labels(self.id).set(replica.load_s)
         if generation is self.current:
             self.dispatcher.refit()
 
-    def _lost(self, replica: Replica) -> None:
+    def _worker_exited(self, replica: Replica, crashed: bool) -> int:
         self._metrics.worker_exits.labels(self.id).inc()
-        self.dispatcher.lost(replica)
         self.adapters.lost(replica)
+        return self.dispatcher.take_back(replica, crashed)

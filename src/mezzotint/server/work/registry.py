@@ -19,7 +19,10 @@ from mezzotint.server.store import database
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.endpoints import Desired, Endpoint
 from mezzotint.server.work.profiles import Calibration
-from mezzotint.server.workers.supervisor import Launcher
+from mezzotint.server.workers.process import WorkerSettings
+
+STOP_LIMIT_S = 5.0
+"""How long the server waits for the end of workers that it has told to exit and then killed."""
 
 log = structlog.get_logger(__name__)
 
@@ -40,9 +43,9 @@ class Version:
 class Registry:
     """The endpoints by id. Methods that touch the database say so; call those from a thread or await them."""
 
-    def __init__(self, engine: sa.Engine, launcher: Launcher, metrics: Metrics) -> None:
+    def __init__(self, engine: sa.Engine, workers: WorkerSettings, metrics: Metrics) -> None:
         self._engine = engine
-        self._launcher = launcher
+        self._workers = workers
         self._metrics = metrics
         self._endpoints: dict[str, Endpoint] = {}
         self._writes: set[asyncio.Task[None]] = set()
@@ -117,9 +120,13 @@ class Registry:
 
     async def stop(self) -> None:
         """Ends all workers; what is wanted of the endpoints stays as it was."""
-        await asyncio.gather(*(endpoint.close() for endpoint in self))
+        try:
+            async with asyncio.timeout(STOP_LIMIT_S):
+                await asyncio.gather(*(endpoint.close() for endpoint in self))
+        except TimeoutError:
+            log.error("workers were killed, but nothing reports their end")
         await asyncio.gather(*self._writes, return_exceptions=True)
-        self._launcher.pool.shutdown()
+        await asyncio.to_thread(self._workers.carrier.close)
 
     # ------------------------------------------------------------ changes
 
@@ -255,7 +262,7 @@ class Registry:
     ) -> Endpoint:
         endpoint = Endpoint(
             spec,
-            self._launcher,
+            self._workers,
             self._metrics,
             version=version,
             desired=desired,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
@@ -15,8 +18,8 @@ from mezzotint.messages import PrefetchAdapter
 from mezzotint.server.work.endpoints import State
 from mezzotint.server.work.profiles import load_message
 from mezzotint.server.work.tickets import Ticket
-from mezzotint.server.workers import supervisor
-from mezzotint.server.workers.supervisor import ReplicaState
+from mezzotint.server.workers import policy
+from mezzotint.server.workers.replica import ReplicaState
 from tests.server.hosting import GENERATE, Host, endpoint, hosting, settings_for
 
 
@@ -176,7 +179,7 @@ def test_a_hung_worker_is_killed_and_its_jobs_run_again(tmp_path: Path) -> None:
 def test_kills_between_pictures_never_fail_an_endpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 1e6)  # nor does the next worker wait
+    monkeypatch.setattr(policy, "FIRST_PAUSE_S", 1e6)  # nor does the next worker wait
     with hosting(settings_for(tmp_path, max_restarts=1)) as host:
         for number in range(4):
             assert host.post(seed=number).status_code == 200
@@ -188,18 +191,50 @@ def test_kills_between_pictures_never_fail_an_endpoint(
 def test_kills_of_an_idle_worker_never_fail_an_endpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "STEADY_S", 0.0)
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 1e6)
+    monkeypatch.setattr(policy, "STEADY_S", 0.0)
+    monkeypatch.setattr(policy, "FIRST_PAUSE_S", 1e6)
     with hosting(settings_for(tmp_path, max_restarts=1)) as host:
         for _ in range(4):
             kill(host)
         assert host.post().status_code == 200
 
 
+def test_a_worker_that_must_start_while_descriptors_are_exhausted_starts_when_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "LONGEST_PAUSE_S", 0.02)
+    with hosting(settings_for(tmp_path, max_restarts=1)) as host:
+        replica = host.endpoint().current.replicas[0]
+        assert host.post().status_code == 200
+        with few_descriptors(5):
+            os.kill(pid(host), signal.SIGKILL)
+            host.until(lambda: replica.num_restarts > 10)
+            assert "Too many open files" in host.endpoint().failure
+            assert host.endpoint().state is State.STARTING
+            before = os.listdir("/proc/self/fd")
+            host.until(lambda: replica.num_restarts > 30)
+            assert os.listdir("/proc/self/fd") == before, "a start that failed leaves no descriptor open"
+        assert host.post().status_code == 200
+
+
+@contextlib.contextmanager
+def few_descriptors(num_left: int) -> Iterator[None]:
+    """This process may open no more than so many files."""
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(num_left + 1)]
+    for descriptor in held:
+        os.close(descriptor)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(held), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_workers_that_die_before_their_first_picture_fail_the_endpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "STEADY_S", 1e6)
+    monkeypatch.setattr(policy, "STEADY_S", 1e6)
     with hosting(settings_for(tmp_path, max_restarts=2)) as host:
         assert host.post().status_code == 200
         kill(host)  # had made a picture
@@ -219,7 +254,7 @@ def test_workers_that_die_before_their_first_picture_fail_the_endpoint(
 def test_a_worker_that_was_asked_and_delivered_nothing_counts_however_long_it_stood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "STEADY_S", 0.0)
+    monkeypatch.setattr(policy, "STEADY_S", 0.0)
     with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.01"), max_restarts=0)) as host:
         host.wait_until(host.submit(num_inference_steps=50), "running")
         os.kill(pid(host), signal.SIGKILL)
