@@ -20,7 +20,7 @@ from mezzotint.schemas import ErrorBody, ImageGenerationAnswer, parse_body
 from tests.conftest import Fake
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PNG = b"\x89PNG"
 
 
@@ -118,6 +118,14 @@ def test_the_architecture_page_names_every_folder_and_no_other() -> None:
     named = re.findall(r"^\| `([a-z0-9_/.]+)` \|", text, re.MULTILINE)
     folders = {file.parent.relative_to(package).as_posix() for file in package.rglob("*.py")}
     assert sorted(named) == sorted("." if folder == "." else f"{folder}/" for folder in folders)
+
+
+def test_the_files_that_contributing_names_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    files = {name for name in re.findall(r"`([\w./-]+/[\w./-]*)`", text) if "NAME" not in name}
+    package = ROOT / "src" / "mezzotint"
+    assert len(files) > 20
+    assert [name for name in sorted(files) if not ((ROOT / name).exists() or (package / name).exists())] == []
 
 
 def test_every_dependency_has_its_reason() -> None:
