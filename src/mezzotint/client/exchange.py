@@ -55,6 +55,9 @@ from mezzotint.schemas import (
 )
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000"
+CONCURRENCY = 8
+MAX_EVENT_BYTES = 256 * 2**20
+"""Largest server-sent event: up to eight pictures travel in the last one."""
 CONNECT_TIMEOUT_S = 5.0
 TIMEOUT_S = 600.0
 """How long a picture may take; the server's own deadline is the same by default."""
