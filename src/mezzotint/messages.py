@@ -116,7 +116,9 @@ class ModelInfo:
     max_prompt_tokens: int | None
     num_parameters: int
     calibration: list[Mapping[str, float]] = field(default_factory=list)
-    """One entry per row count tried: {"rows", "forward_s", "rows_per_s"}."""
+    """One entry per row count tried: {"rows", "forward_s", "rows_per_s", "uncertainty"}.
+
+    `uncertainty` is how far runs of that forward disagreed, relative to `forward_s`; 0.1 and less is sure."""
     step_s: float = 0.0
     """Measured seconds of one step of one lone job at the default size."""
 

@@ -1,11 +1,21 @@
-"""At load: R, the rows of a merged forward, measured with the arguments of a real job; and the warm-up."""
+"""At load: R, the rows of a merged forward, measured with the arguments of a real job; and the warm-up.
+
+Other programs on the machine must not decide R. So each row count runs several times, in turn with the
+others; the shortest run counts, and measuring goes on, within a bound, until the two shortest agree. Where
+one thread computes on the CPU, its own seconds are measured: they do not grow while it waits for a core.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from mezzotint.engine.arguments import PipelineProfile
 from mezzotint.engine.previews import LatentPreview
@@ -20,8 +30,13 @@ SLOW_FORWARD_S = 2.0
 """A model whose single forward takes longer is not measured further: merging gains it nothing."""
 WARM_S = 0.5
 """How long the pictures made at load may take, once a preview can be drawn."""
-_MEASURE_S = 0.2
-_MIN_RUNS = 3
+SURE = 0.1
+"""A measurement as uncertain as this, or less, is taken for true."""
+MIN_ROUNDS, MAX_ROUNDS = 3, 30
+MAX_S = 3.0
+"""Seconds after which measuring ends once everything was measured twice; the first round does not count."""
+PAUSE_S = 0.05
+"""Between the rounds of a machine that is not quiet."""
 _PROMPTS = (
     "a red apple on a blue table",
     "a yellow duck on a green meadow",
@@ -40,6 +55,8 @@ class Measurement:
 
     rows: int
     forward_s: float
+    uncertainty: float = 0.0
+    """How far runs of it disagree, relative to `forward_s`."""
 
     @property
     def rows_per_s(self) -> float:
@@ -82,37 +99,140 @@ def first_call(pipe: Any, profile: PipelineProfile) -> Call | None:
     return call
 
 
-def measure(
-    call: Call, *, max_rows: int, max_stretch: float, synchronize: Callable[[], None]
-) -> list[Measurement]:
-    """Seconds of the call as it came, then with copies of itself, up to `max_rows` or `max_stretch`."""
-    measured = [Measurement(call.rows, _seconds(call.alone, synchronize))]
-    if measured[0].forward_s > SLOW_FORWARD_S:
-        return measured
-    for count in ROW_COUNTS[1:]:
-        rows = count * call.rows
-        if call.key is None or rows > max_rows:
-            break
-        arguments = merge([Part(call, 0, call.rows)], rows)
-        measured.append(Measurement(rows, _seconds(lambda: call.run(**arguments), synchronize)))  # noqa: B023
-        if measured[-1].forward_s > max_stretch * measured[0].forward_s:
-            break
-    return measured
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One run of a forward."""
+
+    wall_s: float
+    cpu_s: float | None = None
+    """Seconds that the computing thread had a core; None where that is not what the run needs of a clock."""
 
 
-def _seconds(forward: Callable[[], Any], synchronize: Callable[[], None]) -> float:
-    """The shortest of a few runs, which is what an undisturbed one takes."""
-    forward()
-    times: list[float] = []
-    while len(times) < _MIN_RUNS or (sum(times) < _MEASURE_S and len(times) < 20):
-        synchronize()
-        start = time.perf_counter()
+class Stopwatch:
+    """Times forwards on `device`; `synchronize` waits for it."""
+
+    def __init__(self, device: torch.device, synchronize: Callable[[], None]) -> None:
+        self.device = device
+        self._synchronize = synchronize
+
+    def time(self, forward: Callable[[], Any]) -> Timing:
+        self._synchronize()
+        start, start_cpu = time.perf_counter(), time.thread_time()
         forward()
-        synchronize()
-        times.append(time.perf_counter() - start)
-        if times[-1] > _MEASURE_S:
+        self._synchronize()
+        wall_s, cpu_s = time.perf_counter() - start, time.thread_time() - start_cpu
+        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
+        return Timing(wall_s, cpu_s if alone else None)
+
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class _Runs:
+    """What was measured of one row count."""
+
+    def __init__(self) -> None:
+        self.wall_s: list[float] = []
+        self.seconds: list[float] = []
+        """CPU seconds where a Timing has them, else wall seconds."""
+
+    def add(self, timing: Timing) -> None:
+        self.wall_s.append(timing.wall_s)
+        self.seconds.append(timing.wall_s if timing.cpu_s is None else timing.cpu_s)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def uncertainty(self) -> float:
+        """Small if the two best runs agree, and the best wall time with them."""
+        return max(sorted(self.seconds)[:2][-1], min(self.wall_s)) / max(self.best, 1e-9) - 1
+
+
+def row_counts(call: Call, *, rows: int | None, max_rows: int) -> list[int]:
+    """What to measure: the rows of `call`, then R if it is known (`rows`), else all that it might be."""
+    if call.key is None:
+        return [call.rows]
+    more = [count * call.rows for count in ROW_COUNTS] if rows is None else [rows]
+    return [call.rows, *(each for each in more if call.rows < each <= max(max_rows, rows or 0))]
+
+
+def measure(
+    call: Call, counts: Sequence[int], *, max_stretch: float, stopwatch: Stopwatch
+) -> list[Measurement]:
+    """Forwards of `counts` rows, the first as the call came, up to the first beyond `max_stretch`.
+
+    Several threads on a machine without as many free cores are slower than one, many times so. Where that
+    shows, what one thread measures is the better estimate, though an uncertain one.
+    """
+    measured = _measure(call, counts, max_stretch, stopwatch)
+    compiled = hasattr(call.run, "_torchdynamo_orig_callable")  # another thread count would compile anew
+    unsure = max(each.uncertainty for each in measured)
+    if unsure <= SURE or compiled or stopwatch.device.type != "cpu" or torch.get_num_threads() == 1:
+        return measured
+    with _one_thread():
+        single = _measure(call, counts, max_stretch, stopwatch)
+    if single[0].forward_s >= measured[0].forward_s:
+        return measured
+    return [Measurement(each.rows, each.forward_s, max(unsure, each.uncertainty)) for each in single]
+
+
+def _measure(
+    call: Call, counts: Sequence[int], max_stretch: float, stopwatch: Stopwatch
+) -> list[Measurement]:
+    runs = {rows: _Runs() for rows in counts}
+    single = runs[counts[0]]
+    spent_s, rounds = 0.0, 0
+    while True:
+        reached = []
+        for rows in counts:
+            timing = stopwatch.time(_forward(call, rows))
+            runs[rows].add(timing)
+            reached.append(rows)
+            spent_s += timing.wall_s if rounds else 0.0
+            if single.best > SLOW_FORWARD_S or runs[rows].best > max_stretch * single.best:
+                break
+        rounds += 1
+        if rounds >= MIN_ROUNDS and all(runs[rows].uncertainty <= SURE for rows in reached):
             break
-    return min(times)
+        if (spent_s > MAX_S or rounds >= MAX_ROUNDS) and all(len(runs[rows].seconds) > 1 for rows in reached):
+            break
+        if rounds >= MIN_ROUNDS:
+            stopwatch.pause(PAUSE_S)
+            spent_s += PAUSE_S
+    return [Measurement(rows, runs[rows].best, runs[rows].uncertainty) for rows in reached]
+
+
+def _forward(call: Call, rows: int) -> Callable[[], Any]:
+    if rows == call.rows:
+        return call.alone
+    return functools.partial(call.run, **merge([Part(call, 0, call.rows)], rows))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def stretch(measured: Sequence[Measurement], rows: int) -> float:
+    """How many times as long as a single call's a forward of `rows` rows takes.
+
+    Between measured row counts in a straight line, beyond them in proportion; 1 if nothing was measured.
+    """
+    if not measured:
+        return 1.0
+    single_s, last = measured[0].forward_s, measured[-1]
+    for below, above in itertools.pairwise(measured):
+        if rows <= above.rows:
+            share = max(0, rows - below.rows) / (above.rows - below.rows)
+            return (below.forward_s + share * (above.forward_s - below.forward_s)) / single_s
+    return max(1.0, last.forward_s * rows / last.rows / single_s)
 
 
 def warm_up(draw: Callable[[ImageSpec], object], preview: LatentPreview) -> None:

@@ -16,7 +16,16 @@ from typing import Any
 import torch
 
 from mezzotint.engine.arguments import PipelineProfile
-from mezzotint.engine.calibration import Measurement, find_rows, first_call, measure, warm_up
+from mezzotint.engine.calibration import (
+    Measurement,
+    Stopwatch,
+    find_rows,
+    first_call,
+    measure,
+    row_counts,
+    stretch,
+    warm_up,
+)
 from mezzotint.engine.lora.bank import AdapterBank, BankStats
 from mezzotint.engine.models.loading import DEFAULTS, Loaded, load
 from mezzotint.engine.models.sources import Progress as OnProgress
@@ -26,7 +35,7 @@ from mezzotint.engine.results import Image, Result, failed_event, pixels, result
 from mezzotint.engine.steps.jobs import Job
 from mezzotint.engine.steps.pipeline_run import PipelineRun, Tap
 from mezzotint.engine.steps.rules import RULES
-from mezzotint.engine.steps.runner import Mode, Runner
+from mezzotint.engine.steps.runner import Forward, Mode, Runner
 from mezzotint.engine.steps.scheduler import FairShares, StepTimes, pick
 from mezzotint.errors import GenerationError, MezzotintError
 from mezzotint.messages import Cancelled, Done, Failed, ModelInfo, Preview, Progress
@@ -71,7 +80,7 @@ class Engine:
         self.loaded: Loaded | None = None
         """What loading decided; set by `load`."""
         self.measured: list[Measurement] = []
-        """What calibration has measured; empty if R was given."""
+        """Filled by `calibrate`: read for the step times and by `info`."""
         self.times = StepTimes()
         self._shares = FairShares()
         num_rows = rows if batching == "exact" else max_rows
@@ -314,9 +323,7 @@ class Engine:
         calls = [job.call for job in batch]
         outcome = self.runner.run(calls)
         if calls[0].name == self.profile.denoiser_name:
-            if outcome.forwards:
-                seconds = sum(forward.seconds for forward in outcome.forwards)
-                self.times.add(batch[0].width, batch[0].height, seconds)
+            self._record(batch[0], len(batch), outcome.forwards)
             for job in batch:
                 job.num_forwards += 1
         for job, result in zip(batch, outcome.results, strict=True):
@@ -325,6 +332,12 @@ class Engine:
             else:
                 job.started.resume(result)
             self._report(job)
+
+    def _record(self, job: Job, num_jobs: int, forwards: Sequence[Forward]) -> None:
+        """Takes note of how long the forwards would have taken for a lone job of this size."""
+        if forwards:
+            seconds = sum(each.seconds / stretch(self.measured, each.rows) for each in forwards)
+            self.times.add(job.width, job.height, seconds / min(num_jobs, len(forwards)))
 
     def _report(self, job: Job) -> None:
         """Tells how far the job has come, or how it has ended."""
@@ -416,19 +429,17 @@ class Engine:
             call = first_call(self.pipe, self.profile)
             if call is None:
                 return
-            self.measured = measure(
-                call,
-                max_rows=self.max_rows if rows is None and exact else 1,
-                max_stretch=max_stretch,
-                synchronize=self._synchronize,
-            )
+            most = 1 if self.runner.mode == "off" else self.max_rows
+            counts = row_counts(call, rows=rows if exact else None, max_rows=most)
+            stopwatch = Stopwatch(self._device, self._synchronize)
+            self.measured = measure(call, counts, max_stretch=max_stretch, stopwatch=stopwatch)
             if exact:
                 self.runner.num_rows = rows or find_rows(call, self.measured, min_gain, max_stretch)
         self.times.add(self.profile.width, self.profile.height, self.measured[0].forward_s)
 
     def warm_up(self) -> None:
         """Draws a few pictures if that is quick, so that the first request is fast and has previews."""
-        if self.times.estimate(self.profile.width, self.profile.height) <= WARM_STEP_S:
+        if not self.measured or self.measured[0].forward_s <= WARM_STEP_S:
             warm_up(lambda spec: self.generate([spec]), self._preview)
 
     def info(self) -> ModelInfo:
@@ -456,8 +467,13 @@ class Engine:
             max_prompt_tokens=profile.max_prompt_tokens,
             num_parameters=loaded.num_parameters,
             calibration=[
-                {"rows": each.rows, "forward_s": each.forward_s, "rows_per_s": each.rows_per_s}
+                {
+                    "rows": each.rows,
+                    "forward_s": each.forward_s,
+                    "rows_per_s": each.rows_per_s,
+                    "uncertainty": each.uncertainty,
+                }
                 for each in self.measured
             ],
-            step_s=self.times.estimate(profile.width, profile.height),
+            step_s=self.measured[0].forward_s if self.measured else 0.0,
         )

@@ -240,14 +240,29 @@ def test_unmeasured_sizes_are_scaled_by_pixels_from_the_nearest_one() -> None:
     assert times.table() == {"100x100": 0.1, "400x400": 9.0}
 
 
-def test_measured_times_follow_slow_changes_and_shrug_off_a_hiccup() -> None:
+def test_one_slow_forward_changes_no_estimate() -> None:
     times = StepTimes()
-    times.add(8, 8, 1.0)
-    times.add(8, 8, 2.0)
-    assert times.estimate(8, 8) == pytest.approx(1.2)
-    for _ in range(50):
-        times.add(8, 8, 2.0)
-    assert times.estimate(8, 8) == pytest.approx(2.0, rel=1e-3)
+    for slow in (2.24, 9.0):
+        for _ in range(3):
+            times.add(8, 8, 0.025)
+        times.add(8, 8, slow)
+        assert times.estimate(8, 8) == 0.025
+
+
+def test_a_wrong_first_figure_is_put_right_by_the_first_step() -> None:
+    times = StepTimes()
+    times.add(8, 8, 2.24)
+    times.add(8, 8, 0.025)
+    assert times.estimate(8, 8) == 0.025
+
+
+def test_a_change_that_lasts_shows_within_ten_steps() -> None:
+    times = StepTimes()
+    for seconds in (0.025, 0.075, 0.025):
+        for step in range(20):
+            times.add(8, 8, seconds * (1 + step % 3 / 10))
+            if step >= 9:
+                assert times.estimate(8, 8) == pytest.approx(seconds, rel=0.2)
 
 
 def test_only_the_latest_sizes_are_remembered() -> None:

@@ -9,9 +9,10 @@ bound for its next step goes first once. Then the batch is filled with calls tha
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,37 +114,42 @@ class FairShares:
 
 MAX_SIZES = 64
 """Sizes of pictures whose times are remembered: those measured last."""
+NUM_LATEST = 9
+"""Forwards of a size that its estimate follows."""
 
 
 class StepTimes:
-    """Measured seconds of one denoiser forward by shape, as a running average that follows slow changes."""
+    """Seconds of one denoiser forward of one job, by size: the median of the latest ones measured.
 
-    def __init__(self, weight: float = 0.2) -> None:
-        self._weight = weight
-        self._seconds: dict[tuple[int, int], float] = {}
+    So a few slow forwards change nothing, and a change that lasts shows after half of NUM_LATEST.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[tuple[int, int], deque[float]] = {}
+        """By (width, height), the size measured last at the end."""
 
     def add(self, width: int, height: int, seconds: float) -> None:
         """Records one measured forward for pictures of this size."""
-        known = self._seconds.pop((width, height), None)
-        change = 0.0 if known is None else self._weight * (seconds - known)
-        self._seconds[width, height] = seconds if known is None else known + change
-        if len(self._seconds) > MAX_SIZES:
-            del self._seconds[next(iter(self._seconds))]
+        latest = self._latest.pop((width, height), deque(maxlen=NUM_LATEST))
+        latest.append(seconds)
+        self._latest[width, height] = latest
+        if len(self._latest) > MAX_SIZES:
+            del self._latest[next(iter(self._latest))]
 
     def estimate(self, width: int, height: int) -> float:
         """Seconds of one forward; an unmeasured size is scaled by pixels from the nearest measured one."""
-        known = self._seconds.get((width, height))
+        known = self._latest.get((width, height))
         if known is not None:
-            return known
+            return median_low(known)
         pixels = width * height
-        if not self._seconds:
+        if not self._latest:
             return pixels / _PIXELS_PER_S
-        near = min(self._seconds, key=lambda size: abs(size[0] * size[1] - pixels))
-        return self._seconds[near] * pixels / (near[0] * near[1])
+        near = min(self._latest, key=lambda size: abs(size[0] * size[1] - pixels))
+        return median_low(self._latest[near]) * pixels / (near[0] * near[1])
 
     def table(self) -> Mapping[str, float]:
-        """The averages by "WIDTHxHEIGHT"."""
-        return {f"{width}x{height}": seconds for (width, height), seconds in self._seconds.items()}
+        """The estimates by "WIDTHxHEIGHT"."""
+        return {f"{width}x{height}": median_low(known) for (width, height), known in self._latest.items()}
 
 
 _PIXELS_PER_S = 1e6
