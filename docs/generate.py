@@ -30,15 +30,15 @@ def settings_page() -> str:
         "# Settings",
         _NOTE,
         "A setting comes from a flag of `mezzotint serve`, else from the environment, else from the file "
-        "`mezzotint.toml` in the working folder (or `--config FILE`, or `MEZZOTINT_CONFIG`), else it has its "
-        "default. A bad value or an unknown name stops the start with a sentence naming file and key. "
+        "`mezzotint.toml` in the working folder (or `--config FILE`, or `MEZZOTINT_CONFIG`). Otherwise it "
+        "has its default. A bad value or an unknown name stops the start; the error names file and setting. "
         "`mezzotint serve --print-config` prints the settings in force as a file to start from.",
         '```toml\n[server]\nport = 8000\n\n[[endpoints]]\nid = "emoji"\nmodel = "emoji"\n\n'
         '[[endpoints]]\nid = "flux"\nmodel = "black-forest-labs/FLUX.1-schnell"\n\n'
         '[[endpoints.adapters]]\nroute = "ink"\nsource = "loras/ink.safetensors"\n```',
         "## `[server]`",
-        "Each may also stand in the environment as `MEZZOTINT_` and its name in capitals (`MEZZOTINT_PORT`); "
-        "lists are separated by commas there.",
+        "The environment has each as `MEZZOTINT_` and its name in capitals (`MEZZOTINT_PORT`). A list's "
+        "entries are separated by commas there.",
         _settings_table(Settings),
         "## `[[endpoints]]`",
         _settings_table(EndpointSettings),
@@ -140,7 +140,7 @@ def _codes(cls: type[errors.MezzotintError]) -> str:
 
 
 def with_table(page: str, name: str, table: str) -> str:
-    """`page` with what stands between `<!-- name -->` and `<!-- /name -->` replaced."""
+    """`page` with the text between `<!-- name -->` and `<!-- /name -->` replaced."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, _, rest = page.partition(start)
     _, found, after = rest.partition(end)
