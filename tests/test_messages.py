@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.messages import Done, FromWorker, Message, ModelInfo, Ping, ToWorker, decode, encode
-from mezzotint.spec import AdapterSpec, AdapterUse, EngineSettings, ImageSpec
+from mezzotint.messages import Done, FromWorker, Generate, Message, ModelInfo, Ping, ToWorker, decode, encode
+from mezzotint.spec import AdapterSpec, AdapterUse, EngineSettings, ImageSpec, InputPicture
 
 CLASSES: tuple[type[Message], ...] = (*get_args(ToWorker), *get_args(FromWorker))
 JSON = (
@@ -34,10 +34,28 @@ def every_field(cls: Any, **known: st.SearchStrategy[Any]) -> st.SearchStrategy[
     return st.builds(cls, **{field.name: ... for field in fields(cls)} | known)
 
 
+def pictures(channels: int) -> st.SearchStrategy[InputPicture]:
+    sides = st.integers(1, 3)
+    return st.builds(
+        lambda width, height, chance: InputPicture(
+            width, height, chance.randbytes(width * height * channels), channels
+        ),
+        sides,
+        sides,
+        st.randoms(use_true_random=False),
+    )
+
+
+SPECS = every_field(
+    ImageSpec,
+    extra=st.dictionaries(st.text(), JSON),
+    images=st.lists(pictures(3), max_size=3).map(tuple),
+    mask=st.none() | pictures(1),
+)
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 st.register_type_strategy(Mapping, lambda kind: st.dictionaries(*map(st.from_type, get_args(kind))))
 st.register_type_strategy(EngineSettings, st.sampled_from(SETTINGS))
-st.register_type_strategy(ImageSpec, every_field(ImageSpec, extra=st.dictionaries(st.text(), JSON)))
+st.register_type_strategy(ImageSpec, SPECS)
 for part in (AdapterUse, AdapterSpec, ModelInfo, *CLASSES):
     st.register_type_strategy(part, every_field(part))
 
@@ -65,6 +83,22 @@ def test_pixels_travel_behind_the_header_as_they_are() -> None:
     sent = encode(done)
     assert sent.endswith(b'}\x00\xff"')
     assert decode(sent) == done
+
+
+PICTURE = InputPicture(1, 2, b'\x00\xff"456')
+EDIT = encode(
+    Generate(
+        "1",
+        ImageSpec(prompt="", num_inference_steps=1, images=(PICTURE,), mask=InputPicture(2, 1, b"78", 1)),
+    )
+)
+
+
+def test_the_pictures_of_a_request_travel_behind_the_header_as_they_are() -> None:
+    assert EDIT.endswith(b'}\x00\xff"45678')
+    back = decode(EDIT)
+    assert isinstance(back, Generate)
+    assert [picture.pixels for picture in back.spec.pictures] == [PICTURE.pixels, b"78"]
 
 
 PING = {"is": "Ping", "number": 1}
@@ -95,6 +129,9 @@ SPECIFIC = {
         pytest.param(frame(json.dumps(PING | {"number": "1"}).encode()), id="number as text"),
         pytest.param(frame(json.dumps(PING | {"number": "one"}).encode()), id="wrong type"),
         pytest.param(frame(json.dumps(DONE | {"width": None}).encode(), b"abc"), id="null for a number"),
+        pytest.param(EDIT[:-1], id="a picture cut short"),
+        pytest.param(EDIT + b"x", id="more pixels than pictures"),
+        pytest.param(EDIT.replace(b'"height":2', b'"height":-2'), id="a picture of negative size"),
         pytest.param(encode(Ping(1)) + b"x", id="payload of a message without one"),
     ],
 )

@@ -20,6 +20,12 @@ ADAPTER_CODES = (
 )  # fmt: skip
 """Why an adapter was not added. A worker's ModelLoadError reaches the client as InvalidRequestError."""
 
+IMAGE_CODES = (
+    "invalid_image", "image_format", "image_damaged", "image_too_large", "image_not_base64",
+    "image_url_refused", "too_many_images", "mask_size",
+)  # fmt: skip
+"""What can be wrong with a picture that a request brings along."""
+
 
 class MezzotintError(Exception):
     """The root; `message` says what was wrong, the value, the limit and the next step."""
@@ -101,7 +107,7 @@ class InvalidRequestError(MezzotintError):
     status = 422
     codes = (
         "invalid_value", "invalid_json", "duplicate_key", "unknown_field", "missing_field", "invalid_type",
-        "out_of_range", "not_supported", "invalid_image", *ADAPTER_CODES,
+        "out_of_range", "not_supported", *IMAGE_CODES, *ADAPTER_CODES,
     )  # fmt: skip
 
 

@@ -35,14 +35,18 @@ _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _UNICODE = b"UNICODE\0"
 
 _SPEC = TypeAdapter(ImageSpec)
-_STORED = [name for name in ImageSpec.__dataclass_fields__ if name not in ("adapters", "extra")]
+_NOT_STORED = ("adapters", "extra", "images", "mask")
+_STORED = [name for name in ImageSpec.__dataclass_fields__ if name not in _NOT_STORED]
 
 Pixels = bytes | bytearray | memoryview | NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What made a picture; as written into the file, and enough to make it again."""
+    """What made a picture; as written into the file, and enough to make it again.
+
+    Pictures that the request brought along are nowhere in it.
+    """
 
     model: str
     """`ENDPOINT_ID` or `ENDPOINT_ID:ADAPTER_ROUTE`."""
@@ -89,6 +93,7 @@ class Parameters:
             "Seed": spec.seed,
             "Size": size,
             "Model": self.model,
+            "Denoising strength": _number(spec.strength),
             "Adapter scale": _number(self.adapter_scale),
         }
         lines.append(
@@ -283,6 +288,7 @@ def parse_infotext(text: str) -> Parameters | None:
             "negative_prompt": negative or None,
             "width": int(size[1]) if size else None,
             "height": int(size[2]) if size else None,
+            "strength": _parse_number(values.get("Denoising strength", "")),
             "adapter_scale": _parse_number(values.get("Adapter scale", "")),
         }
     )

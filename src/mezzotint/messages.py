@@ -1,7 +1,8 @@
 """What server and worker say to each other: frozen dataclasses with an explicit encoding, never pickle.
 
 A frame is `length of header (4 bytes, big endian) | header (JSON) | payload (raw bytes)`. The header is the
-message's fields and its class name under "is"; a field called `payload` travels behind it as it is (pixels).
+message's fields and its class name under "is". Pixels travel behind it as they are: a field called `payload`,
+or in their order the pictures that a Generate brings along.
 Frames are sent whole through `multiprocessing.Connection.send_bytes`.
 """
 
@@ -262,14 +263,20 @@ _CLASSES = {cls.__name__: cls for cls in (*ToWorker.__args__, *FromWorker.__args
 _CODECS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(cls) for name, cls in _CLASSES.items()}
 _WITH_PAYLOAD = {name for name, cls in _CLASSES.items() if "payload" in cls.__dataclass_fields__}
 _LENGTH = struct.Struct(">I")
+_PIXELS: Any = {"payload": True, "spec": {"images": {"__all__": {"pixels"}}, "mask": {"pixels"}}}
+"""The fields that do not travel in the header."""
 
 
 def encode(message: Message) -> bytes:
     """One frame for `message`."""
     name = type(message).__name__
     head = json.dumps({"is": name, **_fields(message)}, separators=(",", ":"), ensure_ascii=False).encode()
-    payload = message.payload if isinstance(message, Preview | Done) else b""
-    return b"".join((_LENGTH.pack(len(head)), head, payload))
+    payload: tuple[bytes, ...] = ()
+    if isinstance(message, Preview | Done):
+        payload = (message.payload,)
+    elif isinstance(message, Generate):
+        payload = tuple(picture.pixels for picture in message.spec.pictures)
+    return b"".join((_LENGTH.pack(len(head)), head, *payload))
 
 
 def decode(frame: bytes) -> Message:
@@ -278,9 +285,13 @@ def decode(frame: bytes) -> Message:
         (length,) = _LENGTH.unpack_from(frame)
         fields = json.loads(frame[_LENGTH.size : _LENGTH.size + length])
         name, payload = fields.pop("is"), frame[_LENGTH.size + length :]
-        known = {"payload": payload} if name in _WITH_PAYLOAD else {}
+        known: dict[str, Any] = {}
+        if name in _WITH_PAYLOAD:
+            known, payload = {"payload": payload}, b""
+        elif name == Generate.__name__:
+            known["spec"], payload = _with_pixels(fields["spec"], payload)
         message: Message = _CODECS[name].validate_python(fields | known)
-        if _fields(message) != fields or (payload and not known):  # pydantic drops what it does not know
+        if _fields(message) != fields or payload:  # pydantic drops what it does not know
             raise ValueError(f"{name} has more than its fields, or one of another type")
     except (struct.error, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"not a message of this version: {error}") from error
@@ -290,6 +301,21 @@ def decode(frame: bytes) -> Message:
 def _fields(message: Message) -> dict[str, Any]:
     """The header's fields, as JSON has them."""
     fields: dict[str, Any] = _CODECS[type(message).__name__].dump_python(
-        message, mode="json", exclude={"payload"}
+        message, mode="json", exclude=_PIXELS
     )
     return fields
+
+
+def _with_pixels(spec: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+    """A spec's fields with the pixels of its pictures, and what is left of the payload."""
+
+    def filled(picture: dict[str, Any]) -> dict[str, Any]:
+        nonlocal payload
+        length = picture["width"] * picture["height"] * picture["channels"]
+        pixels, payload = payload[:length], payload[length:]
+        if len(pixels) != length or length < 0:
+            raise ValueError("a picture has fewer pixels than its size says")
+        return picture | {"pixels": pixels}
+
+    images = [filled(picture) for picture in spec["images"]]
+    return spec | {"images": images, "mask": spec["mask"] and filled(spec["mask"])}, payload

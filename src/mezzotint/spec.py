@@ -6,6 +6,7 @@ consumes it, and the picture's file and the database store it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -24,6 +25,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "width": (8, 16384),
     "height": (8, 16384),
     "adapter scale": (-10, 10),
+    "strength": (0, 1),
 }
 """Smallest and largest value of each number in a request; both are allowed."""
 
@@ -45,6 +47,36 @@ class AdapterUse:
     scale: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class InputPicture:
+    """A picture that a request brings along, decoded; or the mask of one."""
+
+    width: int
+    height: int
+    pixels: bytes = field(repr=False)
+    """uint8, row-major, height x width x channels."""
+    channels: int = 3
+    """3: red, green, blue; 1: a mask, 255 where the picture is repainted."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes `pixels` has."""
+        return self.width * self.height * self.channels
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex), equal for equal pictures."""
+        return hashlib.sha256(b"%d %d %d " % (*self.size, self.channels) + self.pixels).hexdigest()
+
+
+DEFAULT_STRENGTH = 0.8
+"""How much of a picture is made anew where a request does not say it; with a mask all of it is."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:
     """One image to draw. None means the default of the model or endpoint; a `seed` of None is drawn."""
@@ -59,8 +91,26 @@ class ImageSpec:
     height: int | None = None
     """Pixels."""
     adapters: tuple[AdapterUse, ...] = ()
+    images: tuple[InputPicture, ...] = ()
+    """What the image is made from; empty: from words alone."""
+    mask: InputPicture | None = None
+    """The part of the first picture that is repainted; everything else keeps its pixels."""
+    strength: float | None = None
+    """How much of the first picture is made anew, 0 to 1: the share of the steps that run."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the pipeline's call, passed on unchanged. Library users set it; no request can."""
+
+    @property
+    def pictures(self) -> tuple[InputPicture, ...]:
+        """Everything that came as pixels: the pictures, then the mask."""
+        return self.images if self.mask is None else (*self.images, self.mask)
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps that run: below a strength of 1 only the last ones do."""
+        if not self.images or self.strength is None:
+            return self.num_inference_steps
+        return max(1, min(int(self.num_inference_steps * self.strength), self.num_inference_steps))
 
     @property
     def adapter(self) -> AdapterUse | None:
