@@ -150,6 +150,9 @@ class Settings(Table):
         ge=0,
         description="Restarts in a row, without a picture between them, before an endpoint is failed.",
     )
+    send_timeout_s: float = Field(
+        60.0, ge=1, le=3600, description="A client that takes no byte of its answer for this long is dropped."
+    )
     drain_s: Seconds = Field(30.0, description="How long SIGTERM waits for running requests.")
     encode_threads: int = Field(2, ge=1, le=64, description="Threads that turn pixels into PNG and JPEG.")
     cors_origins: tuple[str, ...] = Field(

@@ -119,7 +119,7 @@ class QueueFullError(MezzotintError):
 
 class RateLimitError(MezzotintError):
     status = 429
-    codes = ("rate_limited", "quota_exceeded")
+    codes = ("rate_limited", "quota_exceeded", "too_many_answers")
     retryable = True
 
 

@@ -230,6 +230,10 @@ def _listen(settings: Settings) -> socket.socket:
     # Named as TCP, or asyncio would not set TCP_NODELAY and each answer's second packet would wait 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit it. Only Linux has it, and uvicorn has no limit of its own.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        milliseconds = round(settings.send_timeout_s * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     try:
         listener.bind((settings.host, settings.port))
         listener.listen(BACKLOG)  # from now on a connection waits instead of being refused

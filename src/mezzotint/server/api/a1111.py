@@ -36,6 +36,12 @@ from mezzotint.spec import AdapterUse, ImageSpec
 SAMPLER = "Automatic"
 """The one sampler there is to choose: the model's own. What clients send instead is ignored."""
 _LORA = re.compile(r"<lora:([^:<>]+)(?::(-?\d{1,3}(?:\.\d{1,6})?))?(?::[^<>]*)?>")
+READ = (
+    "prompt", "negative_prompt", "steps", "seed", "cfg_scale", "width", "height", "batch_size", "n_iter",
+)  # fmt: skip
+"""Keys of a body that mean something here, the override of the checkpoint aside."""
+MAX_ECHOED = 64 * 2**10
+"""Characters of a body that are echoed whole."""
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     status: answers.ERRORS[status] for status in (401, 403, 404, 422, 503)
 }
@@ -74,12 +80,13 @@ class Wish:
 async def txt2img(request: Request, context: CurrentContext, key: BasicKey, head: CurrentHead) -> Response:
     values = parse_json(await request.body())
     wish = parse_wish(values, request, context, key)
+    parameters = _echoed(values)
     ticket = await context.admission.submit(
         head.submission(
             wish.target,
             key,
             wish.spec,
-            lambda ticket, pictures: _finish(values, wish, ticket, pictures),
+            lambda ticket, pictures: _finish(parameters, wish, ticket, pictures),
             body_fingerprint("a1111", values),
             num_images=wish.body.num_images,
         )
@@ -157,23 +164,27 @@ def _num_images(values: Mapping[str, Any]) -> Any:
     return (1 if size is None else size) * (1 if batches is None else batches)
 
 
-def _finish(values: Mapping[str, Any], wish: Wish, ticket: Ticket, pictures: list[Picture]) -> Answer:
+def _finish(parameters: str, wish: Wish, ticket: Ticket, pictures: list[Picture]) -> Answer:
     """Turns pictures into this dialect's answer; runs in a thread."""
     began = time.perf_counter()
     model = wish.body.model
     files = [answers.encode(ticket.endpoint, model, "png", picture) for picture in pictures]
-    answer = {
-        "images": [base64.b64encode(data).decode() for data in files],
-        "parameters": _writable(values),
-        "info": json.dumps(_info(model, ticket, pictures)),
-    }
-    text = json.dumps(answer, separators=(",", ":"))  # ASCII: what is echoed may hold half a surrogate pair
+    shown_images = ",".join(f'"{base64.b64encode(data).decode()}"' for data in files)
+    info = json.dumps(json.dumps(_info(model, ticket, pictures)))
+    text = f'{{"images":[{shown_images}],"parameters":{parameters},"info":{info}}}'
     return answers.made_answer(text.encode(), pictures, time.perf_counter() - began)
 
 
-def _writable(values: Mapping[str, Any]) -> Any:
-    """The body as JSON can write it: what was read as infinite (1e999, in an ignored key) is null."""
-    return json.loads(json.dumps(values), parse_constant=lambda _: None)
+def _echoed(values: Mapping[str, Any]) -> str:
+    """The body as JSON, for the answer; of a long one only what is read here.
+
+    A text, because the parsed body takes many times its room while the request waits. It is ASCII, because
+    the body may hold half a surrogate pair. What was read as infinite (1e999, in an ignored key) is null.
+    """
+    text = json.dumps(values, separators=(",", ":"))
+    if len(text) > MAX_ECHOED:
+        text = json.dumps({name: values[name] for name in READ if name in values}, separators=(",", ":"))
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), separators=(",", ":"))
 
 
 def _info(model: str, ticket: Ticket, pictures: list[Picture]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mezzotint import images
@@ -15,8 +16,9 @@ from mezzotint.schemas import ErrorBody
 from mezzotint.server.api.context import Context
 from mezzotint.server.api.disconnect import or_gone
 from mezzotint.server.work.endpoints import Endpoint
-from mezzotint.server.work.tickets import Answer, Picture, Ticket
+from mezzotint.server.work.tickets import PIECE_BYTES, Answer, Picture, Ticket
 
+JSON = "application/json"
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
@@ -96,8 +98,29 @@ class AnswerResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._attached:
             answer = await or_gone(receive, self._ticket.outcome())
-            response = Response(answer.body, media_type="application/json", headers=timing_headers(answer))
+            headers = {"content-length": str(len(answer.content))} | timing_headers(answer)
+            response: Response = StreamingResponse(answer.pieces(), headers=headers, media_type=JSON)
+            if isinstance(answer.content, bytes) and len(answer.content) <= PIECE_BYTES:
+                response = Response(answer.content, headers=headers, media_type=JSON)  # in one piece
             await response(scope, receive, send)
+
+
+class HeldStream(StreamingResponse):
+    """Streams pieces; holds `around` from the first moment to the last, even if no piece is ever taken."""
+
+    def __init__(
+        self,
+        pieces: AsyncIterator[bytes],
+        around: AbstractContextManager[None],
+        media_type: str,
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__(pieces, media_type=media_type, headers=headers)
+        self._around = around
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._around:
+            await super().__call__(scope, receive, send)
 
 
 def timing_headers(answer: Answer) -> dict[str, str]:

@@ -141,9 +141,7 @@ def _item(
     responses={status: answers.ERRORS[status] for status in (401, 404, 503)},
 )
 async def request_state(request_id: str, context: CurrentContext, key: CurrentKey) -> Response:
-    return Response(
-        _state_json(context.admission.find(request_id, key), full=True), media_type="application/json"
-    )
+    return _full_state(context, context.admission.find(request_id, key))
 
 
 @router.delete(
@@ -157,7 +155,7 @@ async def cancel_request(request_id: str, context: CurrentContext, key: CurrentK
     """Cancels within one step; a request that has ended stays as it ended."""
     ticket = context.admission.find(request_id, key)
     context.admission.cancel(ticket)
-    return Response(_state_json(ticket, full=True), media_type="application/json")
+    return _full_state(context, ticket)
 
 
 @router.get(
@@ -197,7 +195,8 @@ async def _events(ticket: Ticket) -> AsyncIterator[bytes]:
     if ticket.error is not None and ticket.status == "failed":
         yield sse.event("failed", ErrorBody.of(ticket.error, ticket.id).model_dump_json())
     elif ticket.answer is not None:
-        yield sse.event("done", ticket.answer.body.decode())
+        async for piece in sse.event_pieces("done", ticket.answer.pieces()):
+            yield piece
     else:
         yield sse.event(ticket.status, _state_json(ticket).decode())
 
@@ -219,8 +218,25 @@ def seconds_left(ticket: Ticket) -> float:
     return round(max(left, default=0.0), 3)
 
 
-def _state_json(ticket: Ticket, *, full: bool = False) -> bytes:
-    """The RequestState; with `full` the result stands in it as the bytes that it was answered with."""
+def _full_state(context: Context, ticket: Ticket) -> Response:
+    """The RequestState; its result is the bytes that the request was answered with."""
+    text, answer = _state_json(ticket), ticket.answer
+    if answer is None:
+        return Response(text, media_type="application/json")
+    head, tail = text[:-1] + b',"result":', b"}"
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield head
+        async for piece in answer.pieces():
+            yield piece
+        yield tail
+
+    size = len(head) + len(answer.content) + len(tail)
+    around = context.admission.watching(ticket)
+    return answers.HeldStream(pieces(), around, "application/json", {"content-length": str(size)})
+
+
+def _state_json(ticket: Ticket) -> bytes:
     values: dict[str, Any] = {"id": ticket.id, "status": ticket.status}
     values |= {"step": ticket.step, "num_steps": ticket.num_steps}
     if not ticket.ended:
@@ -230,10 +246,7 @@ def _state_json(ticket: Ticket, *, full: bool = False) -> bytes:
         values["seconds_left"] = seconds_left(ticket)
     if ticket.error is not None:
         values["error"] = ErrorBody.of(ticket.error).error
-    text = RequestState(**values).model_dump_json().encode()
-    if full and ticket.answer is not None:
-        return text[:-1] + b',"result":' + ticket.answer.body + b"}"
-    return text
+    return RequestState(**values).model_dump_json().encode()
 
 
 def install(app: FastAPI) -> None:

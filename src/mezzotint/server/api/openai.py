@@ -291,7 +291,9 @@ async def _events(wish: Wish, ticket: Ticket) -> AsyncIterator[bytes]:
         yield sse.comment(f"step {ticket.step}/{ticket.num_steps}" if ticket.step else ticket.status)
         await ticket.changed(seen)
     try:
-        yield (await ticket.outcome()).body
+        answer = await ticket.outcome()
+        async for piece in answer.pieces():
+            yield piece
     except MezzotintError as error:
         yield sse.event(None, ErrorBody.of(error, ticket.id).model_dump_json())
 

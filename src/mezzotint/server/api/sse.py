@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from mezzotint.server.api.answers import HeldStream
 
 HEARTBEAT_S = 10.0
 """A comment goes out when nothing else did for this long, so that proxies keep the connection."""
@@ -51,19 +50,14 @@ async def with_heartbeat(events: AsyncIterator[bytes], every_s: float = HEARTBEA
         await asyncio.gather(pending, return_exceptions=True)
 
 
-class _Stream(StreamingResponse):
-    def __init__(self, events: AsyncIterator[bytes], around: AbstractContextManager[None]) -> None:
-        super().__init__(with_heartbeat(events), media_type=MEDIA_TYPE, headers=HEADERS)
-        self._around = around
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._around:
-            await super().__call__(scope, receive, send)
+async def event_pieces(name: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """One event whose data comes in pieces."""
+    yield f"event: {name}\ndata: ".encode()
+    async for piece in pieces:
+        yield piece.replace(b"\n", b"\ndata: ")
+    yield b"\n\n"
 
 
-def stream(events: AsyncIterator[bytes], around: AbstractContextManager[None]) -> StreamingResponse:
-    """The response for a generator of event bytes; it ends the generator when the client goes.
-
-    `around` is held from the response's first moment to its last, whether or not the generator ever begins.
-    """
-    return _Stream(events, around)
+def stream(events: AsyncIterator[bytes], around: AbstractContextManager[None]) -> HeldStream:
+    """The response for a generator of event bytes; it ends the generator when the client goes."""
+    return HeldStream(with_heartbeat(events), around, MEDIA_TYPE, HEADERS)

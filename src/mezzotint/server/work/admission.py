@@ -28,6 +28,7 @@ from mezzotint.messages import Done, Generate, Preview
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store.keys import Key
 from mezzotint.server.store.quotas import Quotas
+from mezzotint.server.store.spool import Spool
 from mezzotint.server.work.estimate import Estimate
 from mezzotint.server.work.joining import Joining
 from mezzotint.server.work.queueing import Job
@@ -50,6 +51,7 @@ class Admission:
         self._quotas = quotas
         self._pool = pool
         self.tickets = Tickets(settings.idempotency_ttl_s)
+        self._spool = Spool(settings.data_dir)
         self._joining = Joining(self.tickets, settings.attach_window_s, self._abandoned)
         self._finishing: set[asyncio.Task[None]] = set()
         """Answers that are being made; `settle` waits for them."""
@@ -83,6 +85,7 @@ class Admission:
         ticket.jobs = [self._job(ticket, message) for message in _messages(submission)]
         for job in ticket.jobs:
             endpoint.profile.check(job.spec)
+        self.tickets.require_room(key.id, now)
         self._quotas.require(key, now)
         estimate = Estimate.of(
             [job.work_s for job in ticket.jobs],
@@ -147,7 +150,7 @@ class Admission:
 
     def find(self, request_id: str, key: Key) -> Ticket:
         """The ticket of this id, for the key that made it and for nobody else."""
-        self.sweep()
+        self.tickets.sweep_key(key.id, asyncio.get_running_loop().time())
         ticket = self.tickets.by_id.get(request_id)
         if ticket is None or ticket.key.id != key.id:
             raise NotFoundError(
@@ -237,12 +240,23 @@ class Admission:
         outcome: Answer | MezzotintError
         try:
             outcome = await loop.run_in_executor(self._pool, finish, ticket, pictures)
+            if not self.tickets.fits_memory(ticket.key.id, len(outcome.content)):
+                outcome = await loop.run_in_executor(self._pool, self._to_disk, outcome)
         except MezzotintError as error:
             outcome = error
         except Exception:
             log.exception("answer could not be made", ticket=ticket.id)
             outcome = InternalError("the server failed to make the answer; its log says why")
         self._end(ticket, outcome)
+
+    def _to_disk(self, answer: Answer) -> Answer:
+        """The same answer on disk, or still in memory when the disk takes no more (blocking)."""
+        assert isinstance(answer.content, bytes)
+        try:
+            return replace(answer, content=self._spool.write(answer.content))
+        except OSError as error:
+            log.error("answer stays in memory, the disk takes no more", error=error.strerror)
+            return answer
 
     def _out_of_time(self, ticket: Ticket) -> None:
         if not ticket.ended and len(ticket.pictures) < len(ticket.jobs):

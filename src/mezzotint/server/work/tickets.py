@@ -6,23 +6,31 @@ A Ticket is one request of one key: one job per image, then one answer.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
-from mezzotint.errors import MezzotintError, NotFoundError
+from mezzotint.errors import MezzotintError, NotFoundError, RateLimitError
 from mezzotint.messages import Preview
 from mezzotint.schemas import RequestStatus
 from mezzotint.server.store.keys import Key
+from mezzotint.server.store.spool import Spooled
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.queueing import Job
 from mezzotint.spec import ImageSpec
 
-MAX_KEPT = 10_000
-"""Most ended requests that can still be asked about; the oldest are forgotten first."""
-MAX_KEPT_BYTES = 256 * 2**20
-"""Most bytes of their answers."""
+ANSWER_MEMORY_BYTES = 64 * 2**20
+"""Once the ended requests of one key hold this much in memory, its further answers go to disk."""
+MAX_MEMORY_BYTES = 128 * 2**20
+"""Most that the ended requests of one key may hold in memory, its own record of each included."""
+MAX_DISK_BYTES = 4 * 2**30
+"""Most that they may hold on disk."""
+RECORD_BYTES = 4096
+"""What is left of an ended request's job, its texts and answer not counted."""
+PIECE_BYTES = 128 * 2**10
+"""Answers go out in pieces of this size, so that a client that does not read holds one of them."""
 
 
 class ClientGone(Exception):
@@ -50,12 +58,24 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The bytes of a finished request's JSON answer, and what the Server-Timing header says."""
+    """A finished request's answer: its bytes, in memory or on disk, and what Server-Timing says."""
 
-    body: bytes
+    content: bytes | Spooled
     queue_s: float = 0.0
     generate_s: float = 0.0
     encode_s: float = 0.0
+
+    @property
+    def on_disk(self) -> bool:
+        return isinstance(self.content, Spooled)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The bytes, PIECE_BYTES at a time."""
+        for start in range(0, len(self.content), PIECE_BYTES):
+            if isinstance(self.content, bytes):
+                yield self.content[start : start + PIECE_BYTES]
+            else:
+                yield await asyncio.to_thread(self.content.read, start, PIECE_BYTES)
 
 
 Finish = Callable[["Ticket", list[Picture]], Answer]
@@ -121,6 +141,9 @@ class Ticket:
     """Runs to its end, and keeps its answer, without any connection."""
     left_at: float = 0.0
     """When the last client hung up."""
+    ended_at: float = 0.0
+    forgotten: bool = False
+    """Tickets no longer finds it; clients that wait still get the answer."""
     deadline_timer: asyncio.TimerHandle | None = None
     changes: int = 0
     """Counts up with every change; see `changed`."""
@@ -148,9 +171,21 @@ class Ticket:
         return not self.ended or self.answer is not None
 
     @property
+    def promised(self) -> bool:
+        """Whether its sender may ask for the answer later."""
+        return self.held or self.idempotency_key is not None
+
+    @property
     def wanted(self) -> bool:
-        """Whether somebody waits for the answer or has been promised it."""
-        return bool(self.clients or self.watchers or self.held or self.idempotency_key is not None)
+        """Whether somebody waits for the answer or may ask for it later."""
+        return bool(self.clients or self.watchers or (self.promised and not self.forgotten))
+
+    @property
+    def record_bytes(self) -> int:
+        """Memory that an ended request takes beside its answer."""
+        spec = self.jobs[0].spec
+        texts = sys.getsizeof(spec.prompt) + sys.getsizeof(spec.negative_prompt or "")
+        return RECORD_BYTES * len(self.jobs) + texts
 
     @property
     def ended(self) -> bool:
@@ -193,16 +228,36 @@ class Ticket:
                 waiter.set_result(None)
 
 
+@dataclass(slots=True)
+class _Account:
+    """What the ended requests of one key hold. Tickets alone fills and reads it."""
+
+    promised: deque[Ticket] = field(default_factory=deque)
+    """Those whose answer may still be asked for, in the order of their end."""
+    others: deque[Ticket] = field(default_factory=deque)
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+
 class Tickets:
-    """All requests that live, and for `ttl_s` those that have ended."""
+    """All requests that live, and for `ttl_s` those that have ended.
+
+    Each key has bounds of its own. A request that was promised to be found again, because nobody waited for
+    it or because it has an idempotency key, is never forgotten earlier; new requests are refused instead.
+    """
 
     def __init__(self, ttl_s: float) -> None:
         self.ttl_s = ttl_s
         self.by_id: dict[str, Ticket] = {}
         self.by_idempotency: dict[tuple[str, str], Ticket] = {}
-        self._ended: deque[tuple[float, Ticket]] = deque()
-        self.num_bytes = 0
-        """Of the answers kept."""
+        """By key id and idempotency key."""
+        self._accounts: dict[str, _Account] = {}
+        """By key id."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What ended requests hold, in memory and on disk."""
+        return sum(account.memory_bytes + account.disk_bytes for account in self._accounts.values())
 
     def add(self, ticket: Ticket) -> None:
         self.by_id[ticket.id] = ticket
@@ -212,33 +267,84 @@ class Tickets:
     def living(self) -> list[Ticket]:
         return [ticket for ticket in self.by_id.values() if not ticket.ended]
 
+    def fits_memory(self, key_id: str, num_bytes: int) -> bool:
+        """Whether another answer of this key should stay in memory."""
+        account = self._accounts.get(key_id)
+        return num_bytes + (account.memory_bytes if account else 0) <= ANSWER_MEMORY_BYTES
+
     def keep(self, ticket: Ticket, now: float) -> None:
-        """Takes note that a request has ended; forgets old ones that no longer fit."""
-        self._ended.append((now, ticket))
-        self.num_bytes += len(ticket.answer.body) if ticket.answer else 0
-        for _, other in self._ended:
-            if self.num_bytes <= MAX_KEPT_BYTES:
-                break
-            if not other.clients:
-                self.drop_answer(other)
-        self.sweep(now)
+        """Takes note that a request has ended; forgets old ones of its key that no longer fit."""
+        account = self._accounts.setdefault(ticket.key.id, _Account())
+        ticket.ended_at = now
+        (account.promised if ticket.promised else account.others).append(ticket)
+        account.memory_bytes += ticket.record_bytes
+        self._book(account, ticket.answer, 1)
+        self.sweep_key(ticket.key.id, now)
+
+    def require_room(self, key_id: str, now: float) -> None:
+        """RateLimitError while the key's answers, kept or on their way out, hold more than they may."""
+        self.sweep_key(key_id, now)
+        account = self._accounts.get(key_id)
+        if account is None:
+            return
+        for held, most in ((account.memory_bytes, MAX_MEMORY_BYTES), (account.disk_bytes, MAX_DISK_BYTES)):
+            if held > most:
+                oldest = next(iter(account.promised), None)
+                raise RateLimitError(
+                    f"the finished requests of this key hold {held // 2**20} MiB, over {most // 2**20} MiB; "
+                    "read the answers that are on their way, or wait until older ones are forgotten",
+                    code="too_many_answers",
+                    retry_after=max(1.0, oldest.ended_at + self.ttl_s - now) if oldest else 1.0,
+                )
 
     def drop_answer(self, ticket: Ticket) -> None:
-        """Frees the memory of an answer that nobody will ask for."""
+        """Frees an answer that nobody will ask for."""
         if ticket.answer is not None:
-            if ticket.id in self.by_id:
-                self.num_bytes -= len(ticket.answer.body)
+            self._book(self._accounts[ticket.key.id], ticket.answer, -1)
             ticket.answer = None
+            self._close_if_empty(ticket.key.id)
 
     def sweep(self, now: float) -> None:
         """Forgets the requests that ended too long ago; whoever waits for an answer still gets it."""
-        while self._ended and (self._ended[0][0] + self.ttl_s <= now or len(self._ended) > MAX_KEPT):
-            _, ticket = self._ended.popleft()
-            if not (ticket.clients or ticket.watchers):
-                self.drop_answer(ticket)
-            elif ticket.answer is not None:
-                self.num_bytes -= len(ticket.answer.body)
-            self.by_id.pop(ticket.id, None)
-            place = (ticket.key.id, ticket.idempotency_key or "")
-            if self.by_idempotency.get(place) is ticket:
-                del self.by_idempotency[place]
+        for key_id in list(self._accounts):
+            self.sweep_key(key_id, now)
+
+    def sweep_key(self, key_id: str, now: float) -> None:
+        """As `sweep`, for one key; forgets also what was not promised and no longer fits."""
+        account = self._accounts.get(key_id)
+        if account is None:
+            return
+        for ended in (account.promised, account.others):
+            while ended and ended[0].ended_at + self.ttl_s <= now:
+                self._forget(account, ended.popleft())
+        while account.others and account.memory_bytes > MAX_MEMORY_BYTES:
+            ticket = account.others.popleft()
+            if ticket.promised:  # since its end
+                account.promised.append(ticket)
+            else:
+                self._forget(account, ticket)
+        self._close_if_empty(key_id)
+
+    def _forget(self, account: _Account, ticket: Ticket) -> None:
+        ticket.forgotten = True
+        account.memory_bytes -= ticket.record_bytes
+        if not ticket.wanted:
+            self._book(account, ticket.answer, -1)
+            ticket.answer = None
+        self.by_id.pop(ticket.id, None)
+        name = (ticket.key.id, ticket.idempotency_key or "")
+        if self.by_idempotency.get(name) is ticket:
+            del self.by_idempotency[name]
+
+    def _book(self, account: _Account, answer: Answer | None, sign: int) -> None:
+        if answer is None:
+            return
+        if answer.on_disk:
+            account.disk_bytes += sign * len(answer.content)
+        else:
+            account.memory_bytes += sign * len(answer.content)
+
+    def _close_if_empty(self, key_id: str) -> None:
+        account = self._accounts[key_id]
+        if not (account.promised or account.others or account.memory_bytes or account.disk_bytes):
+            del self._accounts[key_id]
