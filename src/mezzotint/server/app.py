@@ -40,7 +40,7 @@ from mezzotint.server.api import (
     playground,
 )
 from mezzotint.server.api.context import Context
-from mezzotint.server.api.middleware import Bodies, Envelope, OwnPages, Refusals, error_response
+from mezzotint.server.api.middleware import BodyReader, Envelope, HostAndOriginGuard, Refusals, error_response
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import database
 from mezzotint.server.store.gallery import Gallery
@@ -84,9 +84,9 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
     for dialect in (dedicated, pictures, operations, management, adapters, openai, a1111, playground):
         dialect.install(app)
     documentation.install(app)
-    app.add_middleware(Bodies, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(BodyReader, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     if not settings.auth:
-        app.add_middleware(OwnPages, settings=settings)
+        app.add_middleware(HostAndOriginGuard, settings=settings)
     app.add_middleware(Refusals, on_error=_count_error(context.metrics))
     if settings.cors_origins:
         app.add_middleware(
@@ -193,7 +193,7 @@ def _lifespan(
         finally:
             cleaning.cancel()
             _drop_requests(context)
-            await context.admission.settle()
+            await context.admission.wait_for_answers()
             await context.registry.stop()
             context.pool.shutdown()
             with contextlib.suppress(SQLAlchemyError):

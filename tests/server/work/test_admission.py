@@ -506,7 +506,7 @@ def test_a_request_cancelled_in_the_moment_of_its_last_picture_ends_once(host: H
     async def both() -> None:
         job.end(Done(job.request.job_id, 16, 16, 0.1, bytes(16 * 16 * 3)))
         host.service.admission.cancel(ticket)
-        await host.service.admission.settle()
+        await host.service.admission.wait_for_answers()
 
     host.run(both())
     assert ticket.status == "cancelled"

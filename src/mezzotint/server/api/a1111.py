@@ -1,7 +1,7 @@
 """The part of AUTOMATIC1111's web API that Open WebUI, SillyTavern and LibreChat use.
 
-Keys of the body that mean nothing here are ignored, as the original does. The API key is the password of
-Basic authentication, with any user name; a bearer token is taken as well. A LoRA in the prompt,
+Fields of the body that mean nothing here are ignored, as in the original. The API key is the password of
+Basic authentication, with any user name. A bearer token works as well. A LoRA in the prompt,
 `<lora:ROUTE:WEIGHT>`, is the adapter of that route.
 """
 
@@ -34,12 +34,12 @@ from mezzotint.server.work.tickets import Answer, Picture, Ticket
 from mezzotint.spec import AdapterUse, ImageSpec
 
 SAMPLER = "Automatic"
-"""The one sampler there is to choose: the model's own. What clients send instead is ignored."""
+"""The only sampler to choose, which is the model's own; other names in a request are ignored."""
 _LORA = re.compile(r"<lora:([^:<>]+)(?::(-?\d{1,3}(?:\.\d{1,6})?))?(?::[^<>]*)?>")
 READ = (
     "prompt", "negative_prompt", "steps", "seed", "cfg_scale", "width", "height", "batch_size", "n_iter",
 )  # fmt: skip
-"""Keys of a body that mean something here, the override of the checkpoint aside."""
+"""Fields of a body that this server reads, besides the override of the checkpoint."""
 MAX_ECHOED = 64 * 2**10
 """Characters of a body that are echoed whole."""
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -65,8 +65,8 @@ BasicKey = Annotated[Key, Depends(basic_key_of)]
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """A request of this dialect in the words of the dedicated route."""
+class Txt2ImgRequest:
+    """A checked request, in the words of the dedicated route."""
 
     body: DedicatedImageGenerationBody
     target: Target
@@ -79,16 +79,16 @@ class Wish:
 @router.post("/txt2img", summary="Generate images, as the web UI's API does", responses={**answers.ERRORS})
 async def txt2img(request: Request, context: CurrentContext, key: BasicKey, head: CurrentHead) -> Response:
     values = parse_json(await request.body())
-    wish = parse_wish(values, request, context, key)
+    asked = parse_request(values, request, context, key)
     parameters = _echoed(values)
     ticket = await context.admission.submit(
         head.submission(
-            wish.target,
+            asked.target,
             key,
-            wish.spec,
-            lambda ticket, pictures: _finish(parameters, wish, ticket, pictures),
+            asked.spec,
+            lambda ticket, pictures: _finish(parameters, asked, ticket, pictures),
             body_fingerprint("a1111", values),
-            num_images=wish.body.num_images,
+            num_images=asked.body.num_images,
         )
     )
     return AnswerResponse(ticket, _newest(request, ticket, context.admission.attached(ticket)))
@@ -107,8 +107,8 @@ def _newest(request: Request, ticket: Ticket, attached: AbstractContextManager[N
             del running[ticket.key.id]
 
 
-def parse_wish(values: Mapping[str, Any], request: Request, context: Context, key: Key) -> Wish:
-    """What the body asks for; InvalidRequestError in the words of the dedicated route's fields."""
+def parse_request(values: Mapping[str, Any], request: Request, context: Context, key: Key) -> Txt2ImgRequest:
+    """Checks the body; InvalidRequestError names the dedicated route's fields."""
     settings = values.get("override_settings") or {}
     named = settings.get("sd_model_checkpoint") if isinstance(settings, dict) else None
     target = resolve_short(context.registry, key, named or _chosen(request, context, key))
@@ -129,7 +129,7 @@ def parse_wish(values: Mapping[str, Any], request: Request, context: Context, ke
     }
     body = make_body(fields)
     uses = (AdapterUse(target.route, scale),) if target.route else ()
-    return Wish(body, target, replace(body.spec, adapters=uses))
+    return Txt2ImgRequest(body, target, replace(body.spec, adapters=uses))
 
 
 def take_lora(prompt: Any) -> tuple[Any, str | None, float | None]:
@@ -164,10 +164,10 @@ def _num_images(values: Mapping[str, Any]) -> Any:
     return (1 if size is None else size) * (1 if batches is None else batches)
 
 
-def _finish(parameters: str, wish: Wish, ticket: Ticket, pictures: list[Picture]) -> Answer:
+def _finish(parameters: str, asked: Txt2ImgRequest, ticket: Ticket, pictures: list[Picture]) -> Answer:
     """Turns pictures into this dialect's answer; runs in a thread."""
     began = time.perf_counter()
-    model = wish.body.model
+    model = asked.body.model
     files = [answers.encode(ticket.endpoint, model, "png", picture) for picture in pictures]
     shown_images = ",".join(f'"{base64.b64encode(data).decode()}"' for data in files)
     info = json.dumps(json.dumps(_info(model, ticket, pictures)))
@@ -176,10 +176,10 @@ def _finish(parameters: str, wish: Wish, ticket: Ticket, pictures: list[Picture]
 
 
 def _echoed(values: Mapping[str, Any]) -> str:
-    """The body as JSON, for the answer; of a long one only what is read here.
+    """The body as JSON, for the answer; a long one without the fields that this server does not read.
 
-    A text, because the parsed body takes many times its room while the request waits. It is ASCII, because
-    the body may hold half a surrogate pair. What was read as infinite (1e999, in an ignored key) is null.
+    It is text because a parsed body takes many times the memory, and the request may wait for long. It is
+    ASCII because the body may hold half a surrogate pair. Infinity (from 1e999, in an ignored field) is null.
     """
     text = json.dumps(values, separators=(",", ":"))
     if len(text) > MAX_ECHOED:
@@ -285,8 +285,8 @@ async def schedulers(key: BasicKey) -> list[dict[str, Any]]:
 @router.get("/upscalers", summary="None", responses=_ANSWERS)
 @router.get("/latent-upscale-modes", summary="None", responses=_ANSWERS)
 @router.get("/sd-vae", summary="None", responses=_ANSWERS)
-async def nothing(key: BasicKey) -> list[dict[str, Any]]:
-    """Clients ask for these lists at their start; there is nothing to choose."""
+async def empty_list(key: BasicKey) -> list[dict[str, Any]]:
+    """Clients ask for these lists when they start. This server has nothing to choose from."""
     return []
 
 
@@ -325,7 +325,7 @@ async def png_info(request: Request, key: BasicKey) -> dict[str, Any]:
 
 
 def install(app: FastAPI) -> None:
-    """Adds these routes to the app, and what they remember for as long as it runs."""
+    """Adds these routes to the app, and what they remember while it runs."""
     app.state.a1111_running = {}
     app.state.a1111_chosen = {}
     app.include_router(router)

@@ -1,4 +1,4 @@
-"""What all dialects share of an answer: pictures to files, its parts, and its response."""
+"""What the answers of all dialects share: files from pictures, headers, and the response itself."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def json_body(model: type[BaseModel]) -> dict[str, Any]:
 def encode(
     endpoint: Endpoint, model: str, form: str, picture: Picture, quality: int = images.JPEG_QUALITY
 ) -> bytes:
-    """A picture's file, its parameters inside unless the endpoint switches that off; runs in a thread."""
+    """A picture's file, with its parameters unless the endpoint switches that off; runs in a thread."""
     return images.encode(
         form,
         picture.pixels,
@@ -68,7 +68,7 @@ def parameters_of(model: str, picture: Picture) -> images.Parameters:
 def store(
     context: Context, ticket: Ticket, model: str, picture: Picture, data: bytes, suffix: str, base_url: str
 ) -> str:
-    """Keeps a picture's file for its key and answers the URL; runs in a thread."""
+    """Stores a picture's file for its key and returns the URL; runs in a thread."""
     name = context.gallery.save(data, suffix, ticket.key.id, parameters_of(model, picture))
     context.metrics.stored.inc(len(data))
     return context.storage.url(base_url, name)

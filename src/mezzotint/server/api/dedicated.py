@@ -1,4 +1,4 @@
-"""The server's own dialect: the dedicated route, and the state of one's own requests."""
+"""The server's own dialect: the dedicated route, and the state of a key's own requests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mezzotint.server.work.resolve import resolve
 from mezzotint.server.work.tickets import Answer, Finish, Picture, Ticket
 
 QUEUED_EVERY_S = 1.0
-"""How often a watcher of a waiting request is told its place."""
+"""How often a watcher of a waiting request is told its position."""
 
 router = APIRouter()
 
@@ -80,7 +80,7 @@ async def generate(
 
 
 def _finish(context: Context, body: DedicatedImageGenerationBody, base_url: str) -> Finish:
-    """Turns pictures into this dialect's answer; runs in a thread."""
+    """The function that turns pictures into this dialect's answer; it runs in a thread."""
     form = body.response_format if isinstance(body.response_format, str) else "url"
 
     def finish(ticket: Ticket, pictures: list[Picture]) -> Answer:
@@ -189,7 +189,7 @@ async def _events(ticket: Ticket) -> AsyncIterator[bytes]:
         if (state := _state_json(ticket)) != told:
             yield sse.event("progress", state.decode())
             told = state
-        with contextlib.suppress(TimeoutError):  # while it waits, its place changes by what others do
+        with contextlib.suppress(TimeoutError):  # the position changes by what other requests do
             async with asyncio.timeout(QUEUED_EVERY_S if ticket.status == "queued" else None):
                 await ticket.changed(seen)
     if ticket.error is not None and ticket.status == "failed":

@@ -1,4 +1,4 @@
-"""Pure ASGI middleware: what every response carries, and what a body must be before anyone reads it.
+"""Pure ASGI middleware: headers for every response, and checks before a route sees the request.
 
 (Function middleware would hide a client's disconnect from the routes, so there is none.)
 """
@@ -98,7 +98,7 @@ class Envelope:
 
 
 class Refusals:
-    """Answers what the middleware below refuses and what no one foresaw; no traceback goes to anyone.
+    """Turns exceptions from the middleware below, and unexpected ones, into answers without a traceback.
 
     It stands below CORS, so that a page may read these answers as any other. `on_error` counts them.
     """
@@ -133,11 +133,11 @@ class Refusals:
             await error_response(error, scope["state"]["request_id"])(scope, receive, send)
 
 
-class OwnPages:
-    """For a server without keys: refuses what a browser sends for a page of somebody else's.
+class HostAndOriginGuard:
+    """For a server without keys: refuses requests that a browser sends for a foreign page.
 
-    Such a page may come under a name that its owner lets point at this machine (DNS rebinding): then Host has
-    that name. Or it asks this server across origins: then Origin has the page's own.
+    The page's owner may have pointed its name at this machine (DNS rebinding); Host then has that name. Or
+    the page asks across origins; Origin then has the page's own.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -179,8 +179,8 @@ class OwnPages:
         )
 
 
-class Bodies:
-    """Reads the whole body before the routes see the request: its size, its time, its type."""
+class BodyReader:
+    """Reads the whole body before the routes see the request, and checks its size, time and type."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
@@ -234,7 +234,7 @@ def _require_json(content_type: str | None) -> None:
 
 
 def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
-    """A receive that gives the body once and then what really comes: the disconnect."""
+    """A receive that gives the body once and then the server's own messages, which is the disconnect."""
     given = False
 
     async def replay() -> Message:

@@ -1,7 +1,8 @@
 """OpenAI's images: `/v1/images/generations` and `/v1/models`.
 
 The same path takes the container form of Friendli's API (`response_format` is `raw` or `jpeg`, `model` an
-adapter route alone) and Together's words (`steps`, `base64`). What is left out is the endpoint's default.
+adapter route alone) and Together's words (`steps`, `base64`). Fields that are left out have the endpoint's
+defaults.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from mezzotint.server.work.resolve import Target, resolve, resolve_short, usable
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
 
 FALLBACK_STEPS = 20
-"""Steps where neither the request, nor the endpoint, nor its model (not loaded yet) names a number."""
+"""Steps when the request and the endpoint name none and the model has never been loaded."""
 _SHARED = (
     "prompt", "n", "num_inference_steps", "guidance_scale", "seed", "negative_prompt", "width", "height",
     "control_images", "controlnet_weights",
 )  # fmt: skip
-"""Fields that mean what they mean on the dedicated route."""
+"""Fields that have the meaning of the dedicated route."""
 _OWN = (
     "model", "size", "steps", "response_format", "output_format", "output_compression", "stream",
     "partial_images",
@@ -58,19 +59,19 @@ _FORMS: Mapping[str, tuple[str, str | None]] = {
     "jpeg": ("image", "jpeg"),
     "raw": ("image", "raw"),
 }
-"""By `response_format`: where the picture stands in the answer, and the file's format if that says it too."""
+"""By `response_format`: the field that holds the picture, and the file's format if that says it too."""
 
 router = APIRouter(tags=["OpenAI"])
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """A request of this dialect: the picture as on the dedicated route, and how it is to be answered."""
+class OpenAIRequest:
+    """A checked request: the picture as on the dedicated route, and the form of the answer."""
 
     body: DedicatedImageGenerationBody
-    form: str
+    item_field: str
     """`url`, `b64_json`, or `image` for the container form."""
-    file: str
+    file_format: str
     """Format of the file: `png`, `jpeg` or `raw`."""
     quality: int
     stream: bool
@@ -128,25 +129,25 @@ async def generate(request: Request, context: CurrentContext, key: CurrentKey, h
     """Makes images from words. With `"stream": true` the answer is server-sent events."""
     values = {name: value for name, value in parse_json(await request.body()).items() if value is not None}
     target = resolve_short(context.registry, key, values.get("model"))
-    wish = parse_wish(values, target)
+    asked = parse_request(values, target)
     base_url = context.base_url(request)
     ticket = await context.admission.submit(
         head.submission(
             target,
             key,
-            wish.body.spec,
-            lambda ticket, pictures: _finish(context, wish, base_url, ticket, pictures),
+            asked.body.spec,
+            lambda ticket, pictures: _finish(context, asked, base_url, ticket, pictures),
             body_fingerprint("openai", values),
-            num_images=wish.body.num_images,
-            num_previews=wish.partial_images if wish.stream else 0,
+            num_images=asked.body.num_images,
+            num_previews=asked.partial_images if asked.stream else 0,
         )
     )
     attached = context.admission.attached(ticket)
-    return sse.stream(_events(wish, ticket), attached) if wish.stream else AnswerResponse(ticket, attached)
+    return sse.stream(_events(asked, ticket), attached) if asked.stream else AnswerResponse(ticket, attached)
 
 
-def parse_wish(values: Mapping[str, Any], target: Target) -> Wish:
-    """What the body asks for; InvalidRequestError as on the dedicated route."""
+def parse_request(values: Mapping[str, Any], target: Target) -> OpenAIRequest:
+    """Checks the body; InvalidRequestError as on the dedicated route."""
     for name in values:
         if name not in KNOWN:
             raise unknown_field(name, KNOWN)
@@ -154,12 +155,12 @@ def parse_wish(values: Mapping[str, Any], target: Target) -> Wish:
     if "steps" in values and values.get("num_inference_steps", values["steps"]) != values["steps"]:
         raise _invalid("steps", "and num_inference_steps say the same thing and differ; send one of them")
     fields.setdefault("num_inference_steps", values.get("steps", default_steps(target.endpoint)))
-    form, file = _FORMS[_choice(values, "response_format", tuple(_FORMS), "url")]
+    item_field, file_format = _FORMS[_choice(values, "response_format", tuple(_FORMS), "url")]
     output_format = _choice(values, "output_format", ("png", "jpeg"), "png")
-    return Wish(
+    return OpenAIRequest(
         body=make_body({"model": target.model} | fields),
-        form=form,
-        file=file or output_format,
+        item_field=item_field,
+        file_format=file_format or output_format,
         quality=_integer(values, "output_compression", 0, 100, images.JPEG_QUALITY),
         stream=_choice(values, "stream", (False, True), False),
         partial_images=_integer(values, "partial_images", 0, 3, 0),
@@ -210,53 +211,64 @@ def _invalid(name: str, text: str, code: str = "invalid_value") -> InvalidReques
 # ---------------------------------------------------------------- answers
 
 
-def _finish(context: Context, wish: Wish, base_url: str, ticket: Ticket, pictures: list[Picture]) -> Answer:
+def _finish(
+    context: Context, asked: OpenAIRequest, base_url: str, ticket: Ticket, pictures: list[Picture]
+) -> Answer:
     """Turns pictures into this dialect's answer; runs in a thread."""
     began = time.perf_counter()
-    files = [answers.encode(ticket.endpoint, wish.body.model, wish.file, p, wish.quality) for p in pictures]
-    if wish.stream:
+    files = [
+        answers.encode(ticket.endpoint, asked.body.model, asked.file_format, p, asked.quality)
+        for p in pictures
+    ]
+    if asked.stream:
         usage = _usage(pictures[:1])
         parts = [
             sse.event(
-                "image_generation.completed", _event(wish, "completed", picture, data) | {"usage": usage}
+                "image_generation.completed", _event(asked, "completed", picture, data) | {"usage": usage}
             )
             for picture, data in zip(pictures, files, strict=True)
         ]
         return answers.made_answer(b"".join(parts), pictures, time.perf_counter() - began)
     items = [
-        _item(context, wish, base_url, ticket, number, picture, data)
+        _item(context, asked, base_url, ticket, number, picture, data)
         for number, (picture, data) in enumerate(zip(pictures, files, strict=True))
     ]
     answer: dict[str, Any] = {
         "created": int(ticket.created),
         "id": ticket.id,
         "object": "list",
-        "model": wish.body.model,
+        "model": asked.body.model,
         "data": items,
         "usage": _usage(pictures),
-        "output_format": wish.file,
+        "output_format": asked.file_format,
         "size": f"{pictures[0].width}x{pictures[0].height}",
         "warnings": ticket.warnings,
     }
-    if wish.form == "image":
+    if asked.item_field == "image":
         answer["image"] = items[0]["b64_json"]
     text = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
     return answers.made_answer(text.encode(), pictures, time.perf_counter() - began)
 
 
 def _item(
-    context: Context, wish: Wish, base_url: str, ticket: Ticket, number: int, picture: Picture, data: bytes
+    context: Context,
+    asked: OpenAIRequest,
+    base_url: str,
+    ticket: Ticket,
+    number: int,
+    picture: Picture,
+    data: bytes,
 ) -> dict[str, Any]:
-    kind = images.FORMATS[wish.file]
+    kind = images.FORMATS[asked.file_format]
     item = {"index": number, "seed": picture.seed, "width": picture.width, "height": picture.height}
-    if wish.form == "url":
-        url = answers.store(context, ticket, wish.body.model, picture, data, kind.suffix, base_url)
+    if asked.item_field == "url":
+        url = answers.store(context, ticket, asked.body.model, picture, data, kind.suffix, base_url)
         return {"type": "url", "url": url, **item}
     return {"type": "b64_json", "b64_json": base64.b64encode(data).decode(), **item, **kind.item_fields}
 
 
 def _usage(pictures: list[Picture]) -> dict[str, Any]:
-    """OpenAI's shape, which counts tokens: a denoising step is one of output, words are not counted."""
+    """OpenAI's shape, which counts tokens; each denoising step is one output token."""
     steps = sum(picture.spec.num_inference_steps for picture in pictures)
     return {
         "input_tokens": 0,
@@ -266,26 +278,26 @@ def _usage(pictures: list[Picture]) -> dict[str, Any]:
     }
 
 
-def _event(wish: Wish, kind: str, picture: Picture | Preview, data: bytes) -> dict[str, Any]:
+def _event(asked: OpenAIRequest, kind: str, picture: Picture | Preview, data: bytes) -> dict[str, Any]:
     return {
         "type": f"image_generation.{kind}",
         "b64_json": base64.b64encode(data).decode(),
         "created_at": int(time.time()),
         "size": f"{picture.width}x{picture.height}",
-        "output_format": wish.file,
+        "output_format": asked.file_format,
         "background": "opaque",
         "quality": "auto",
     }
 
 
-async def _events(wish: Wish, ticket: Ticket) -> AsyncIterator[bytes]:
+async def _events(asked: OpenAIRequest, ticket: Ticket) -> AsyncIterator[bytes]:
     """Partial images as events, progress as comments: clients take any other event for a partial image."""
     previews, shown_previews, seen = ticket.previews, 0, -1  # a ticket lets go of its previews when it ends
     while True:
         seen = ticket.changes
         for number, preview in previews[shown_previews:]:
             shown_previews += 1
-            yield await run_in_threadpool(_partial, wish, number, preview)
+            yield await run_in_threadpool(_partial, asked, number, preview)
         if ticket.ended:
             break
         yield sse.comment(f"step {ticket.step}/{ticket.num_steps}" if ticket.step else ticket.status)
@@ -298,9 +310,11 @@ async def _events(wish: Wish, ticket: Ticket) -> AsyncIterator[bytes]:
         yield sse.event(None, ErrorBody.of(error, ticket.id).model_dump_json())
 
 
-def _partial(wish: Wish, number: int, preview: Preview) -> bytes:
-    data = images.encode(wish.file, preview.payload, preview.width, preview.height, quality=wish.quality)
-    values = _event(wish, "partial_image", preview, data)
+def _partial(asked: OpenAIRequest, number: int, preview: Preview) -> bytes:
+    data = images.encode(
+        asked.file_format, preview.payload, preview.width, preview.height, quality=asked.quality
+    )
+    values = _event(asked, "partial_image", preview, data)
     values |= {"partial_image_index": preview.index, "index": number}
     return sse.event("image_generation.partial_image", values)
 

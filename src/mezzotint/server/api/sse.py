@@ -11,13 +11,13 @@ from typing import Any
 from mezzotint.server.api.answers import HeldStream
 
 HEARTBEAT_S = 10.0
-"""A comment goes out when nothing else did for this long, so that proxies keep the connection."""
+"""After this long without an event a comment is sent, so that proxies keep the connection."""
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 def event(name: str | None, data: Any) -> bytes:
-    """One event; `name` None leaves the type out."""
+    """One event; a `name` of None leaves its type out."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     head = f"event: {name}\n" if name else ""
     body = "".join(f"data: {line}\n" for line in text.split("\n"))
@@ -30,7 +30,7 @@ def comment(text: str) -> bytes:
 
 
 async def with_heartbeat(events: AsyncIterator[bytes], every_s: float = HEARTBEAT_S) -> AsyncIterator[bytes]:
-    """The same bytes, with a comment whenever nothing came for `every_s`."""
+    """The same bytes, with a comment after every `every_s` without an event."""
     iterator = aiter(events)
     pending = asyncio.ensure_future(anext(iterator))
     try:

@@ -1,4 +1,4 @@
-"""Requests: let in or refused, run as one job per image, ended exactly once.
+"""The server's requests: each is let in or refused, runs as one job per image, and ends exactly once.
 
 The dialects hand over submissions and wait for the tickets that they get.
 """
@@ -35,7 +35,7 @@ from mezzotint.server.work.queueing import Job
 from mezzotint.server.work.tickets import Answer, ClientGone, Picture, Submission, Ticket, Tickets
 
 STOPPING_RETRY_S = 5.0
-"""Retry-After of a server that stops: another, or the same one restarted, may be there by then."""
+"""Retry-After of a server that stops; another one, or the same after a restart, may answer by then."""
 DRAWN_SEEDS = 2**32
 
 log = structlog.get_logger(__name__)
@@ -54,7 +54,7 @@ class Admission:
         self._spool = Spool(settings.data_dir)
         self._joining = Joining(self.tickets, settings.attach_window_s, self._abandoned)
         self._finishing: set[asyncio.Task[None]] = set()
-        """Answers that are being made; `settle` waits for them."""
+        """Answers that are being made; `wait_for_answers` waits for them."""
 
     # ------------------------------------------------------------ in
 
@@ -161,11 +161,11 @@ class Admission:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Ends a request at its owner's wish."""
+        """Ends a request because its owner asked for it."""
         self._end(ticket, RequestCancelledError("the request was cancelled"))
 
     def end_all(self) -> list[str]:
-        """Ends whatever is left when the server stops; answers the ids of what was dropped."""
+        """Ends all requests because the server stops; returns the ids of those that it ended."""
         left = self.tickets.living()
         for ticket in left:
             error = UnavailableError(
@@ -177,10 +177,10 @@ class Admission:
         return [ticket.id for ticket in left]
 
     def sweep(self) -> None:
-        """Forgets what nobody may ask for any more."""
+        """Forgets ended requests that nobody may ask for any more."""
         self.tickets.sweep(asyncio.get_running_loop().time())
 
-    async def settle(self) -> None:
+    async def wait_for_answers(self) -> None:
         """Waits for answers that are being encoded."""
         while self._finishing:
             await asyncio.gather(*self._finishing)

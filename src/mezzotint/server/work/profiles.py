@@ -1,4 +1,4 @@
-"""What is known of an endpoint's model: what it can do, how long it takes, what earlier starts measured."""
+"""What the server knows of an endpoint's model: its abilities, its speed, and earlier measurements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mezzotint.messages import LoadModel, ModelInfo
 from mezzotint.spec import ImageSpec
 
 GUESSED_STEP_S = 0.05
-"""Seconds per step before the model has ever been measured."""
+"""Seconds per step until the model has been measured."""
 _CALIBRATED = (
     "model", "revision", "dtype", "device", "num_threads", "batching", "performance", "max_rows",
     "min_batch_gain", "max_batch_stretch", "offload",
@@ -23,7 +23,7 @@ _CALIBRATED = (
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """An endpoint's settings beside what its model said of itself; `info` None: it has never been loaded."""
+    """An endpoint's settings and its model's own information, which is None until it has been loaded once."""
 
     spec: EndpointSettings
     info: ModelInfo | None
@@ -37,14 +37,14 @@ class Profile:
 
     @property
     def gain(self) -> float:
-        """How much merging raises throughput, by the calibration's table."""
+        """How many times merging raises throughput, by the calibration's table."""
         if self.info is None or not self.info.calibration:
             return 1.0
         rates = {int(entry["rows"]): entry["rows_per_s"] for entry in self.info.calibration}
         return max(1.0, rates.get(self.info.rows, 0.0) / rates[1]) if rates.get(1) else 1.0
 
     def size(self, width: int | None, height: int | None) -> tuple[int, int] | None:
-        """The size of a request's picture in pixels; None while nobody knows the model's own."""
+        """Width and height of a request's picture in pixels; None while the model's own size is unknown."""
         wide = width or self.spec.width or (self.info.width if self.info else None)
         high = height or self.spec.height or (self.info.height if self.info else None)
         return (wide, high) if wide and high else None
@@ -61,7 +61,7 @@ class Profile:
     def guidance_scale(self, asked: float | None) -> float | None:
         """The guidance asked for, else the endpoint's own unless the model is known to ignore it.
 
-        (Else the worker would warn a caller who asked for none.)
+        (Otherwise the worker would warn a caller who asked for none.)
         """
         if asked is None and (self.info is None or self.info.guidance_effective):
             return self.spec.default_guidance
@@ -72,7 +72,7 @@ class Profile:
         return (spec.num_inference_steps + 1) * self.step_s(spec.width, spec.height)
 
     def check(self, spec: ImageSpec) -> None:
-        """InvalidRequestError for what this model cannot do, as far as it is known yet."""
+        """InvalidRequestError if this model is known to be unable to draw this."""
         if self.info is None:
             return
         for name, value in (("width", spec.width), ("height", spec.height)):
@@ -113,7 +113,7 @@ class Calibration:
 
     @classmethod
     def from_json(cls, values: dict[str, Any] | None) -> Calibration | None:
-        """None also for what another version of the program wrote: the worker calibrates again."""
+        """None also for values of another version of the program; the worker then calibrates again."""
         if not values:
             return None
         try:
@@ -129,6 +129,6 @@ def settings_digest(spec: EndpointSettings) -> str:
 
 
 def load_message(spec: EndpointSettings, calibration: Calibration | None) -> LoadModel:
-    """What a worker is told at its start; rows calibrated earlier are kept, because bytes are promised."""
+    """The first message to a worker. It repeats the calibrated rows, because bytes are promised."""
     known = calibration if calibration and calibration.fingerprint == settings_digest(spec) else None
     return LoadModel(spec.id, spec.model, spec.engine, rows=known.info.rows if known else None)

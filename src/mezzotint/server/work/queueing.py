@@ -1,4 +1,4 @@
-"""One endpoint's queue: whose job goes next, how long a new one would wait. Plain Python, no event loop.
+"""One endpoint's queue: which job goes next, and how long a new one would wait. Needs no event loop.
 
 Between keys: the highest priority first, and fair share in step-seconds (start-time fair queueing, by
 weight) among equals. Within a key: least remaining work first. A job that has waited too long or whose
@@ -19,7 +19,7 @@ from mezzotint.messages import Done, Generate, Preview
 from mezzotint.spec import ImageSpec
 
 MAX_STALE = 16
-"""A key's part of the queue is rid of stale entries when they outnumber the waiting jobs by this many."""
+"""Stale entries of a key are dropped when they outnumber its waiting jobs by this many."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,13 +27,13 @@ class Job:
     """One image on its way. `on_end` is called exactly once, with the result or the error."""
 
     request: Generate
-    """What its worker is sent."""
+    """The message for its worker."""
     key_id: str
     weight: float
     priority: int
     work_s: float
     deadline: float
-    """On the event loop's clock, as all times here."""
+    """On the event loop's clock, like all times here."""
     on_end: Callable[[Job, Done | MezzotintError], None]
     on_progress: Callable[[Job], None]
     on_preview: Callable[[Job, Preview], None]
@@ -106,7 +106,7 @@ class _Share:
 
 
 class JobQueue:
-    """The waiting jobs of one endpoint and the account of what runs."""
+    """The waiting jobs of one endpoint, and the work of its running ones."""
 
     def __init__(self, max_wait_s: float) -> None:
         self.max_wait_s = max_wait_s
@@ -151,7 +151,7 @@ class JobQueue:
         """Moves a waiting job to the account of the running ones."""
         share = self._leave(job)
         for other in self._shares.values():
-            if other.priority < share.priority:  # to have waited behind a higher priority earns nothing
+            if other.priority < share.priority:  # waiting behind a higher priority earns no credit
                 other.served = max(other.served, share.served)
         job.started_at = now
         share.served += job.work_s / share.weight
@@ -269,7 +269,7 @@ class JobQueue:
 class Throughput:
     """How many seconds of lone work an endpoint does per second: above 1 where merging or replicas help.
 
-    A decaying average over finished jobs, begun with what calibration promises.
+    It is a decaying average over finished jobs that begins with the calibration's figure.
     """
 
     work_s: float

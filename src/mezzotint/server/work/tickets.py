@@ -24,11 +24,11 @@ from mezzotint.spec import ImageSpec
 ANSWER_MEMORY_BYTES = 64 * 2**20
 """Once the ended requests of one key hold this much in memory, its further answers go to disk."""
 MAX_MEMORY_BYTES = 128 * 2**20
-"""Most that the ended requests of one key may hold in memory, its own record of each included."""
+"""Most that the ended requests of one key may hold in memory, the records of the requests included."""
 MAX_DISK_BYTES = 4 * 2**30
-"""Most that they may hold on disk."""
+"""Most that the ended requests of one key may hold on disk."""
 RECORD_BYTES = 4096
-"""What is left of an ended request's job, its texts and answer not counted."""
+"""Estimated memory of an ended request's job, without its texts and answer."""
 PIECE_BYTES = 128 * 2**10
 """Answers go out in pieces of this size, so that a client that does not read holds one of them."""
 
@@ -39,12 +39,13 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One finished image: uint8 RGB pixels and what made them."""
+    """One finished image: its pixels and what made them."""
 
     spec: ImageSpec
     width: int
     height: int
     pixels: bytes
+    """uint8 RGB, height x width x 3."""
     queue_s: float
     generate_s: float
     adapter_load_s: float = 0.0
@@ -112,19 +113,22 @@ class Submission:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request on its way to exactly one of done, failed, cancelled."""
+    """One request on its way to exactly one of done, failed, cancelled.
+
+    Admission fills its fields, except where a field says otherwise; the dialects read them.
+    """
 
     id: str
     key: Key
     endpoint: Endpoint
     finish: Finish | None
-    """None once the request has ended, for it may hold much of the request's body."""
+    """None once the request has ended, because it may hold much of the request's body."""
     fingerprint: str
     idempotency_key: str | None
     deadline: float
     """On the event loop's clock."""
     warnings: list[str] = field(default_factory=list)
-    """What had no effect, as the workers said; each once."""
+    """The workers' warnings, each once."""
     created: float = field(default_factory=time.time)
     status: RequestStatus = "queued"
     jobs: list[Job] = field(default_factory=list)
@@ -134,14 +138,15 @@ class Ticket:
     answer: Answer | None = None
     error: MezzotintError | None = None
     clients: int = 0
-    """Connections that wait for the answer."""
+    """Connections that wait for the answer; Joining counts them."""
     watchers: int = 0
     """Connections that follow the events; they keep the answer, not the request."""
     held: bool = False
     """Runs to its end, and keeps its answer, without any connection."""
     left_at: float = 0.0
-    """When the last client hung up."""
+    """When the last client hung up; Joining alone uses it."""
     ended_at: float = 0.0
+    """Tickets alone uses it."""
     forgotten: bool = False
     """Tickets no longer finds it; clients that wait still get the answer."""
     deadline_timer: asyncio.TimerHandle | None = None
