@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from pydantic import MISSING
 
 from mezzotint import images
+from mezzotint.messages import Preview
 from mezzotint.schemas import (
     DedicatedImageGenerationBody,
     ErrorBody,
@@ -173,12 +174,12 @@ async def cancel_request(request_id: str, context: CurrentContext, key: CurrentK
 )
 async def request_events(request_id: str, context: CurrentContext, key: CurrentKey) -> Response:
     ticket = context.admission.find(request_id, key)
-    return sse.stream(_events(ticket), context.admission.watching(ticket))
+    return sse.stream(_events(ticket, ticket.previews), context.admission.watching(ticket))
 
 
-async def _events(ticket: Ticket) -> AsyncIterator[bytes]:
-    previews, seen, shown = ticket.previews, -1, 0  # a ticket lets go of its previews when it ends
-    told = b""
+async def _events(ticket: Ticket, previews: list[tuple[int, Preview]]) -> AsyncIterator[bytes]:
+    """A ticket drops its `previews` when it ends, which may be before this begins."""
+    seen, shown, told = -1, 0, b""
     while True:
         seen = ticket.changes
         for number, preview in previews[shown:]:
@@ -201,7 +202,7 @@ async def _events(ticket: Ticket) -> AsyncIterator[bytes]:
         yield sse.event(ticket.status, _state_json(ticket).decode())
 
 
-def _preview_json(ticket: Ticket, number: int, preview: Any) -> str:
+def _preview_json(ticket: Ticket, number: int, preview: Preview) -> str:
     data = images.encode("png", preview.payload, preview.width, preview.height)
     return PreviewEvent(
         index=number,

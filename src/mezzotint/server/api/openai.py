@@ -143,7 +143,11 @@ async def generate(request: Request, context: CurrentContext, key: CurrentKey, h
         )
     )
     attached = context.admission.attached(ticket)
-    return sse.stream(_events(asked, ticket), attached) if asked.stream else AnswerResponse(ticket, attached)
+    return (
+        sse.stream(_events(asked, ticket, ticket.previews), attached)
+        if asked.stream
+        else AnswerResponse(ticket, attached)
+    )
 
 
 def parse_request(values: Mapping[str, Any], target: Target) -> OpenAIRequest:
@@ -290,9 +294,14 @@ def _event(asked: OpenAIRequest, kind: str, picture: Picture | Preview, data: by
     }
 
 
-async def _events(asked: OpenAIRequest, ticket: Ticket) -> AsyncIterator[bytes]:
-    """Partial images as events, progress as comments: clients take any other event for a partial image."""
-    previews, shown_previews, seen = ticket.previews, 0, -1  # a ticket lets go of its previews when it ends
+async def _events(
+    asked: OpenAIRequest, ticket: Ticket, previews: list[tuple[int, Preview]]
+) -> AsyncIterator[bytes]:
+    """Partial images as events, progress as comments: clients take any other event for a partial image.
+
+    A ticket drops its `previews` when it ends, which may be before this begins.
+    """
+    shown_previews, seen = 0, -1
     while True:
         seen = ticket.changes
         for number, preview in previews[shown_previews:]:
