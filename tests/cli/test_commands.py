@@ -58,6 +58,14 @@ def test_the_command_line_loads_neither_torch_nor_the_server() -> None:
     assert run_python("-c", code).stdout.strip() == "[]"
 
 
+def test_doctor_and_pull_reach_the_engine(tmp_path: Path) -> None:
+    facts = json.loads(run_python("-m", "mezzotint", "doctor", "--json").stdout)
+    assert facts["versions"]["mezzotint"] == mezzotint.__version__
+    missing = run_python("-m", "mezzotint", "pull", str(tmp_path / "nothing"))
+    assert missing.returncode == 1
+    assert "was not found" in missing.stderr
+
+
 @pytest.mark.parametrize(
     "arguments", [["serve"], ["keys", "list"], ["generate", "a cat"], ["doctor"], ["pull", "x"]]
 )

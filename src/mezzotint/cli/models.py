@@ -47,7 +47,7 @@ def doctor(as_json: JsonFlag = False) -> None:
 
 def _engine_program(module: str, *arguments: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
     require_engine()
-    program = f"import sys; from mezzotint.engine.{module} import main; sys.exit(main())"
+    program = f"import sys; from mezzotint.engine.models.{module} import main; sys.exit(main())"
     command = [sys.executable, "-c", program, *arguments]
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}  # without advice on optional packages
     return subprocess.run(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -15,9 +17,10 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from mezzotint.engine.models import checks, doctor, hardware, loading, sources
+from mezzotint.engine.models import checks, doctor, hardware, host, loading, sources
 from mezzotint.errors import ModelLoadError
 from mezzotint.spec import EngineSettings
 from tests.engine import fake_hub, tiny
@@ -211,7 +214,7 @@ def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
         ({"amx_bf16": False, "avx512_bf16": True}, torch.bfloat16),
         ({"avx2": True}, torch.float32),
     ):
-        monkeypatch.setattr(hardware, "cpu_features", lambda features=features: features)
+        monkeypatch.setattr(host, "cpu_features", lambda features=features: features)
         assert hardware.choose_dtype("auto", cpu)[0] == wanted
     assert hardware.choose_dtype("fp16", cpu)[0] == torch.float16
 
@@ -219,7 +222,6 @@ def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("settings", "code", "words"),
     [
-        ({"dtype": "int8"}, "invalid_setting", "use auto, bf16, fp16, fp32"),
         ({"device": "toaster"}, "device_unavailable", "use auto, cpu, cuda"),
         ({"device": "cuda:77"}, "device_unavailable", "cuda:77"),
     ],
@@ -232,9 +234,14 @@ def test_a_setting_that_does_not_fit_is_refused(
     assert words in error.message
 
 
+def test_a_dtype_that_does_not_exist_is_refused_before_anything_loads(flux: Path) -> None:
+    with pytest.raises(ValidationError, match="'auto', 'bf16', 'fp16' or 'fp32'"):
+        load(flux, dtype="int8")
+
+
 def test_the_thread_count_is_set_and_zero_means_one_per_usable_core(flux: Path) -> None:
     assert load(flux, num_threads=3).num_threads == torch.get_num_threads() == 3
-    assert load(flux, num_threads=0).num_threads == torch.get_num_threads() == hardware.num_cores()
+    assert load(flux, num_threads=0).num_threads == torch.get_num_threads() == host.num_cores()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -459,8 +466,26 @@ def test_doctor_names_what_auto_means_here() -> None:
     facts = doctor.facts()
     assert facts["device"] == str(hardware.choose_device())
     assert facts["dtype"] in hardware.DTYPES
-    assert facts["num_threads"] == hardware.num_cores()
+    assert facts["num_threads"] == host.num_cores()
     assert 0 < facts["memory"]["available_bytes"] <= facts["memory"]["total_bytes"]
     assert facts["versions"]["torch"] == torch.__version__
     assert set(facts["models"]["built_in"]) == set(sources.built_in_names())
     assert json.loads(json.dumps(facts)) == facts
+
+
+def test_doctor_says_what_torch_says_without_loading_it_where_there_is_no_gpu() -> None:
+    code = "import json, sys; from mezzotint.engine.models import doctor, host; print(json.dumps(["
+    code += "doctor.facts(), host.may_have_gpu(), 'torch' in sys.modules]))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    facts, may_have_gpu, loads_torch = json.loads(found.stdout)
+    device = hardware.choose_device()
+    assert loads_torch is may_have_gpu
+    assert may_have_gpu or device.type == "cpu"
+    dtype, reason = hardware.choose_dtype("auto", device)
+    assert (facts["device"], hardware.DTYPES[facts["dtype"]], facts["dtype_reason"]) == (
+        str(device),
+        dtype,
+        reason,
+    )
+    known = torch.cpu.get_capabilities()
+    assert facts["cpu"]["features"] == {name: known.get(name, False) for name in host.FEATURES}

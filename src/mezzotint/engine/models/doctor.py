@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import huggingface_hub.constants
-import torch
 
-from mezzotint.engine.models import hardware, sources
+from mezzotint.engine.models import host, sources
 
 PACKAGES = (
     "mezzotint",
@@ -24,23 +23,21 @@ PACKAGES = (
     "greenlet",
     "peft",
 )
-SPEED_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
-"""Instruction sets that decide how fast a model runs on the CPU."""
 
 
-def facts(device: str = "auto") -> dict[str, Any]:
+def facts() -> dict[str, Any]:
     """Processor, GPU, memory, threads, versions; the device and dtype that `auto` chooses, and why."""
-    chosen = hardware.choose_device(device)
-    dtype, reason = hardware.choose_dtype("auto", chosen)
-    free, total = hardware.memory(torch.device("cpu"))
+    free, total = host.memory()
     return {
-        "device": str(chosen),
-        "dtype": next(name for name, value in hardware.DTYPES.items() if value == dtype),
-        "dtype_reason": reason,
-        "cpu": _cpu(),
-        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        **_accelerator(),
+        "cpu": {
+            "name": host.cpu_name(),
+            "architecture": platform.machine(),
+            "usable_cores": host.num_cores(),
+            "features": host.cpu_features(),
+        },
         "memory": {"available_bytes": free, "total_bytes": total},
-        "num_threads": hardware.num_cores(),
+        "num_threads": host.num_cores(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -52,27 +49,17 @@ def facts(device: str = "auto") -> dict[str, Any]:
     }
 
 
-def _cpu() -> Mapping[str, Any]:
-    capabilities = torch.cpu.get_capabilities()
-    features = hardware.cpu_features()
-    return {
-        "name": capabilities.get("cpu_name", platform.processor()),
-        "architecture": capabilities.get("architecture", platform.machine()),
-        "usable_cores": hardware.num_cores(),
-        "features": {name: features.get(name, False) for name in SPEED_FEATURES},
-    }
+def _accelerator() -> Mapping[str, Any]:
+    """The device and dtype of `auto`, and the GPUs."""
+    if not host.may_have_gpu():
+        dtype, reason = host.cpu_dtype()
+        return {"device": "cpu", "dtype": dtype, "dtype_reason": reason, "gpus": []}
+    from mezzotint.engine.models import hardware  # loads torch, which takes seconds
 
-
-def _gpu(index: int) -> Mapping[str, Any]:
-    free, total = torch.cuda.mem_get_info(index)
-    major, minor = torch.cuda.get_device_capability(index)
-    return {
-        "device": f"cuda:{index}",
-        "name": torch.cuda.get_device_name(index),
-        "compute_capability": f"{major}.{minor}",
-        "available_bytes": int(free),
-        "total_bytes": int(total),
-    }
+    device = hardware.choose_device()
+    chosen, reason = hardware.choose_dtype("auto", device)
+    name = next(name for name, value in hardware.DTYPES.items() if value == chosen)
+    return {"device": str(device), "dtype": name, "dtype_reason": reason, "gpus": hardware.gpus()}
 
 
 def _version(package: str) -> str | None:
