@@ -88,6 +88,9 @@ class EndpointSettings(EngineSettings, _Hosted):
     idle_sleep_s: Seconds = Field(
         0.0, description="Sleep (free the memory) after this long idle; 0 is never."
     )
+    aliases: tuple[Annotated[str, Field(pattern=f"^{ID_PATTERN}$")], ...] = Field(
+        (), description="Other names that requests may use, such as `gpt-image-1` or `dall-e-3`."
+    )
     adapters: tuple[AdapterSettings, ...] = Field((), description="Adapters registered at the start.")
 
     @property
@@ -155,6 +158,11 @@ class Settings(Table):
     )
     drain_s: Seconds = Field(30.0, description="How long SIGTERM waits for running requests.")
     encode_threads: int = Field(2, ge=1, le=64, description="Threads that turn pixels into PNG and JPEG.")
+    foreign_values: Literal["nearest", "refuse"] = Field(
+        "nearest",
+        description="What becomes of a size or a number of steps that an endpoint cannot do, on OpenAI's and "
+        "AUTOMATIC1111's routes: the nearest that it can, with a warning, or a refusal.",
+    )
     cors_origins: tuple[str, ...] = Field(
         (), description="Origins that browsers may call from; none by default."
     )
@@ -175,7 +183,7 @@ class Settings(Table):
     @field_validator("endpoints")
     @classmethod
     def _ids_are_unique(cls, endpoints: tuple[EndpointSettings, ...]) -> tuple[EndpointSettings, ...]:
-        _refuse_twice("endpoint id", [endpoint.id for endpoint in endpoints])
+        _refuse_twice("endpoint id", [name for each in endpoints for name in (each.id, *each.aliases)])
         return endpoints
 
     @field_validator("auth")

@@ -227,5 +227,6 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was probably meant to be: the closest, else one that contains it."""
     name, names = name.lower()[:MAX_ECHO], {other.lower(): other for other in known}
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    holding = [other for other in names if len(name) >= 4 and (name in other or other in name)]
+    long = [other for other in names if min(len(name), len(other)) >= 4]
+    holding = [other for other in long if name in other or other in name]
     return next((names[other] for other in close + holding), None)

@@ -31,7 +31,7 @@ _FULL_COLOUR_QUALITY = 90
 """From this JPEG quality on, colour keeps the full resolution: saturated edges show it."""
 _MAX_SEGMENT = 65_000
 """A JPEG segment holds at most 64 KiB; longer parameters are left out."""
-_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+_EXIF_IFD, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
 _UNICODE = b"UNICODE\0"
 
 _SPEC = TypeAdapter(ImageSpec)
@@ -198,6 +198,21 @@ def _encode_jpeg(array: NDArray[np.uint8], parameters: Parameters | None, qualit
     return file.getvalue()
 
 
+def _encode_webp(array: NDArray[np.uint8], parameters: Parameters | None, quality: int) -> bytes:
+    """WebP; its infotext is in EXIF's UserComment as in a JPEG, and the JSON is in MakerNote."""
+    options: dict[str, Any] = {}
+    if parameters:
+        exif = Image.Exif()
+        exif.endian = ">"
+        fields = exif.get_ifd(_EXIF_IFD)
+        fields[_USER_COMMENT] = _UNICODE + parameters.to_infotext().encode("utf-16-be")
+        fields[_MAKER_NOTE] = parameters.to_json().encode()
+        options = {"exif": exif.tobytes()}
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format="WEBP", quality=max(1, quality), method=2, **options)
+    return file.getvalue()
+
+
 def _encode_raw(array: NDArray[np.uint8], parameters: Parameters | None, quality: int) -> bytes:
     return array.tobytes()
 
@@ -219,6 +234,7 @@ FORMATS: Mapping[str, Format] = {
     "png": _PNG,
     "jpeg": _JPEG,
     "jpg": _JPEG,
+    "webp": Format("image/webp", ".webp", _encode_webp, _decode_file, {}),
     "raw": Format(
         "application/octet-stream",
         ".rgb",
@@ -234,27 +250,30 @@ FORMATS: Mapping[str, Format] = {
 
 
 def read_parameters(data: bytes) -> Parameters | None:
-    """What made this PNG or JPEG, None if it does not say; InvalidRequestError if it is neither."""
+    """What made this picture file, None if it does not say; InvalidRequestError if it is no picture."""
     texts = _read_texts(data)
     return _from_json(texts.get("mezzotint", "")) or parse_infotext(texts.get("parameters", ""))
 
 
 def read_infotext(data: bytes) -> str | None:
-    """The `parameters` text of a PNG or JPEG, whoever wrote it; InvalidRequestError if it is neither."""
+    """The `parameters` text of a picture file, whoever wrote it; InvalidRequestError if it is no picture."""
     return _read_texts(data).get("parameters")
 
 
 def _read_texts(data: bytes) -> dict[str, str]:
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
         if image.format == "PNG":
             return {name: str(image.info[name]) for name in ("parameters", "mezzotint") if name in image.info}
         texts = {"mezzotint": image.info.get("comment", b"").decode("utf-8", "replace")}
-        comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
+        exif = image.getexif().get_ifd(_EXIF_IFD)
+        comment, note = exif.get(_USER_COMMENT, b""), exif.get(_MAKER_NOTE, b"")
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError):
         raise InvalidRequestError(
-            "not a readable PNG or JPEG; send the file as it was saved", code="invalid_image"
+            "not a readable PNG, JPEG or WebP; send the file as it was saved", code="invalid_image"
         ) from None
+    if image.format == "WEBP" and isinstance(note, bytes):
+        texts["mezzotint"] = note.decode("utf-8", "replace")
     if isinstance(comment, bytes) and comment.startswith(_UNICODE):
         texts["parameters"] = comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
     return texts

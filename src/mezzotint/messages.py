@@ -120,6 +120,8 @@ class ModelInfo:
     """One entry per row count tried: {"rows", "forward_s", "rows_per_s", "uncertainty"}.
 
     `uncertainty` is how far runs of that forward disagreed, relative to `forward_s`; 0.1 and less is sure."""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Every (width, height) that the model can draw; empty: any of its multiple."""
     step_s: float = 0.0
     """Measured seconds of one step of one lone job at the default size."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Final, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, get_args
 
 from pydantic import (
     MISSING,
@@ -30,6 +30,9 @@ from mezzotint.spec import ID_PATTERN, LIMITS, MAX_SEED, AdapterUse, ImageSpec, 
 
 MAX_PROMPT = 10_000
 """Most characters of a prompt after trimming."""
+MAX_FOREIGN_PROMPT = 32_000
+"""The same where OpenAI's limit is what clients expect."""
+MAX_FOREIGN_IMAGES = 10
 
 DedicatedImageGenerationBodyResponseFormat = Literal["url", "raw", "png", "jpeg", "jpg"]
 _NOT_BLANK = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
@@ -46,20 +49,25 @@ _Count = Annotated[int, between("n")]
 _Side = Annotated[int, between("width")]
 
 
-def _plain_text(text: str) -> str:
-    if "\0" in text:
-        raise PydanticCustomError("invalid_value", "must not contain a NUL character; remove it")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("invalid_value", _HALF_A_PAIR) from None
-    text = text.strip()
-    if len(text) > MAX_PROMPT:
-        limit = {"most": MAX_PROMPT, "got": len(text)}
-        raise PydanticCustomError(
-            "out_of_range", "must have at most {most} characters after trimming (got {got})", limit
-        )
-    return text
+def _plain_text(most: int) -> AfterValidator:
+    """Trims; refuses NUL, half of a surrogate pair, and more than `most` characters."""
+
+    def check(text: str) -> str:
+        if "\0" in text:
+            raise PydanticCustomError("invalid_value", "must not contain a NUL character; remove it")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise PydanticCustomError("invalid_value", _HALF_A_PAIR) from None
+        text = text.strip()
+        if len(text) > most:
+            limit = {"most": most, "got": len(text)}
+            raise PydanticCustomError(
+                "out_of_range", "must have at most {most} characters after trimming (got {got})", limit
+            )
+        return text
+
+    return AfterValidator(check)
 
 
 def _not_empty(text: str) -> str:
@@ -68,7 +76,7 @@ def _not_empty(text: str) -> str:
     return text
 
 
-_NegativePrompt = Annotated[str, AfterValidator(_plain_text)]
+_NegativePrompt = Annotated[str, _plain_text(MAX_PROMPT)]
 _Prompt = Annotated[_NegativePrompt, AfterValidator(_not_empty)]
 
 _REQUEST_EXAMPLES: list[JsonValue] = [
@@ -167,6 +175,9 @@ class DedicatedImageGenerationBody(BaseModel):
         description="Not supported until an endpoint has a ControlNet: only null is accepted.",
     )
 
+    limits: ClassVar[Mapping[str, tuple[int, int]]] = LIMITS
+    """Smallest and largest values, for error messages."""
+
     @model_validator(mode="after")
     def _every_seed_is_in_range(self) -> Self:
         if isinstance(self.seed, int) and isinstance(self.n, int) and self.seed + self.n - 1 > MAX_SEED:
@@ -184,6 +195,25 @@ class DedicatedImageGenerationBody(BaseModel):
         values = self.model_dump(include=set(ImageSpec.__dataclass_fields__), exclude_none=True)
         _, route = split_model(self.model)
         return ImageSpec(**values, adapters=(AdapterUse(route),) if route else ())
+
+
+class ForeignImageGenerationBody(DedicatedImageGenerationBody):
+    """The same request in a dialect whose own limits are wider: OpenAI's and AUTOMATIC1111's."""
+
+    limits: ClassVar[Mapping[str, tuple[int, int]]] = {**LIMITS, "n": (1, MAX_FOREIGN_IMAGES)}
+
+    prompt: Annotated[str, _plain_text(MAX_FOREIGN_PROMPT), AfterValidator(_not_empty)] = Field(
+        description="Text description of the desired image(s); 1 to 32,000 characters after trimming.",
+        json_schema_extra={"minLength": 1, "maxLength": MAX_FOREIGN_PROMPT, "pattern": _NOT_BLANK},
+    )
+    n: Annotated[int, Field(ge=1, le=MAX_FOREIGN_IMAGES)] | MISSING | None = Field(
+        default=MISSING, description="Number of images; image i uses seed + i. 1 when unset."
+    )
+    negative_prompt: Annotated[str, _plain_text(MAX_FOREIGN_PROMPT)] | MISSING | None = Field(
+        default=MISSING,
+        description="What the image should not show, where the model can take that.",
+        json_schema_extra={"maxLength": MAX_FOREIGN_PROMPT, "pattern": _NO_NUL},
+    )
 
 
 KNOWN_FIELDS = tuple(DedicatedImageGenerationBody.model_fields)
@@ -342,15 +372,17 @@ def parse_body(raw: bytes) -> DedicatedImageGenerationBody:
     return make_body(parse_json(raw))
 
 
-def make_body(values: Mapping[str, Any]) -> DedicatedImageGenerationBody:
+def make_body(
+    values: Mapping[str, Any], kind: type[DedicatedImageGenerationBody] = DedicatedImageGenerationBody
+) -> DedicatedImageGenerationBody:
     """The request with these fields; InvalidRequestError as for `parse_body`."""
     for name in values:
         if name not in KNOWN_FIELDS:
             raise unknown_field(name, KNOWN_FIELDS)
     try:
-        return DedicatedImageGenerationBody.model_validate(dict(values))
+        return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise _invalid(error.errors(include_url=False)[0]) from None
+        raise _invalid(error.errors(include_url=False)[0], kind.limits) from None
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
@@ -437,13 +469,13 @@ _SENTENCES: Mapping[str, tuple[str, str]] = {
 """Code and message by pydantic's name for the fault."""
 
 
-def _invalid(fault: ErrorDetails) -> InvalidRequestError:
+def _invalid(fault: ErrorDetails, limits: Mapping[str, tuple[int, int]]) -> InvalidRequestError:
     """pydantic's first complaint in the contract's words."""
     kind, got = fault["type"], fault["input"]
     param = str(fault["loc"][0]) if fault["loc"] else str(fault.get("ctx", {}).get("param"))
     if kind in _SENTENCES:
         code, sentence = _SENTENCES[kind]
-        low, high = LIMITS.get(param, (0, 0))
+        low, high = limits.get(param, (0, 0))
         text = sentence.format(low=low, high=high, got=shown(got))
     elif kind == "literal_error":
         code, text = _no_such_format(got)

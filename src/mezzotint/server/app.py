@@ -100,7 +100,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
                 "prefer",
                 "x-request-timeout-s",
             ],
-            expose_headers=["x-request-id", "retry-after", "server-timing"],
+            expose_headers=["x-request-id", "retry-after", "server-timing", "x-warnings"],
         )
     app.add_middleware(Envelope, on_answer=_count(context.metrics))
     app.add_exception_handler(MezzotintError, _answer_error)
@@ -260,7 +260,10 @@ def _count_error(metrics: Metrics) -> Callable[[MezzotintError], None]:
 
 def _refusal(request: Request, error: MezzotintError) -> Response:
     _count_error(request.app.state.context.metrics)(error)
-    return error_response(error, getattr(request.state, "request_id", None))
+    request_id = getattr(request.state, "request_id", None)
+    if error.status == InvalidRequestError.status and request.url.path.startswith(openai.PREFIX):
+        return error_response(error, request_id, openai.REFUSAL_STATUS)
+    return error_response(error, request_id)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -120,11 +120,52 @@ def test_two_loras_or_a_wild_weight_are_refused(prompt: str) -> None:
 
 
 def test_a_bad_field_is_told_in_the_contracts_words(http: httpx2.Client) -> None:
-    answer = http.post("/txt2img", json={"prompt": "a fox", "steps": 150})
+    answer = http.post("/txt2img", json={"prompt": "a fox", "steps": "150"})
     assert answer.status_code == 422
-    assert answer.json()["detail"] == "num_inference_steps must be between 1 and 50 (got 150)"
+    assert answer.json()["detail"] == "num_inference_steps must be an integer (got '150')"
     mistyped = http.post("/txt2img", json={"prompt": "a fox", "batch_size": "2"})
     assert mistyped.json()["error"]["param"] == "batch_size"
+
+
+def test_what_sillytavern_sends_by_itself_gives_a_picture(http: httpx2.Client) -> None:
+    body = {
+        "prompt": "a fox",
+        "negative_prompt": "lowres, bad anatomy, bad hands, text, error, cropped, worst quality",
+        "sampler_name": "Euler a",
+        "scheduler": "normal",
+        "steps": 80,
+        "cfg_scale": 7,
+        "width": 512,
+        "height": 512,
+        "restore_faces": False,
+        "enable_hr": True,
+        "hr_upscaler": "Latent",
+        "seed": -1,
+        "override_settings": {"CLIP_stop_at_last_layers": 1},
+        "override_settings_restore_afterwards": True,
+        "clip_skip": 1,
+        "save_images": True,
+        "send_images": True,
+        "do_not_save_grid": False,
+        "do_not_save_samples": False,
+        "alwayson_scripts": {"ADetailer": {"args": [True]}},
+    }
+    answer = http.post("/txt2img", json=body)
+    assert answer.status_code == 200, answer.text
+    told = json.loads(answer.json()["info"])["warnings"]
+    assert any("hires fix" in text for text in told)
+    assert any("ADetailer" in text for text in told)
+    assert any("512x512" in text for text in told)
+    assert any("80 is not between 1 and 50" in text for text in told)
+
+
+def test_lists_that_clients_ask_for_at_their_start_are_there(http: httpx2.Client) -> None:
+    for name in ("cmd-flags", "memory", "embeddings", "scripts"):
+        assert isinstance(http.get(f"/{name}").json(), dict)
+    for name in ("hypernetworks", "face-restorers", "prompt-styles", "realesrgan-models"):
+        assert http.get(f"/{name}").json() == []
+    for name in ("refresh-checkpoints", "refresh-loras", "unload-checkpoint", "reload-checkpoint"):
+        assert http.post(f"/{name}").json() == {}
 
 
 def test_the_key_is_the_password(host: Host) -> None:
@@ -149,7 +190,7 @@ def test_the_options_choose_the_endpoint_of_this_key(http: httpx2.Client, host: 
 
 
 def test_models_samplers_and_loras_are_listed(http: httpx2.Client) -> None:
-    assert [model["title"] for model in http.get("/sd-models").json()] == ["one", "two"]
+    assert [model["title"] for model in http.get("/sd-models").json()] == ["one", "one:glow", "two"]
     assert [sampler["name"] for sampler in http.get("/samplers").json()] == ["Automatic"]
     assert [lora["name"] for lora in http.get("/loras").json()] == ["glow"]
     assert [scheduler["name"] for scheduler in http.get("/schedulers").json()] == ["automatic"]

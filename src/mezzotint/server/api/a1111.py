@@ -23,10 +23,18 @@ from fastapi.responses import Response
 
 from mezzotint import images
 from mezzotint.errors import InvalidRequestError, echo
-from mezzotint.schemas import DedicatedImageGenerationBody, make_body, parse_json, shown, split_model
+from mezzotint.schemas import (
+    DedicatedImageGenerationBody,
+    ForeignImageGenerationBody,
+    make_body,
+    parse_json,
+    shown,
+    split_model,
+)
 from mezzotint.server.api import answers, dedicated, openai
 from mezzotint.server.api.answers import AnswerResponse
 from mezzotint.server.api.context import Context, CurrentContext
+from mezzotint.server.api.foreign import meet_half_way
 from mezzotint.server.api.submissions import CurrentHead, body_fingerprint
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.resolve import Target, resolve_short, usable_endpoints
@@ -71,6 +79,8 @@ class Txt2ImgRequest:
     body: DedicatedImageGenerationBody
     target: Target
     spec: ImageSpec
+    warnings: list[str]
+    """What was bent or ignored."""
 
 
 # ---------------------------------------------------------------- pictures
@@ -89,6 +99,7 @@ async def txt2img(request: Request, context: CurrentContext, key: BasicKey, head
             lambda ticket, pictures: _finish(parameters, asked, ticket, pictures),
             body_fingerprint("a1111", values),
             num_images=asked.body.num_images,
+            warnings=asked.warnings,
         )
     )
     return AnswerResponse(ticket, _newest(request, ticket, context.admission.attached(ticket)))
@@ -127,9 +138,29 @@ def parse_request(values: Mapping[str, Any], request: Request, context: Context,
         "width": values.get("width"),
         "height": values.get("height"),
     }
-    body = make_body(fields)
+    warnings = _ignored(values)
+    if context.settings.foreign_values == "nearest":
+        fields, bent = meet_half_way(fields, target.endpoint.profile)
+        warnings += bent
+    body = make_body(fields, ForeignImageGenerationBody)
     uses = (AdapterUse(target.route, scale),) if target.route else ()
-    return Txt2ImgRequest(body, target, replace(body.spec, adapters=uses))
+    return Txt2ImgRequest(body, target, replace(body.spec, adapters=uses), warnings)
+
+
+def _ignored(values: Mapping[str, Any]) -> list[str]:
+    """A sentence for each field that has no effect here."""
+    scripts = values.get("alwayson_scripts")
+    unused = {
+        "enable_hr": "enable_hr (hires fix)",
+        "styles": "styles",
+        "script_name": "script_name",
+        "refiner_checkpoint": "refiner_checkpoint",
+        "tiling": "tiling",
+        "restore_faces": "restore_faces",
+    }
+    found = [text for name, text in unused.items() if values.get(name)]
+    found += [f"alwayson_scripts: {echo(name)}" for name in scripts] if isinstance(scripts, dict) else []
+    return [f"{text} had no effect: this server has no such thing" for text in found]
 
 
 def take_lora(prompt: Any) -> tuple[Any, str | None, float | None]:
@@ -267,8 +298,9 @@ async def set_options(request: Request, context: CurrentContext, key: BasicKey) 
 @router.get("/sd-models", summary="The endpoints of this key", responses=_ANSWERS)
 async def sd_models(context: CurrentContext, key: BasicKey) -> list[dict[str, Any]]:
     return [
-        {"title": e.id, "model_name": e.id, "hash": None, "sha256": None, "filename": e.id, "config": None}
-        for e in usable_endpoints(context.registry, key)
+        {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}
+        for endpoint in usable_endpoints(context.registry, key)
+        for name in (endpoint.id, *(f"{endpoint.id}:{route}" for route in sorted(endpoint.adapters)))
     ]
 
 
@@ -282,6 +314,39 @@ async def schedulers(key: BasicKey) -> list[dict[str, Any]]:
     return [{"name": SAMPLER.lower(), "label": SAMPLER}]
 
 
+@router.get("/embeddings", summary="None", responses=_ANSWERS)
+async def embeddings(key: BasicKey) -> dict[str, Any]:
+    return {"loaded": {}, "skipped": {}}
+
+
+@router.get("/scripts", summary="None", responses=_ANSWERS)
+async def scripts(key: BasicKey) -> dict[str, Any]:
+    return {"txt2img": [], "img2img": []}
+
+
+@router.get("/cmd-flags", summary="Flags of the original that clients look at", responses=_ANSWERS)
+async def cmd_flags(key: BasicKey) -> dict[str, Any]:
+    return {"api": True, "api_auth": None, "listen": False, "share": False, "ckpt": None}
+
+
+@router.get("/memory", summary="Nothing is known here", responses=_ANSWERS)
+async def memory(key: BasicKey) -> dict[str, Any]:
+    return {"ram": {}, "cuda": {}}
+
+
+@router.post("/refresh-checkpoints", summary="Nothing to do: endpoints are known", responses=_ANSWERS)
+@router.post("/refresh-loras", summary="Nothing to do: adapters are known", responses=_ANSWERS)
+@router.post("/refresh-vae", summary="Nothing to do", responses=_ANSWERS)
+@router.post("/unload-checkpoint", summary="Nothing to do: endpoints have their own life", responses=_ANSWERS)
+@router.post("/reload-checkpoint", summary="Nothing to do: endpoints have their own life", responses=_ANSWERS)
+async def nothing_to_do(key: BasicKey) -> dict[str, Any]:
+    return {}
+
+
+@router.get("/hypernetworks", summary="None", responses=_ANSWERS)
+@router.get("/face-restorers", summary="None", responses=_ANSWERS)
+@router.get("/prompt-styles", summary="None", responses=_ANSWERS)
+@router.get("/realesrgan-models", summary="None", responses=_ANSWERS)
 @router.get("/upscalers", summary="None", responses=_ANSWERS)
 @router.get("/latent-upscale-modes", summary="None", responses=_ANSWERS)
 @router.get("/sd-vae", summary="None", responses=_ANSWERS)

@@ -19,6 +19,8 @@ from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.tickets import PIECE_BYTES, Answer, Picture, Ticket
 
 JSON = "application/json"
+MAX_WARNINGS_HEADER = 1000
+"""Characters of the x-warnings header; the body has all of them."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
@@ -98,11 +100,21 @@ class AnswerResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._attached:
             answer = await or_gone(receive, self._ticket.outcome())
-            headers = {"content-length": str(len(answer.content))} | timing_headers(answer)
+            headers = {"content-length": str(len(answer.content))} | self._answer_headers(answer)
             response: Response = StreamingResponse(answer.pieces(), headers=headers, media_type=JSON)
             if isinstance(answer.content, bytes) and len(answer.content) <= PIECE_BYTES:
                 response = Response(answer.content, headers=headers, media_type=JSON)  # in one piece
             await response(scope, receive, send)
+
+    def _answer_headers(self, answer: Answer) -> dict[str, str]:
+        headers = timing_headers(answer)
+        if self._ticket.warnings:
+            headers["x-warnings"] = _ascii(self._ticket.warnings)[:MAX_WARNINGS_HEADER]
+        return headers
+
+
+def _ascii(texts: list[str]) -> str:
+    return "; ".join(texts).encode("ascii", "replace").decode().replace("\n", " ")
 
 
 class HeldStream(StreamingResponse):

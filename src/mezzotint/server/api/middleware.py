@@ -47,15 +47,15 @@ MAX_IMAGE_BODY = 32 * 2**20
 log = structlog.get_logger(__name__)
 
 
-def error_response(error: MezzotintError, request_id: str | None) -> Response:
-    """The one error body, with the headers that belong to it."""
+def error_response(error: MezzotintError, request_id: str | None, status: int | None = None) -> Response:
+    """The one error body, with the headers that belong to it; `status` replaces the error's own."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, -int(-error.retry_after // 1)))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     body = ErrorBody.of(error, request_id).model_dump_json()
-    return Response(body, error.status, headers, media_type="application/json")
+    return Response(body, status or error.status, headers, media_type="application/json")
 
 
 def new_request_id() -> str:

@@ -25,6 +25,7 @@ from mezzotint.messages import Preview
 from mezzotint.schemas import (
     DedicatedImageGenerationBody,
     ErrorBody,
+    ForeignImageGenerationBody,
     make_body,
     parse_json,
     shown,
@@ -33,11 +34,15 @@ from mezzotint.schemas import (
 from mezzotint.server.api import answers, sse
 from mezzotint.server.api.answers import AnswerResponse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
+from mezzotint.server.api.foreign import meet_half_way
 from mezzotint.server.api.submissions import CurrentHead, body_fingerprint
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.resolve import Target, resolve, resolve_short, usable_endpoints
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
 
+PREFIX = "/v1/"
+REFUSAL_STATUS = 400
+"""Of a body that breaks a rule: `openai.BadRequestError` is what users of this dialect catch."""
 FALLBACK_STEPS = 20
 """Steps when the request and the endpoint name none and the model has never been loaded."""
 _SHARED = (
@@ -52,7 +57,8 @@ _OWN = (
 _IGNORED = ("user", "quality", "style", "background", "moderation", "safety_identifier")
 KNOWN = _SHARED + _OWN + _IGNORED
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
-_FORMS: Mapping[str, tuple[str, str | None]] = {
+_FORMS: Mapping[str | None, tuple[str, str | None]] = {
+    None: ("both", None),
     "url": ("url", None),
     "b64_json": ("b64_json", None),
     "base64": ("b64_json", None),
@@ -60,6 +66,9 @@ _FORMS: Mapping[str, tuple[str, str | None]] = {
     "raw": ("image", "raw"),
 }
 """By `response_format`: the field that holds the picture, and the file's format if that says it too."""
+
+_FILES = ("png", "jpeg", "webp")
+_ERRORS = {REFUSAL_STATUS if status == 422 else status: text for status, text in answers.ERRORS.items()}
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -70,32 +79,36 @@ class OpenAIRequest:
 
     body: DedicatedImageGenerationBody
     item_field: str
-    """`url`, `b64_json`, or `image` for the container form."""
+    """`url`, `b64_json`, `both`, or `image` for the container form."""
     file_format: str
-    """Format of the file: `png`, `jpeg` or `raw`."""
+    """Format of the file: `png`, `jpeg`, `webp` or `raw`."""
+    container: bool
+    """Whether the answer also has `image`, a JPEG in base64, as Friendli's container client reads it."""
     quality: int
     stream: bool
     partial_images: int
+    warnings: list[str]
 
 
 def _body_schema() -> dict[str, Any]:
     """The JSON Schema of a body: shared fields as on the dedicated route, and null is as good as absent."""
-    fields = DedicatedImageGenerationBody.model_json_schema()["properties"]
+    fields = ForeignImageGenerationBody.model_json_schema()["properties"]
     own: dict[str, dict[str, Any]] = {
         "model": {
             "type": "string",
             "description": "ENDPOINT_ID, ENDPOINT_ID:ADAPTER_ROUTE or ADAPTER_ROUTE.",
         },
         "size": {"type": "string", "pattern": f"^(auto|{_SIZE.pattern})$"},
-        "steps": fields["num_inference_steps"],
-        "response_format": {"enum": list(_FORMS)},
-        "output_format": {"enum": ["png", "jpeg"]},
+        "steps": {"type": "integer", "description": "As num_inference_steps, in Together's word."},
+        "response_format": {"enum": [name for name in _FORMS if name]},
+        "output_format": {"enum": list(_FILES)},
         "output_compression": {"type": "integer", "minimum": 0, "maximum": 100},
         "stream": {"type": "boolean"},
         "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
     }
     own |= {name: {"description": "Accepted and not used."} for name in _IGNORED}
     own |= {name: fields[name] for name in _SHARED if name != "prompt"}
+    own["num_inference_steps"] = {"type": "integer", "description": "The nearest of 1 to 50 is used."}
     return {
         "type": "object",
         "required": ["prompt"],
@@ -112,7 +125,7 @@ def _body_schema() -> dict[str, Any]:
     "/v1/images/generations",
     summary="Generate images, as OpenAI's API does",
     response_class=Response,
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}, **answers.ERRORS},
+    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}, **_ERRORS},
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -129,7 +142,7 @@ async def generate(request: Request, context: CurrentContext, key: CurrentKey, h
     """Makes images from words. With `"stream": true` the answer is server-sent events."""
     values = {name: value for name, value in parse_json(await request.body()).items() if value is not None}
     target = resolve_short(context.registry, key, values.get("model"))
-    asked = parse_request(values, target)
+    asked = parse_request(values, target, context.settings.foreign_values)
     base_url = context.base_url(request)
     ticket = await context.admission.submit(
         head.submission(
@@ -140,6 +153,7 @@ async def generate(request: Request, context: CurrentContext, key: CurrentKey, h
             body_fingerprint("openai", values),
             num_images=asked.body.num_images,
             num_previews=asked.partial_images if asked.stream else 0,
+            warnings=asked.warnings,
         )
     )
     attached = context.admission.attached(ticket)
@@ -150,8 +164,8 @@ async def generate(request: Request, context: CurrentContext, key: CurrentKey, h
     )
 
 
-def parse_request(values: Mapping[str, Any], target: Target) -> OpenAIRequest:
-    """Checks the body; InvalidRequestError as on the dedicated route."""
+def parse_request(values: Mapping[str, Any], target: Target, foreign_values: str) -> OpenAIRequest:
+    """Checks the body, bent to what the endpoint can do; InvalidRequestError as on the dedicated route."""
     for name in values:
         if name not in KNOWN:
             raise unknown_field(name, KNOWN)
@@ -159,15 +173,20 @@ def parse_request(values: Mapping[str, Any], target: Target) -> OpenAIRequest:
     if "steps" in values and values.get("num_inference_steps", values["steps"]) != values["steps"]:
         raise _invalid("steps", "and num_inference_steps say the same thing and differ; send one of them")
     fields.setdefault("num_inference_steps", values.get("steps", default_steps(target.endpoint)))
-    item_field, file_format = _FORMS[_choice(values, "response_format", tuple(_FORMS), "url")]
-    output_format = _choice(values, "output_format", ("png", "jpeg"), "png")
+    item_field, file_format = _FORMS[_choice(values, "response_format", tuple(_FORMS), None)]
+    output_format = _choice(values, "output_format", _FILES, "png")
+    warnings: list[str] = []
+    if foreign_values == "nearest":
+        fields, warnings = meet_half_way(fields, target.endpoint.profile)
     return OpenAIRequest(
-        body=make_body({"model": target.model} | fields),
+        body=make_body({"model": target.model} | fields, ForeignImageGenerationBody),
         item_field=item_field,
         file_format=file_format or output_format,
+        container="num_inference_steps" in values and item_field == "both" and "output_format" not in values,
         quality=_integer(values, "output_compression", 0, 100, images.JPEG_QUALITY),
         stream=_choice(values, "stream", (False, True), False),
         partial_images=_integer(values, "partial_images", 0, 3, 0),
+        warnings=warnings,
     )
 
 
@@ -250,6 +269,9 @@ def _finish(
     }
     if asked.item_field == "image":
         answer["image"] = items[0]["b64_json"]
+    elif asked.container:
+        jpeg = answers.encode(ticket.endpoint, asked.body.model, "jpeg", pictures[0])
+        answer["image"] = base64.b64encode(jpeg).decode()
     text = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
     return answers.made_answer(text.encode(), pictures, time.perf_counter() - began)
 
@@ -265,10 +287,12 @@ def _item(
 ) -> dict[str, Any]:
     kind = images.FORMATS[asked.file_format]
     item = {"index": number, "seed": picture.seed, "width": picture.width, "height": picture.height}
-    if asked.item_field == "url":
-        url = answers.store(context, ticket, asked.body.model, picture, data, kind.suffix, base_url)
-        return {"type": "url", "url": url, **item}
-    return {"type": "b64_json", "b64_json": base64.b64encode(data).decode(), **item, **kind.item_fields}
+    kept: dict[str, Any] = {}
+    if asked.item_field in ("url", "both"):
+        kept["url"] = answers.store(context, ticket, asked.body.model, picture, data, kind.suffix, base_url)
+    if asked.item_field != "url":
+        kept |= {"b64_json": base64.b64encode(data).decode(), **kind.item_fields}
+    return {"type": "url" if asked.item_field == "url" else "b64_json", **kept, **item}
 
 
 def _usage(pictures: list[Picture]) -> dict[str, Any]:
@@ -334,7 +358,7 @@ def _partial(asked: OpenAIRequest, number: int, preview: Preview) -> bytes:
 @router.get(
     "/v1/models",
     summary="Endpoints and adapters that this key may use",
-    responses={401: answers.ERRORS[401]},
+    responses={401: _ERRORS[401]},
 )
 async def list_models(context: CurrentContext, key: CurrentKey) -> dict[str, Any]:
     """Each endpoint and each `endpoint:adapter`; `mezzotint` says what requests to it may ask for."""
@@ -346,9 +370,7 @@ async def list_models(context: CurrentContext, key: CurrentKey) -> dict[str, Any
     return {"object": "list", "data": data}
 
 
-@router.get(
-    "/v1/models/{model}", summary="One of them", responses={s: answers.ERRORS[s] for s in (401, 403, 404)}
-)
+@router.get("/v1/models/{model}", summary="One of them", responses={s: _ERRORS[s] for s in (401, 403, 404)})
 async def read_model(model: str, context: CurrentContext, key: CurrentKey) -> dict[str, Any]:
     for found in await _models(context, resolve(context.registry, key, model).endpoint):
         if found["id"] == model:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -42,6 +42,7 @@ class RequestHead:
         *,
         num_images: int = 1,
         num_previews: int = 0,
+        warnings: Sequence[str] = (),
         hold: bool = False,
     ) -> Submission:
         return Submission(
@@ -56,6 +57,7 @@ class RequestHead:
             gone=self.request.is_disconnected,
             idempotency_key=self.idempotency_key,
             timeout_s=self.timeout_s,
+            warnings=tuple(warnings),
             hold=hold,
         )
 

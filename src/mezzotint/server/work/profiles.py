@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -49,6 +50,29 @@ class Profile:
         high = height or self.spec.height or (self.info.height if self.info else None)
         return (wide, high) if wide and high else None
 
+    @property
+    def max_pixels(self) -> int | None:
+        """Largest width x height of a picture; None while nobody knows the model's own size."""
+        return self.spec.max_pixels or (4 * self.info.width * self.info.height if self.info else None)
+
+    def nearest_size(self, width: int, height: int) -> tuple[int, int]:
+        """The size that this endpoint can draw and that is nearest in area and shape to the one asked for."""
+        if self.info is None or self.max_pixels is None:
+            return width, height
+        if self.info.sizes:
+
+            def distance(size: tuple[int, int]) -> tuple[float, float]:
+                shape = abs(math.log(size[0] * height / (size[1] * width)))
+                return shape, abs(math.log(size[0] * size[1] / (width * height)))
+
+            return min(((w, h) for w, h in self.info.sizes), key=distance)
+        step = self.info.size_multiple
+        shrink = min(1.0, math.sqrt(self.max_pixels / (width * height)))
+        fitted = [max(step, round(side * shrink / step) * step) for side in (width, height)]
+        while fitted[0] * fitted[1] > self.max_pixels and max(fitted) > step:
+            fitted[fitted.index(max(fitted))] -= step
+        return fitted[0], fitted[1]
+
     def step_s(self, width: int | None, height: int | None) -> float:
         """Seconds that one step of a lone job takes, as calibrated, scaled by pixels to other sizes."""
         if self.info is None or self.info.step_s <= 0:
@@ -83,9 +107,9 @@ class Profile:
                     code="out_of_range",
                     param=name,
                 )
-        limit = self.spec.max_pixels or 4 * self.info.width * self.info.height
+        limit = self.max_pixels
         size = self.size(spec.width, spec.height)
-        if size and size[0] * size[1] > limit:
+        if size and limit and size[0] * size[1] > limit:
             raise InvalidRequestError(
                 f"width x height must be at most {limit} pixels for endpoint {self.spec.id} "
                 f"(got {size[0]} x {size[1]})",

@@ -58,7 +58,9 @@ class Registry:
 
     def find(self, endpoint_id: str, key: Key) -> Endpoint:
         """The endpoint, if this key may use it; the error names the nearest one that it may use."""
-        endpoint = self._endpoints.get(endpoint_id)
+        endpoint = self._endpoints.get(endpoint_id) or next(
+            (other for other in self if endpoint_id in other.spec.aliases), None
+        )
         if endpoint is None:
             names = [other.id for other in self if key.may_use(other.id)]
             hint = nearest(endpoint_id, names)
@@ -70,7 +72,7 @@ class Registry:
                 code="endpoint_not_found",
                 param="model",
             )
-        key.require_endpoint(endpoint_id)
+        key.require_endpoint(endpoint.id)
         return endpoint
 
     def is_from_file(self, endpoint_id: str) -> bool:

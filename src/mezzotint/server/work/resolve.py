@@ -59,7 +59,7 @@ def resolve_short(registry: Registry, key: Key, model: object) -> Target:
         text = f"model must be a string (got {shown(model)})"
         raise InvalidRequestError(text, code="invalid_type", param="model")
     having = [endpoint for endpoint in usable if model in endpoint.adapters]
-    if not having or model in [endpoint.id for endpoint in usable]:
+    if not having or any(model in (endpoint.id, *endpoint.spec.aliases) for endpoint in usable):
         return resolve(registry, key, model)
     if len(having) > 1:
         names = [Target(endpoint, model).model for endpoint in having]

@@ -103,6 +103,8 @@ class Submission:
     idempotency_key: str | None = None
     timeout_s: float | None = None
     """None: the endpoint's own."""
+    warnings: tuple[str, ...] = ()
+    """What the dialect has bent to fit; the answer repeats it."""
     hold: bool = False
     """Nobody waits on this connection, and the request runs to its end."""
 
@@ -128,7 +130,7 @@ class Ticket:
     deadline: float
     """On the event loop's clock."""
     warnings: list[str] = field(default_factory=list)
-    """The workers' warnings, each once."""
+    """What was bent or had no effect, as the dialect and the workers said; each once."""
     created: float = field(default_factory=time.time)
     status: RequestStatus = "queued"
     jobs: list[Job] = field(default_factory=list)
@@ -164,6 +166,7 @@ class Ticket:
             submission.fingerprint,
             submission.idempotency_key,
             deadline,
+            list(submission.warnings),
         )
 
     @property
