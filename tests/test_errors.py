@@ -70,7 +70,8 @@ def named_codes() -> Iterator[tuple[str, str]]:
             yield from (("", text) for text in texts(node.value))
         elif isinstance(node, ast.FunctionDef) and ast.unparse(node.returns or node) == "tuple[str, str]":
             answers = (part.value for part in ast.walk(node) if isinstance(part, ast.Return) and part.value)
-            yield from (("", text) for value in answers for text in texts(value))
+            found = (text for value in answers for text in texts(value))
+            yield from (("", text) for text in found if "_" in text)
         elif isinstance(node, ast.Tuple) and any(
             " " in text for part in node.elts[1:] for text in texts(part)
         ):
