@@ -24,7 +24,7 @@ from safetensors import safe_open
 from mezzotint.engine.lora.bank import AdapterBank
 from mezzotint.engine.models.sources import locate
 from mezzotint.server.work.adapters import built_in_adapters
-from mezzotint.server.work.endpoints import State
+from mezzotint.server.work.lifecycle import State
 from mezzotint.server.workers.process import ENGINE_WORKER
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 

@@ -33,8 +33,9 @@ SIZE = 8
 class FakeProcess:
     """A worker without a process."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, exit_s: float = 0.0) -> None:
         self.pid = pid
+        self._exit_s = exit_s
         self.alive = True
         self.silent = False
         """Reads nothing and says nothing, as a stopped process."""
@@ -84,7 +85,7 @@ class FakeProcess:
             case Ping(number):
                 self.say(Pong(number))
             case Shutdown():
-                self.exit(0)
+                self._soon(self.exit, 0, delay_s=self._exit_s)
             case _:
                 pass
 
@@ -113,7 +114,9 @@ class FakeProcess:
 class FakeCarrier:
     """Starts FakeProcesses, and remembers all that it ever started."""
 
-    def __init__(self) -> None:
+    def __init__(self, exit_s: float = 0.0) -> None:
+        self.exit_s = exit_s
+        """Seconds that a worker takes to exit after Shutdown; it goes on with its jobs meanwhile."""
         self.started: list[FakeProcess] = []
         self.errors: list[Exception] = []
         """What the next starts fail with."""
@@ -126,7 +129,7 @@ class FakeCarrier:
             await asyncio.Event().wait()
         if self.errors:
             raise self.errors.pop(0)
-        self.started.append(FakeProcess(1000 + len(self.started)))
+        self.started.append(FakeProcess(1000 + len(self.started), self.exit_s))
         return self.started[-1]
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -20,7 +21,8 @@ from mezzotint.server.api.context import Context
 from mezzotint.server.app import create_app, serve
 from mezzotint.server.store.adapters import Adapter, Origin
 from mezzotint.server.store.keys import create_first_key, create_key
-from mezzotint.server.work.endpoints import Endpoint, State
+from mezzotint.server.work.endpoints import Endpoint
+from mezzotint.server.work.lifecycle import Command, State
 
 FAKE = "mezzotint.fake_worker:run"
 GENERATE = "/dedicated/v1/images/generations"
@@ -123,6 +125,16 @@ class Host:
 
     def wait_for(self, *states: State, endpoint_id: str = "one") -> State:
         return self.run(self.endpoint(endpoint_id).wait_for(*states))
+
+    def command(self, command: Command, drain_s: float = math.inf, endpoint_id: str = "one") -> State:
+        """Has the registry carry out a command, and waits until the endpoint has done with it."""
+        endpoint = self.endpoint(endpoint_id)
+
+        async def work() -> State:
+            await self.service.registry.command(endpoint, command, drain_s)
+            return await endpoint.settled()
+
+        return self.run(work())
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Runs a coroutine in the server's own loop."""

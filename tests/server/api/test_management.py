@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mezzotint.server.work.endpoints import State
+from mezzotint.server.work.lifecycle import State
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 BASE = "/dedicated/beta/endpoint"

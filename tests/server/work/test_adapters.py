@@ -21,7 +21,7 @@ from mezzotint.server.store.adapter_files import Kept, keep, remove_unused
 from mezzotint.server.store.adapters import AdapterState, AdapterTable, Origin
 from mezzotint.server.store.database import open_database
 from mezzotint.server.work import adapters as registry
-from mezzotint.server.work.endpoints import State
+from mezzotint.server.work.lifecycle import State
 from tests.engine import fake_hub
 from tests.server.hosting import FAKE, PATIENCE_S, Host, endpoint, hosting, settings_for
 

@@ -22,7 +22,7 @@ from mezzotint.messages import Done
 from mezzotint.server.api.disconnect import or_gone
 from mezzotint.server.store import keys
 from mezzotint.server.store.keys import Limits
-from mezzotint.server.work.endpoints import State
+from mezzotint.server.work.lifecycle import State
 from mezzotint.server.work.queueing import Throughput
 from mezzotint.server.work.tickets import ClientGone, Ticket
 from tests.server.hosting import GENERATE, PATIENCE_S, Host, endpoint, hosting, settings_for

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mezzotint.config import EndpointSettings
-from mezzotint.errors import ConflictError
-from mezzotint.server.work.endpoints import Desired, Endpoint, State
+from mezzotint.errors import ConflictError, NotFoundError
+from mezzotint.server.work.endpoints import Endpoint
+from mezzotint.server.work.lifecycle import Command, State
 from mezzotint.server.work.registry import Registry
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
@@ -30,7 +31,7 @@ def update(host: Host, spec: EndpointSettings) -> int:
 
 
 def test_a_sleeping_endpoint_has_no_worker_and_a_request_wakes_it(host: Host) -> None:
-    host.run(host.endpoint().sleep())
+    host.command(Command.SLEEP)
     assert host.endpoint().state is State.SLEEPING
     assert host.endpoint().current.replicas[0].pid is None
     assert host.client.get("/readyz").status_code == 200, "it sleeps on purpose"
@@ -40,16 +41,16 @@ def test_a_sleeping_endpoint_has_no_worker_and_a_request_wakes_it(host: Host) ->
 
 def test_sleeping_lets_what_runs_and_waits_finish(host: Host) -> None:
     ids = [host.submit(f"job {number}", num_inference_steps=20) for number in range(12)]
-    host.run(host.endpoint().sleep())
+    host.command(Command.SLEEP)
     assert [host.state(request_id)["status"] for request_id in ids] == ["done"] * 12
     assert host.endpoint().state is State.SLEEPING
 
 
 def test_a_request_during_the_drain_keeps_the_endpoint_awake(host: Host) -> None:
-    host.call(host.endpoint().start)
+    host.command(Command.START)
     host.wait_for(State.READY)
     first = host.submit("long", num_inference_steps=50)
-    sleeping = host.pool.submit(host.run, host.endpoint().sleep())
+    sleeping = host.pool.submit(host.command, Command.SLEEP)
     host.wait_for(State.DRAINING)
     assert host.post("late").status_code == 200
     host.wait_until(first, "done")
@@ -58,7 +59,7 @@ def test_a_request_during_the_drain_keeps_the_endpoint_awake(host: Host) -> None
 
 
 def test_of_two_updates_at_once_one_is_recorded_and_goes_live(host: Host) -> None:
-    host.call(host.endpoint().start)
+    host.command(Command.START)
     host.wait_for(State.READY)
     specs = [endpoint("fake:step_s=0.005", default_guidance=value) for value in (3.0, 4.0)]
 
@@ -85,7 +86,6 @@ def test_of_two_endpoints_made_at_once_under_one_id_one_is_refused(host: Host) -
     made, refused = host.run(both())
     assert isinstance(refused, ConflictError), refused
     assert made is host.endpoint("twin")
-    host.run(host.endpoint("twin").terminate(drain_s=0))
     host.run(registry(host).delete(host.endpoint("twin")))
 
 
@@ -122,11 +122,82 @@ def test_a_second_update_waits_for_the_first(host: Host) -> None:
     host.wait_for(State.READY)
 
 
+def test_an_update_in_the_middle_of_a_restart_takes_its_place(host: Host) -> None:
+    host.command(Command.RESTART)
+    version = update(host, endpoint("fake:step_s=0.01", default_guidance=2.0))
+    host.wait_for(State.READY)
+    assert (host.endpoint().current.version, host.endpoint().spec.default_guidance) == (version, 2.0)
+    assert host.run(registry(host).history("one"))[0].version == version
+
+
+def test_a_command_to_an_endpoint_that_is_being_deleted_comes_too_late(host: Host) -> None:
+    made = host.run(registry(host).create(endpoint(id="brief"), "test"))
+
+    async def both() -> tuple[object, object]:
+        changes = (registry(host).delete(made), registry(host).command(made, Command.RESTART))
+        return await asyncio.gather(*changes, return_exceptions=True)
+
+    deleted, refused = host.run(both())
+    assert deleted is None
+    assert isinstance(refused, NotFoundError)
+    assert made.state is State.STOPPED
+    assert made.current.replicas[0].pid is None
+
+
+def test_a_command_that_is_refused_is_not_recorded(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path)) as host:
+        key = host.first_key
+        host.command(Command.TERMINATE)
+        with pytest.raises(ConflictError, match="restart it first"):
+            host.command(Command.SLEEP)
+    with hosting(settings_for(tmp_path), ready=False, key=key) as host:
+        assert host.endpoint().state is State.STOPPED
+
+
+def test_an_update_that_could_not_load_is_not_loaded_at_the_next_start(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path)) as host:
+        key = host.first_key
+        update(host, endpoint("fake:fail_load=permanent"))
+        host.until(lambda: host.endpoint().update_failure)
+    with hosting(settings_for(tmp_path), key=key) as host:
+        assert host.endpoint().current.version == 1
+        assert host.post().status_code == 200
+        assert update(host, endpoint(default_steps=7)) == 3, "the history keeps the number that was used"
+        host.wait_for(State.READY)
+    with hosting(settings_for(tmp_path), key=key) as host:
+        assert (host.endpoint().current.version, host.endpoint().spec.default_steps) == (3, 7)
+
+
+def test_an_update_that_was_never_tried_is_tried_after_a_restart_of_the_server(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path)) as host:
+        key = host.first_key
+        host.command(Command.SLEEP)
+        update(host, endpoint("fake:fail_load=permanent"))
+        assert host.endpoint().spec.model == "fake:fail_load=permanent"
+    with hosting(settings_for(tmp_path), ready=False, key=key) as host:
+        assert host.endpoint().state is State.SLEEPING
+        assert host.endpoint().current.version == 2
+        assert host.post().status_code == 200, "the version before it serves"
+        assert host.endpoint().update_failure == "the fake model cannot be loaded"
+    with hosting(settings_for(tmp_path), ready=False, key=key) as host:
+        assert host.endpoint().current.version == 1
+
+
+def test_a_configuration_file_that_cannot_be_loaded_runs_no_older_version(
+    tmp_path: Path,
+) -> None:
+    with hosting(settings_for(tmp_path)) as host:
+        key = host.first_key
+    changed = settings_for(tmp_path, endpoint("fake:fail_load=permanent"))
+    with hosting(changed, ready=False, key=key) as host:
+        host.wait_for(State.FAILED)
+
+
 def test_restart_gives_new_workers_and_fails_no_request(host: Host) -> None:
     old = host.endpoint().current.replicas[0].pid
     pool = [host.post_soon(f"job {number}", num_inference_steps=20) for number in range(10)]
-    host.run(host.endpoint().restart())
-    host.run(host.endpoint().restart())  # new workers are coming already
+    host.command(Command.RESTART)
+    host.command(Command.RESTART)  # new workers are coming already
     host.wait_for(State.READY)
     assert [one.result().status_code for one in pool] == [200] * 10
     assert host.endpoint().current.replicas[0].pid != old
@@ -134,11 +205,11 @@ def test_restart_gives_new_workers_and_fails_no_request(host: Host) -> None:
 
 def test_a_terminated_endpoint_refuses_until_it_is_restarted(host: Host) -> None:
     waiting = host.submit("long", num_inference_steps=50)
-    assert host.run(host.endpoint().terminate(drain_s=0.01)) == [waiting + "-0"]
+    assert host.command(Command.TERMINATE, drain_s=0.01) is State.STOPPED
     assert host.state(waiting)["status"] == "cancelled"
     answer = host.post()
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "endpoint_stopped")
-    host.run(host.endpoint().restart())
+    host.command(Command.RESTART)
     assert host.post().status_code == 200
 
 
@@ -152,7 +223,7 @@ def test_an_idle_endpoint_falls_asleep(tmp_path: Path) -> None:
 def test_a_start_that_is_known_to_last_too_long_for_a_deadline_is_503(tmp_path: Path) -> None:
     spec = endpoint("fake:load_s=1")
     with hosting(settings_for(tmp_path, spec)) as host:
-        host.run(host.endpoint().sleep())
+        host.command(Command.SLEEP)
         answer = host.post(headers={"x-request-timeout-s": "0.5"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "endpoint_starting")
         assert 1 <= int(answer.headers["retry-after"]) <= 2
@@ -168,8 +239,7 @@ def test_what_was_wanted_and_updated_survives_a_restart_of_the_server(
         key = host.first_key
         host.run(registry(host).create(endpoint(id="made"), "test"))
         update(host, endpoint(default_steps=9))
-        host.run(host.endpoint("two").sleep())
-        host.run(registry(host).remember(host.endpoint("two"), Desired.SLEEPING))
+        host.command(Command.SLEEP, endpoint_id="two")
         url = host.post(response_format="url").json()["data"][0]["url"]
         path = url.removeprefix(host.url)
     with hosting(settings, ready=False, key=key) as host:

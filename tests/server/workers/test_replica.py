@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mezzotint.messages import PrefetchAdapter
-from mezzotint.server.work.endpoints import State
+from mezzotint.server.work.lifecycle import State
 from mezzotint.server.work.profiles import load_message
 from mezzotint.server.work.tickets import Ticket
 from mezzotint.server.workers import policy

@@ -18,7 +18,8 @@ from mezzotint.config import EndpointSettings
 from mezzotint.errors import ConfigError, ConflictError, InvalidRequestError, echo
 from mezzotint.server.api.answers import ERRORS
 from mezzotint.server.api.context import AdminKey, CurrentContext, admin_of
-from mezzotint.server.work.endpoints import Desired, Endpoint, State
+from mezzotint.server.work.endpoints import Endpoint
+from mezzotint.server.work.lifecycle import Command, Desired, State
 from mezzotint.server.work.registry import Version
 
 Status = Literal[
@@ -153,7 +154,6 @@ async def create(body: EndpointCreate, context: CurrentContext, admin: AdminKey)
     try:
         await context.adapters.adopt(endpoint)
     except ConfigError as error:  # nothing may be stored that would stop the next start
-        await endpoint.terminate(drain_s=0)
         await context.registry.delete(endpoint)
         raise InvalidRequestError(error.message, param="settings.adapters") from None
     return status_of(endpoint)
@@ -195,7 +195,6 @@ async def delete(endpoint: ThePath, context: CurrentContext) -> dict[str, str]:
         raise ConflictError(
             f"endpoint {endpoint.id} stands in the configuration file; take it out there, or terminate it"
         )
-    await endpoint.terminate(drain_s=0)
     await context.registry.delete(endpoint)
     return {"id": endpoint.id, "status": "DELETED"}
 
@@ -214,49 +213,36 @@ async def get_status(endpoint: ThePath) -> EndpointStatus:
 @router.put("/{endpoint_id}/sleep", summary="Put an endpoint to sleep", response_model=EndpointStatus)
 async def sleep(endpoint: ThePath, context: CurrentContext) -> EndpointStatus:
     """Lets running requests finish and gives the memory back; the next request wakes it."""
-    _require_not_terminated(endpoint)
-    await context.registry.remember(endpoint, Desired.SLEEPING)
-    endpoint.spawn(endpoint.sleep())
-    return status_of(endpoint, soon=Desired.SLEEPING)
+    await context.registry.command(endpoint, Command.SLEEP)
+    return status_of(endpoint)
 
 
 @router.put("/{endpoint_id}/wake", summary="Wake an endpoint", response_model=EndpointStatus)
 async def wake(endpoint: ThePath, context: CurrentContext) -> EndpointStatus:
-    _require_not_terminated(endpoint)
-    await context.registry.remember(endpoint, Desired.RUNNING)
-    endpoint.wake()
+    await context.registry.command(endpoint, Command.START)
     return status_of(endpoint)
 
 
 @router.put("/{endpoint_id}/restart", summary="Restart an endpoint", response_model=EndpointStatus)
 async def restart(endpoint: ThePath, context: CurrentContext) -> EndpointStatus:
     """New workers; also the way out of FAILED and TERMINATED. Where a worker runs, no request fails."""
-    await context.registry.remember(endpoint, Desired.RUNNING)
-    endpoint.spawn(endpoint.restart())
-    return status_of(endpoint, soon=Desired.RUNNING)
+    await context.registry.command(endpoint, Command.RESTART)
+    return status_of(endpoint)
 
 
 @router.put("/{endpoint_id}/terminate", summary="Terminate an endpoint", response_model=EndpointStatus)
 async def terminate(endpoint: ThePath, context: CurrentContext) -> EndpointStatus:
     """Takes no new request, gives the running ones the server's `drain_s`, then ends the workers."""
-    await context.registry.remember(endpoint, Desired.TERMINATED)
-    endpoint.spawn(endpoint.terminate(context.settings.drain_s))
-    return status_of(endpoint, soon=Desired.TERMINATED)
+    await context.registry.command(endpoint, Command.TERMINATE, context.settings.drain_s)
+    return status_of(endpoint)
 
 
 # ---------------------------------------------------------------- shapes
 
 
-def status_of(endpoint: Endpoint, soon: Desired | None = None) -> EndpointStatus:
-    """The status in the official words; `soon` is what was just asked for and begins with the next turn."""
+def status_of(endpoint: Endpoint) -> EndpointStatus:
+    """The status in the official words."""
     status = _status(endpoint)
-    if status in ("RUNNING", "UPDATING", "INITIALIZING") and soon is not None:
-        words: dict[Desired, Status] = {
-            Desired.SLEEPING: "STOPPING",
-            Desired.TERMINATED: "TERMINATING",
-            Desired.RUNNING: "UPDATING",
-        }
-        status = words[soon]
     stage = next((replica.stage for replica in endpoint.current.replicas), "")
     phase: Phase | None = None
     if status in ("INITIALIZING", "AWAKING"):
@@ -272,13 +258,20 @@ def status_of(endpoint: Endpoint, soon: Desired | None = None) -> EndpointStatus
     )
 
 
+_ENDING: dict[Desired, Status] = {
+    Desired.RUNNING: "INITIALIZING",
+    Desired.SLEEPING: "STOPPING",
+    Desired.TERMINATED: "TERMINATING",
+}
+
+
 def _status(endpoint: Endpoint) -> Status:
     if endpoint.state is State.READY and endpoint.next is not None:
         return "UPDATING"
     if endpoint.state is State.STARTING and endpoint.awaking:
         return "AWAKING"
-    if endpoint.state is State.DRAINING:
-        return "TERMINATING" if endpoint.desired is Desired.TERMINATED else "STOPPING"
+    if endpoint.state in (State.DRAINING, State.STOPPING):
+        return _ENDING[endpoint.desired]
     words: dict[State, Status] = {
         State.CREATED: "INITIALIZING",
         State.STARTING: "INITIALIZING",
@@ -400,11 +393,6 @@ def _official(body: EndpointUpdate) -> dict[str, Any]:
     if body.simplescale is not None:
         values["replicas"] = body.simplescale.replicas
     return values
-
-
-def _require_not_terminated(endpoint: Endpoint) -> None:
-    if endpoint.desired is Desired.TERMINATED:
-        raise ConflictError(f"endpoint {endpoint.id} has been terminated; restart it first")
 
 
 def _time(seconds: float) -> datetime:

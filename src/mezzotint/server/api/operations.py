@@ -9,7 +9,7 @@ from mezzotint.server.api import answers
 from mezzotint.server.api.context import AdminKey, CurrentContext
 from mezzotint.server.metrics import CONTENT_TYPE
 from mezzotint.server.store import storage
-from mezzotint.server.work.endpoints import Desired, State
+from mezzotint.server.work.lifecycle import Desired, State
 
 router = APIRouter()
 

@@ -188,7 +188,7 @@ class Dispatcher:
 
     # ------------------------------------------------------------ back
 
-    def hear(self, replica: Replica, message: FromWorker) -> None:
+    def receive(self, replica: Replica, message: FromWorker) -> None:
         """What a worker says about jobs; other messages are not for here."""
         match message:
             case Progress(job_id, step):

@@ -1,9 +1,8 @@
-"""One endpoint: its life cycle, its generations of workers, its adapters.
+"""One endpoint: its life cycle, its deployments, its jobs and its adapters.
 
-    created -> starting -> ready -> sleeping -> draining -> stopped or failed
-
-An endpoint has one current Generation: a version of its settings and the replicas that run it. An update
-starts the next generation beside it and retires the old one when the new one is ready, so no request fails.
+An endpoint has one current Deployment: a version of its settings and the replicas that run it. An update or
+a restart brings the next deployment up beside it and retires the old one when the new one is ready, so no
+request fails. Where no worker is ready, the new one is tried alone, with a way back to what worked before.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
-from enum import StrEnum
 
 import structlog
 
@@ -23,9 +20,19 @@ from mezzotint.errors import ConflictError, RequestCancelledError, UnavailableEr
 from mezzotint.messages import AdapterAdded, AdapterFailed, FromWorker, ModelInfo, Stats
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store.keys import Key
+from mezzotint.server.work.deployments import Deployment
 from mezzotint.server.work.dispatch import Dispatcher
 from mezzotint.server.work.endpoint_adapters import EndpointAdapters
-from mezzotint.server.work.profiles import Calibration, Profile, load_message, settings_digest
+from mezzotint.server.work.lifecycle import (
+    DESIRED_BY,
+    LIFE_CYCLE,
+    REFUSED_ONCE_TERMINATED,
+    Action,
+    Command,
+    Desired,
+    State,
+)
+from mezzotint.server.work.profiles import Calibration, Profile
 from mezzotint.server.work.queueing import Job
 from mezzotint.server.workers.process import WorkerSettings
 from mezzotint.server.workers.replica import Replica, ReplicaState
@@ -34,41 +41,6 @@ FAILED_RETRY_S = 30.0
 """Retry-After of an endpoint that has failed: somebody has to look at it first."""
 
 log = structlog.get_logger(__name__)
-
-
-class State(StrEnum):
-    CREATED = "created"
-    STARTING = "starting"
-    READY = "ready"
-    SLEEPING = "sleeping"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-    FAILED = "failed"
-
-
-class Desired(StrEnum):
-    """What the owner wants of an endpoint; survives restarts of the server."""
-
-    RUNNING = "running"
-    SLEEPING = "sleeping"
-    TERMINATED = "terminated"
-
-
-@dataclass(slots=True, eq=False)
-class Generation:
-    """One version of an endpoint's settings and the replicas that run it."""
-
-    version: int
-    spec: EndpointSettings
-    replicas: list[Replica] = field(default_factory=list)
-
-    @property
-    def ready(self) -> list[Replica]:
-        return [replica for replica in self.replicas if replica.is_ready]
-
-    @property
-    def failed(self) -> bool:
-        return bool(self.replicas) and all(replica.state is ReplicaState.FAILED for replica in self.replicas)
 
 
 class Endpoint:
@@ -84,31 +56,50 @@ class Endpoint:
         desired: Desired = Desired.RUNNING,
         created: float | None = None,
         calibration: Calibration | None = None,
+        fallback: tuple[int, EndpointSettings] | None = None,
         on_calibrated: Callable[[Endpoint, Calibration], None] = lambda endpoint, calibration: None,
+        on_given_up: Callable[[Endpoint, int], None] = lambda endpoint, version: None,
     ) -> None:
+        """`on_calibrated` hears of each measurement of the current version.
+
+        `on_given_up` hears of a version that could not be loaded, once `current` is the one before it.
+        """
         self.id = spec.id
         self.state = State.CREATED
         self.desired = desired
         self.created = time.time() if created is None else created
         self.updated = self.created
-        self.current = Generation(version, spec)
-        self.next: Generation | None = None
+        self.changing = asyncio.Lock()
+        """Held by the registry from its look at the endpoint until database and endpoint agree."""
+        self.closed = False
+        self.awaking = False
+        """Whether the start under way ends a sleep."""
         self.update_failure = ""
         """Why the last update was given up."""
+        self._workers = workers
+        self._metrics = metrics
+        self._on_calibrated = on_calibrated
+        self._on_given_up = on_given_up
+        self._calibration = calibration
+        """The newest; every new deployment begins with it."""
+        self._all_replicas: set[Replica] = set()
+        """Of all deployments, those that retire among them."""
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._transition: asyncio.Task[object] | None = None
+        """What ends the state DRAINING or STOPPING."""
+        self._drain_until = math.inf
+        """When a drain drops what is left, on the event loop's clock; SLEEP and TERMINATE set it."""
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self.current = self._deployment(version, spec)
+        self.next: Deployment | None = None
+        """What an update or a restart brings up; not started yet while a drain or a stop is under way."""
+        self._fallback = fallback
+        """Version and settings to go back to if the current ones cannot be loaded."""
         self.adapters = EndpointAdapters(
             lambda: [*self.current.ready, *(self.next.ready if self.next else ())],
             lambda: self.info.pipeline_class if self.info else None,
         )
-        self._calibration = calibration
         self.dispatcher = Dispatcher(lambda: self.profile, lambda: self.current.ready)
-        self._workers = workers
-        self._metrics = metrics
-        self._on_calibrated = on_calibrated
-        self._tasks: set[asyncio.Task[object]] = set()
-        self._all_replicas: set[Replica] = set()
-        self._idle_timer: asyncio.TimerHandle | None = None
-        self.awaking = False
-        """Whether the start in progress ends a sleep."""
 
     # ------------------------------------------------------------ what it is
 
@@ -119,8 +110,7 @@ class Endpoint:
     @property
     def calibration(self) -> Calibration | None:
         """What was measured under the current settings."""
-        known = self._calibration
-        return known if known and known.fingerprint == settings_digest(self.spec) else None
+        return self.current.calibration
 
     @property
     def info(self) -> ModelInfo | None:
@@ -136,7 +126,7 @@ class Endpoint:
 
     @property
     def failure(self) -> str:
-        return next((replica.failure for replica in self.current.replicas if replica.failure), "")
+        return self.current.failure
 
     def start_left_s(self, now: float) -> float:
         """Estimated seconds until the endpoint takes jobs; 0 when it does, and when nobody knows."""
@@ -190,85 +180,52 @@ class Endpoint:
     def wake(self) -> None:
         """Starts an endpoint that sleeps or is about to; does nothing to any other."""
         if self.desired is Desired.SLEEPING:
-            log.info("endpoint wakes", endpoint=self.id)
-            self.awaking = True
-            self.start()
+            self.obey(Command.START)
 
-    # ------------------------------------------------------------ life cycle
+    # ------------------------------------------------------------ commands
 
-    def start(self) -> None:
-        """Starts, wakes or restarts: brings up the current generation's replicas in the background."""
-        self.desired = Desired.RUNNING
-        if not self.current.replicas:
-            self._staff(self.current)
-        for replica in self.current.replicas:
-            if replica.state in (ReplicaState.STOPPED, ReplicaState.FAILED):
-                replica.start()
-        self._settle()
+    def require_allowed(self, command: Command) -> None:
+        """ConflictError for a command that must wait for another one."""
+        if command in REFUSED_ONCE_TERMINATED and self.desired is Desired.TERMINATED:
+            raise ConflictError(f"endpoint {self.id} has been terminated; restart it first")
+        if command is Command.UPDATE and self.next is not None and self.state is State.READY:
+            version = self.next.version
+            if version != self.current.version:  # else a restart, which an update may replace
+                raise ConflictError(
+                    f"endpoint {self.id} is being updated to version {version}; wait for that"
+                )
 
-    def rest(self) -> None:
-        """Takes up the state that the owner left it in, without starting anything."""
-        self._set(State.SLEEPING if self.desired is Desired.SLEEPING else State.STOPPED)
-
-    async def sleep(self) -> None:
-        """Lets what is queued and running finish, then gives the memory back; a request wakes it."""
-        self.desired = Desired.SLEEPING
-        await self._drain(math.inf)
-        if self.desired is Desired.SLEEPING:  # nobody woke it meanwhile
-            await self._stop_workers()
-            self._rest_or_start(State.SLEEPING)
-
-    async def terminate(self, drain_s: float = math.inf) -> list[str]:
-        """Lets what is there finish for `drain_s`, then ends it; answers the dropped jobs' ids."""
-        self.desired = Desired.TERMINATED
-        await self._drain(drain_s)
-        dropped = self.dispatcher.end_all(
-            RequestCancelledError(f"endpoint {self.id} was terminated before the request was done")
-        )
-        await self._stop_workers()
-        self._rest_or_start(State.STOPPED)
-        return dropped
-
-    async def restart(self) -> None:
-        """New workers for the same settings, without failing a request where a worker still runs."""
-        if self.desired is Desired.RUNNING and self.current.ready:
-            if self.next is None:  # else an update is bringing up new workers already
-                self.update(self.spec, self.current.version)
+    def obey(self, command: Command, *, drain_s: float = math.inf) -> None:
+        """Carries out a command, in the background where it takes time. Jobs may take `drain_s` to finish."""
+        self.require_allowed(command)
+        if self.closed:
             return
-        self.update_failure = ""
-        await self._stop_workers()
-        self.start()
+        wanted = DESIRED_BY[command]
+        if wanted is not self.desired:
+            self.awaking = command is Command.START and self.desired is Desired.SLEEPING
+        self.desired = wanted
+        if command is Command.RESTART:
+            self.update_failure = ""
+        elif wanted is not Desired.RUNNING:
+            self._drain_until = asyncio.get_running_loop().time() + drain_s
+        self._act(command)
 
     def update(self, spec: EndpointSettings, version: int) -> None:
-        """Brings up new settings beside the old; the old workers retire when the new ones are ready."""
-        if self.next is not None:
-            raise ConflictError(
-                f"endpoint {self.id} is being updated to version {self.next.version}; wait for that"
-            )
-        self.update_failure = ""
-        coming = Generation(version, spec)
-        if not self.current.ready:
-            old, self.current = self.current, coming
-            self._retire(old)
-            self.dispatcher.refit()
-            if self.desired is Desired.RUNNING:
-                self.start()
+        """Brings up new settings; the ones that work stay until the new ones do."""
+        self.require_allowed(Command.UPDATE)
+        if self.closed:
             return
-        self.next = coming
-        self._staff(coming)
-        for replica in coming.replicas:
-            replica.start()
-        self.dispatcher.touch()
+        if self.next is not None:
+            self._retire(self.next)
+        self.next = self._deployment(version, spec)
+        self.update_failure = ""
+        self._act(Command.UPDATE)
 
-    async def close(self) -> None:
-        """Ends the workers now, because the server stops; what the owner wants stays as it is."""
-        self.dispatcher.closed = True
-        if self._idle_timer:
-            self._idle_timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(replica.stop() for replica in self._all_replicas))
+    async def settled(self) -> State:
+        """Waits for the end of a drain or a stop."""
+        while self.state in (State.DRAINING, State.STOPPING):
+            await self.dispatcher.moved()
+        return self.state
 
     async def wait_for(self, *states: State, timeout_s: float | None = None) -> State:
         """Waits until the endpoint is in one of these states and not in the middle of an update."""
@@ -277,72 +234,225 @@ class Endpoint:
                 await self.dispatcher.moved()
         return self.state
 
-    async def _drain(self, drain_s: float) -> None:
-        wanted = self.desired
-        if self.state in (State.READY, State.STARTING):
-            self._set(State.DRAINING)
+    async def close(self) -> None:
+        """Ends the workers now, because the server stops; what the owner wants stays as it is."""
+        self.closed = self.dispatcher.closed = True
+        if self._idle_timer:
+            self._idle_timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(replica.stop() for replica in self._all_replicas))
+
+    # ------------------------------------------------------------ actions
+
+    def _act(self, command: Command) -> None:
+        match LIFE_CYCLE[self.state][command]:
+            case Action.LAUNCH:
+                self._launch(State.STARTING)
+            case Action.ROLL:
+                self._roll()
+            case Action.DRAIN:
+                self._set(State.DRAINING)
+                self._begin(self._drain())
+            case Action.RESUME:
+                self._resume()
+                self._act(command)
+            case Action.STOP:
+                self._set(State.STOPPING)
+                self._begin(self._stop())
+            case Action.REST:
+                self._rest()
+            case Action.ADOPT:
+                self._adopt_next()
+            case Action.NOTHING:
+                pass
+        self.dispatcher.touch()
+
+    def _launch(self, state: State) -> None:
+        self._set(state)
+        self.current.start()
+
+    def _roll(self) -> None:
+        if self.next is None:
+            self.next = self._deployment(self.current.version, self.spec)
+        self.next.start()
+
+    def _resume(self) -> None:
+        assert self._transition is not None
+        self._transition.cancel()
+        self._set(State.STARTING)
+        self._follow_workers()
+        if self.next is not None:  # an update that came during the drain
+            self._act(Command.UPDATE)
+
+    def _rest(self) -> None:
+        self._set(State.SLEEPING if self.desired is Desired.SLEEPING else State.STOPPED)
+
+    def _begin(self, transition: Coroutine[None, None, None]) -> None:
+        if self._transition is not None:
+            self._transition.cancel()
+        self._transition = self._spawn(transition)
+
+    async def _drain(self) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(None if math.isinf(drain_s) else drain_s):
-                while not self.dispatcher.idle and self.desired is wanted and not self.current.failed:
+            async with asyncio.timeout_at(None if math.isinf(self._drain_until) else self._drain_until):
+                while not self.dispatcher.idle:
                     await self.dispatcher.moved()
+        self._set(State.STOPPING)
+        await self._stop()
 
-    async def _stop_workers(self) -> None:
-        replicas = [*self.current.replicas, *(self.next.replicas if self.next else [])]
-        self.next = None
+    async def _stop(self) -> None:
+        replicas = set(self._all_replicas)
+        if self.desired is Desired.RUNNING:  # those that retire finish their jobs
+            replicas = {*self.current.replicas, *(self.next.replicas if self.next else ())}
+        self._drop_late_jobs()
         await asyncio.gather(*(replica.stop() for replica in replicas))
+        self._transition = None
+        self._drop_late_jobs()
+        if self.next is not None:
+            self._adopt_next()
+        if self.desired is Desired.RUNNING:
+            self._launch(State.STARTING)
+        elif self.dispatcher.idle:
+            self._rest()
+        else:  # what came while the workers ended is done first
+            self._launch(State.DRAINING)
+            self._begin(self._drain())
 
-    def _rest_or_start(self, resting: State) -> None:
-        if self.desired is Desired.RUNNING:  # woken while the workers were ending
-            self.start()
+    def _drop_late_jobs(self) -> None:
+        """Ends what is left when the time of a termination is up."""
+        if self.desired is Desired.TERMINATED and asyncio.get_running_loop().time() >= self._drain_until:
+            text = f"endpoint {self.id} was terminated before the request was done"
+            dropped = self.dispatcher.end_all(RequestCancelledError(text))
+            if dropped:
+                log.warning("requests dropped, the endpoint ends", endpoint=self.id, num=len(dropped))
+
+    # ------------------------------------------------------------ deployments
+
+    def _deployment(self, version: int, spec: EndpointSettings) -> Deployment:
+        deployment = Deployment(
+            version,
+            spec,
+            self._workers,
+            self._calibration,
+            on_message=self._receive,
+            on_change=self._replica_changed,
+            on_exit=self._worker_exited,
+        )
+        self._all_replicas.update(deployment.replicas)
+        return deployment
+
+    def _adopt_next(self) -> None:
+        """Makes the next deployment the current one before it is known to work."""
+        assert self.next is not None
+        if self.current.proven and self.current.version != self.next.version:
+            self._fallback = (self.current.version, self.spec)
+        self._replace_current(self.next)
+        self.next = None
+
+    def _replace_current(self, deployment: Deployment) -> None:
+        old, self.current = self.current, deployment
+        self.dispatcher.refit()
+        self._retire(old)
+
+    def _current_failed(self) -> None:
+        """Goes on with the next deployment or back to the last version that worked, else fails."""
+        failed = self.current
+        if self.next is not None:
+            self._adopt_next()
+        elif self._fallback is not None:
+            self._replace_current(self._deployment(*self._fallback))
+            self.current.proven, self._fallback = True, None
+            self._give_up(failed)
         else:
-            self._set(resting)
+            self.dispatcher.end_all(self._failed_error())
+            if self.state is not State.DRAINING:
+                self._set(State.FAILED)
+            return
+        self._launch(State.DRAINING if self.state is State.DRAINING else State.STARTING)
 
-    def _staff(self, generation: Generation) -> None:
-        spec = generation.spec
-        for number in range(spec.replicas):
-            replica = Replica(
-                f"{self.id}/{generation.version}/{number}",
-                self._workers,
-                lambda: load_message(spec, self._calibration),
-                on_message=self._hear,
-                on_change=self._replica_changed,
-                on_exit=self._worker_exited,
-            )
-            generation.replicas.append(replica)
-            self._all_replicas.add(replica)
+    def _give_up(self, deployment: Deployment) -> None:
+        self.update_failure = deployment.failure
+        log.error("update given up", endpoint=self.id, version=deployment.version, error=deployment.failure)
+        if deployment.version != self.current.version:
+            self._on_given_up(self, deployment.version)
+
+    def _retire(self, deployment: Deployment) -> None:
+        self._spawn(self._retire_when_idle(deployment))
+
+    async def _retire_when_idle(self, deployment: Deployment) -> None:
+        while self.dispatcher.holds_jobs(deployment.replicas):
+            await self.dispatcher.moved()
+        await deployment.stop()
+        for replica in deployment.replicas:
+            self.dispatcher.drop(replica)
+            self._all_replicas.discard(replica)
+
+    # ------------------------------------------------------------ what happens to workers
 
     def _replica_changed(self, replica: Replica) -> None:
         if replica.is_ready:
             self._became_ready(replica)
         coming = self.next
         if coming is not None and replica in coming.replicas:
-            if all(other.is_ready for other in coming.replicas):
-                old, self.current, self.next = self.current, coming, None
-                self.dispatcher.refit()
-                self._retire(old)
+            if len(coming.ready) == len(coming.replicas):
+                self.next, self._fallback = None, None
+                self._replace_current(coming)
+                self._take_calibration()
                 log.info("endpoint updated", endpoint=self.id, version=coming.version)
             elif replica.state is ReplicaState.FAILED:
-                self.update_failure, self.next = replica.failure, None
+                self.next = None
+                self._give_up(coming)
                 self._retire(coming)
-                log.error("update given up", endpoint=self.id, version=coming.version, error=replica.failure)
-        self._settle()
+        self._follow_workers()
 
-    def _settle(self) -> None:
-        """Derives the endpoint's state from its replicas."""
-        if self.dispatcher.closed:
+    def _follow_workers(self) -> None:
+        """Derives the endpoint's state from the workers of its current deployment."""
+        if self.closed:
             return
-        if self.desired is Desired.RUNNING:
-            if self.current.ready:
-                self.awaking = False
-                self._set(State.READY)
-            elif self.current.failed:
-                self._set(State.FAILED)
-                self.dispatcher.end_all(self._failed_error())
-            elif self.current.replicas:
-                self._set(State.STARTING)
+        if self.state in (State.STARTING, State.READY, State.DRAINING, State.FAILED):
+            if self.current.failed:
+                self._current_failed()
+            elif self.state is not State.DRAINING:
+                self._set(State.READY if self.current.ready else State.STARTING)
         self.dispatcher.touch()
         self.dispatcher.pump()
         self._watch_idleness()
+
+    def _became_ready(self, replica: Replica) -> None:
+        self.adapters.greet(replica)
+        for deployment in (self.current, self.next):
+            if deployment is not None and replica in deployment.replicas:
+                deployment.became_ready(replica)
+        if replica in self.current.replicas:
+            self.awaking, self._fallback = False, None
+            self._take_calibration()
+
+    def _take_calibration(self) -> None:
+        """Keeps what the current deployment has measured; the registry stores it."""
+        self._calibration = self.current.calibration
+        assert self._calibration is not None
+        self._on_calibrated(self, self._calibration)
+        self._metrics.load_seconds.labels(self.id).set(self._calibration.load_s)
+        self.dispatcher.refit()
+
+    def _worker_exited(self, replica: Replica, crashed: bool) -> int:
+        self._metrics.worker_exits.labels(self.id).inc()
+        self.adapters.lost(replica)
+        return self.dispatcher.take_back(replica, crashed)
+
+    def _receive(self, replica: Replica, message: FromWorker) -> None:
+        match message:
+            case AdapterAdded() | AdapterFailed():
+                self.adapters.hear(replica, message)
+            case Stats():
+                self._metrics.stats(self.id, message)
+                self.dispatcher.receive(replica, message)
+            case _:
+                self.dispatcher.receive(replica, message)
+
+    # ------------------------------------------------------------ small parts
 
     def _set(self, state: State) -> None:
         if state is not self.state:
@@ -351,22 +461,11 @@ class Endpoint:
             self.state = state
         self.dispatcher.touch()
 
-    def _retire(self, generation: Generation) -> None:
-        self.spawn(self._retire_when_idle(generation))
-
-    async def _retire_when_idle(self, generation: Generation) -> None:
-        while self.dispatcher.holds_jobs(generation.replicas):
-            await self.dispatcher.moved()
-        await asyncio.gather(*(replica.stop() for replica in generation.replicas))
-        for replica in generation.replicas:
-            self.dispatcher.drop(replica)
-            self._all_replicas.discard(replica)
-
     def _watch_idleness(self) -> None:
         if self._idle_timer:
             self._idle_timer.cancel()
             self._idle_timer = None
-        if self.spec.idle_sleep_s and self.state is State.READY and not self.dispatcher.closed:
+        if self.spec.idle_sleep_s and self.state is State.READY:
             loop = asyncio.get_running_loop()
             run = self.current.ready[0].run
             since = max(self.dispatcher.last_used, run.ready_at or 0.0 if run else 0.0)
@@ -377,39 +476,13 @@ class Endpoint:
         idle_s = asyncio.get_running_loop().time() - self.dispatcher.last_used
         if self.dispatcher.idle and idle_s >= self.spec.idle_sleep_s and self.next is None:
             log.info("endpoint falls asleep", endpoint=self.id, idle_s=round(idle_s, 1))
-            self.spawn(self.sleep())
+            self.obey(Command.SLEEP)
         else:
             self._watch_idleness()
 
-    def spawn(self, work: Coroutine[None, None, object]) -> None:
-        """Runs one of this endpoint's changes in the background."""
-        task = asyncio.get_running_loop().create_task(work)
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[object]:
+        """Runs a part of a change in the background."""
+        task: asyncio.Task[object] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    # ------------------------------------------------------------ what workers say
-
-    def _hear(self, replica: Replica, message: FromWorker) -> None:
-        match message:
-            case AdapterAdded() | AdapterFailed():
-                self.adapters.hear(replica, message)
-            case Stats():
-                self._metrics.stats(self.id, message)
-                self.dispatcher.hear(replica, message)
-            case _:
-                self.dispatcher.hear(replica, message)
-
-    def _became_ready(self, replica: Replica) -> None:
-        assert replica.info is not None
-        self.adapters.greet(replica)
-        generation = self.next if self.next and replica in self.next.replicas else self.current
-        self._calibration = Calibration(settings_digest(generation.spec), replica.info, replica.load_s)
-        self._on_calibrated(self, self._calibration)
-        self._metrics.load_seconds.labels(self.id).set(replica.load_s)
-        if generation is self.current:
-            self.dispatcher.refit()
-
-    def _worker_exited(self, replica: Replica, crashed: bool) -> int:
-        self._metrics.worker_exits.labels(self.id).inc()
-        self.adapters.lost(replica)
-        return self.dispatcher.take_back(replica, crashed)
+        return task

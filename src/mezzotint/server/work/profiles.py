@@ -131,6 +131,11 @@ class Calibration:
     fingerprint: str
     info: ModelInfo
     load_s: float
+    version: int = 0
+    """The version of the endpoint whose worker measured it: the last one that is known to work."""
+
+    def fits(self, spec: EndpointSettings) -> bool:
+        return self.fingerprint == settings_digest(spec)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -154,5 +159,5 @@ def settings_digest(spec: EndpointSettings) -> str:
 
 def load_message(spec: EndpointSettings, calibration: Calibration | None) -> LoadModel:
     """The first message to a worker. It repeats the calibrated rows, because bytes are promised."""
-    known = calibration if calibration and calibration.fingerprint == settings_digest(spec) else None
+    known = calibration if calibration and calibration.fits(spec) else None
     return LoadModel(spec.id, spec.model, spec.engine, rows=known.info.rows if known else None)

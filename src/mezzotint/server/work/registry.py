@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 import structlog
 from pydantic import ValidationError
+from sqlalchemy.exc import NoResultFound
 
 from mezzotint.config import EndpointSettings
 from mezzotint.errors import ConflictError, NotFoundError, echo, nearest
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import database
 from mezzotint.server.store.keys import Key
-from mezzotint.server.work.endpoints import Desired, Endpoint
+from mezzotint.server.work.endpoints import Endpoint
+from mezzotint.server.work.lifecycle import DESIRED_BY, Command, Desired
 from mezzotint.server.work.profiles import Calibration
 from mezzotint.server.workers.process import WorkerSettings
 
+FIRST_COMMAND = {
+    Desired.RUNNING: Command.START,
+    Desired.SLEEPING: Command.SLEEP,
+    Desired.TERMINATED: Command.TERMINATE,
+}
+"""What an endpoint is told at the start of the server."""
+CONFIGURATION = "configuration"
+"""Who made a version that came from the configuration file."""
 STOP_LIMIT_S = 5.0
 """How long the server waits for the end of workers that it has told to exit and then killed."""
 
@@ -96,9 +108,9 @@ class Registry:
                 values = spec.model_dump(mode="json")
                 row = known.get(spec.id)
                 if row is None:
-                    self._insert(connection, spec, "from the configuration file", "configuration", values)
+                    self._insert(connection, spec, "from the configuration file", CONFIGURATION, values)
                 elif row["from_file"] != values:
-                    self._add_version(connection, spec, "the configuration file changed", "configuration")
+                    self._add_version(connection, spec, "the configuration file changed", CONFIGURATION)
                     connection.execute(
                         _ENDPOINTS.update()
                         .where(_ENDPOINTS.c.id == spec.id)
@@ -115,10 +127,7 @@ class Registry:
     def start(self) -> None:
         """Starts what should run; the workers come up in the background."""
         for endpoint in self:
-            if endpoint.desired is Desired.RUNNING:
-                endpoint.start()
-            else:
-                endpoint.rest()
+            endpoint.obey(FIRST_COMMAND[endpoint.desired])
 
     async def stop(self) -> None:
         """Ends all workers; what is wanted of the endpoints stays as it was."""
@@ -141,38 +150,42 @@ class Registry:
                 )
             await asyncio.to_thread(self._transact, lambda c: self._insert(c, spec, comment, by, None))
             endpoint = self._make(spec, 1, Desired.RUNNING)
-        endpoint.start()
+        endpoint.obey(Command.START)
         return endpoint
 
     async def update(self, endpoint: Endpoint, spec: EndpointSettings, by: str, comment: str = "") -> int:
         """Records a new version and begins to bring it up; answers its number."""
-        async with self._changing:
-            if endpoint.next is not None:
-                raise ConflictError(
-                    f"endpoint {endpoint.id} is being updated to version {endpoint.next.version}; "
-                    "wait for that"
-                )
+        async with self._change(endpoint, Command.UPDATE):
             version: int = await asyncio.to_thread(
                 self._transact, lambda c: self._add_version(c, spec, comment, by)
             )
             endpoint.update(spec, version)
         return version
 
-    async def remember(self, endpoint: Endpoint, desired: Desired) -> None:
-        """Records what the owner wants, for the next start of the server."""
-        await asyncio.to_thread(
-            self._transact,
-            lambda c: c.execute(
-                _ENDPOINTS.update().where(_ENDPOINTS.c.id == endpoint.id).values(desired=str(desired))
-            ),
-        )
+    async def command(self, endpoint: Endpoint, command: Command, drain_s: float = math.inf) -> None:
+        """Records what the owner wants, for the next start of the server, and has the endpoint do it."""
+        async with self._change(endpoint, command):
+            await asyncio.to_thread(self._set_row, endpoint.id, desired=str(DESIRED_BY[command]))
+            endpoint.obey(command, drain_s=drain_s)
 
     async def delete(self, endpoint: Endpoint) -> None:
-        """Forgets an endpoint and its history; it must have been terminated."""
-        async with endpoint.adapters.lock:  # an adapter that is being added would outlive it
-            endpoint.adapters.closed = True
-            await asyncio.to_thread(self._transact, lambda c: _delete(c, endpoint.id))
-        self._endpoints.pop(endpoint.id, None)
+        """Ends an endpoint's requests and workers at once and forgets it with its history."""
+        async with self._change(endpoint, Command.TERMINATE):
+            endpoint.obey(Command.TERMINATE, drain_s=0)
+            await endpoint.settled()
+            async with endpoint.adapters.lock:  # an adapter that is being added would outlive it
+                endpoint.adapters.closed = True
+                await asyncio.to_thread(self._transact, lambda c: _delete(c, endpoint.id))
+            self._endpoints.pop(endpoint.id, None)
+
+    @contextlib.asynccontextmanager
+    async def _change(self, endpoint: Endpoint, command: Command) -> AsyncIterator[None]:
+        """One change of an endpoint at a time; a command that is refused is refused before it is recorded."""
+        async with endpoint.changing:
+            if self._endpoints.get(endpoint.id) is not endpoint:
+                raise NotFoundError(f"endpoint {endpoint.id} has been deleted", code="endpoint_not_found")
+            endpoint.require_allowed(command)
+            yield
 
     async def history(self, endpoint_id: str) -> list[Version]:
         """The versions of an endpoint, newest first."""
@@ -192,6 +205,10 @@ class Registry:
     def _transact(self, work: Callable[[sa.Connection], Any]) -> Any:
         with self._engine.begin() as connection:
             return work(connection)
+
+    def _set_row(self, endpoint_id: str, where: Any = sa.true(), **values: Any) -> None:  # noqa: B008
+        mine = sa.and_(_ENDPOINTS.c.id == endpoint_id, where)
+        self._transact(lambda c: c.execute(_ENDPOINTS.update().where(mine).values(**values)))
 
     def _insert(
         self,
@@ -241,52 +258,67 @@ class Registry:
                 _delete(connection, row.id)
 
     def _build(self, connection: sa.Connection, row: sa.RowMapping) -> None:
-        newest = sa.select(_VERSIONS.c.spec).where(
-            _VERSIONS.c.endpoint_id == row["id"], _VERSIONS.c.version == row["version"]
-        )
         try:
-            spec = EndpointSettings.model_validate(connection.scalar(newest))
+            spec, by = self._version(connection, row["id"], row["version"])
         except ValidationError as error:
             log.error(
                 "stored endpoint does not fit this program; left out", endpoint=row["id"], error=str(error)
             )
             return
         calibration = Calibration.from_json(row["calibration"])
-        self._make(spec, row["version"], Desired(row["desired"]), calibration, row["created"])
+        fallback: tuple[int, EndpointSettings] | None = None
+        if calibration and 0 < calibration.version != row["version"] and by != CONFIGURATION:
+            with contextlib.suppress(ValidationError, NoResultFound):  # then there is no way back
+                proven, _ = self._version(connection, row["id"], calibration.version)
+                fallback = (calibration.version, proven)
+        self._make(
+            spec,
+            row["version"],
+            Desired(row["desired"]),
+            calibration=calibration,
+            created=row["created"],
+            fallback=fallback,
+        )
 
-    def _make(
-        self,
-        spec: EndpointSettings,
-        version: int,
-        desired: Desired,
-        calibration: Calibration | None = None,
-        created: float | None = None,
-    ) -> Endpoint:
+    def _version(
+        self, connection: sa.Connection, endpoint_id: str, version: int
+    ) -> tuple[EndpointSettings, str]:
+        """The settings of a version and who made it."""
+        mine = sa.and_(_VERSIONS.c.endpoint_id == endpoint_id, _VERSIONS.c.version == version)
+        row = connection.execute(sa.select(_VERSIONS.c.spec, _VERSIONS.c.created_by).where(mine)).one()
+        return EndpointSettings.model_validate(row.spec), row.created_by
+
+    def _make(self, spec: EndpointSettings, version: int, desired: Desired, **known: Any) -> Endpoint:
         endpoint = Endpoint(
             spec,
             self._workers,
             self._metrics,
             version=version,
             desired=desired,
-            created=created,
-            calibration=calibration,
             on_calibrated=self._calibrated,
+            on_given_up=self._given_up,
+            **known,
         )
         self._endpoints[spec.id] = endpoint
         return endpoint
 
     def _calibrated(self, endpoint: Endpoint, calibration: Calibration) -> None:
-        task = asyncio.get_running_loop().create_task(self._store_calibration(endpoint.id, calibration))
+        self._write_soon(endpoint.id, calibration=calibration.to_json())
+
+    def _given_up(self, endpoint: Endpoint, version: int) -> None:
+        """The version that works is loaded at the next start too, unless another one has been recorded."""
+        self._write_soon(endpoint.id, _ENDPOINTS.c.version == version, version=endpoint.current.version)
+
+    def _write_soon(self, endpoint_id: str, where: Any = sa.true(), **values: Any) -> None:  # noqa: B008
+        async def write() -> None:
+            try:
+                await asyncio.to_thread(self._set_row, endpoint_id, where, **values)
+            except sa.exc.SQLAlchemyError as error:
+                log.error("endpoint could not be stored", endpoint=endpoint_id, error=str(error))
+
+        task = asyncio.get_running_loop().create_task(write())
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
-
-    async def _store_calibration(self, endpoint_id: str, calibration: Calibration) -> None:
-        values = calibration.to_json()
-        change = _ENDPOINTS.update().where(_ENDPOINTS.c.id == endpoint_id).values(calibration=values)
-        try:
-            await asyncio.to_thread(self._transact, lambda c: c.execute(change))
-        except sa.exc.SQLAlchemyError as error:
-            log.error("calibration could not be stored", endpoint=endpoint_id, error=str(error))
 
 
 def _delete(connection: sa.Connection, endpoint_id: str) -> None:

@@ -1,0 +1,72 @@
+"""One version of an endpoint's settings, and the replicas that run it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from mezzotint.config import EndpointSettings
+from mezzotint.messages import FromWorker
+from mezzotint.server.work.profiles import Calibration, load_message, settings_digest
+from mezzotint.server.workers.process import WorkerSettings
+from mezzotint.server.workers.replica import Replica, ReplicaState
+
+
+class Deployment:
+    """A version and its replicas, which start STOPPED. The endpoint's callbacks hear of every replica."""
+
+    def __init__(
+        self,
+        version: int,
+        spec: EndpointSettings,
+        workers: WorkerSettings,
+        calibration: Calibration | None,
+        *,
+        on_message: Callable[[Replica, FromWorker], None],
+        on_change: Callable[[Replica], None],
+        on_exit: Callable[[Replica, bool], int],
+    ) -> None:
+        self.version = version
+        self.spec = spec
+        self.calibration = calibration if calibration and calibration.fits(spec) else None
+        """What was measured under these settings; `became_ready` fills it, starts of workers read it."""
+        self.proven = calibration is not None and calibration.version == version
+        """Whether a worker has ever been ready with these settings."""
+        self.replicas = [
+            Replica(
+                f"{spec.id}/{version}/{number}",
+                workers,
+                lambda: load_message(spec, self.calibration),
+                on_message=on_message,
+                on_change=on_change,
+                on_exit=on_exit,
+            )
+            for number in range(spec.replicas)
+        ]
+
+    @property
+    def ready(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.is_ready]
+
+    @property
+    def failed(self) -> bool:
+        return all(replica.state is ReplicaState.FAILED for replica in self.replicas)
+
+    @property
+    def failure(self) -> str:
+        return next((replica.failure for replica in self.replicas if replica.failure), "")
+
+    def start(self) -> None:
+        """Starts the replicas that do not run."""
+        for replica in self.replicas:
+            if replica.state in (ReplicaState.STOPPED, ReplicaState.FAILED):
+                replica.start()
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(replica.stop() for replica in self.replicas))
+
+    def became_ready(self, replica: Replica) -> None:
+        """Takes note of what a replica that has just become ready measured."""
+        assert replica.info is not None
+        self.proven = True
+        self.calibration = Calibration(settings_digest(self.spec), replica.info, replica.load_s, self.version)
