@@ -45,10 +45,9 @@ REFUSAL_STATUS = 400
 """Of a body that breaks a rule: `openai.BadRequestError` is what users of this dialect catch."""
 FALLBACK_STEPS = 20
 """Steps when the request and the endpoint name none and the model has never been loaded."""
-_SHARED = (
-    "prompt", "n", "num_inference_steps", "guidance_scale", "seed", "negative_prompt", "width", "height",
-    "control_images", "controlnet_weights",
-)  # fmt: skip
+_SHARED = tuple(
+    name for name in ForeignImageGenerationBody.model_fields if name not in ("model", "response_format")
+)
 """Fields that have the meaning of the dedicated route."""
 _OWN = (
     "model", "size", "steps", "response_format", "output_format", "output_compression", "stream",
