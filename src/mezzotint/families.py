@@ -34,6 +34,8 @@ class Family:
     """Name of the pipeline argument that says how many tokens of the prompt count."""
     patch: int = 2
     """Width and height are multiples of the VAE's factor times this."""
+    max_pictures: int = 1
+    """Most pictures of one request, where the class itself edits."""
     merges: bool = False
     """Whether requests share forwards: the denoiser has a Rule and the class a parity test."""
     tolerance_fp32: float = 0.004
@@ -58,6 +60,7 @@ FAMILIES: Mapping[str, Family] = {
         default_guidance=4.0,
         guided_when=("is_distilled", False),
         negative_prompt=False,
+        max_pictures=4,
         merges=True,
     ),
     "StableDiffusionPipeline": Family(

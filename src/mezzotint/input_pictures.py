@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mezzotint.errors import InvalidRequestError, echo
-from mezzotint.spec import InputPicture
+from mezzotint.spec import LIMITS, ImageSpec, InputPicture
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PICTURES = 16
@@ -100,6 +100,46 @@ def read_mask(
     if mask.size != picture.size:
         mask = mask.resize(picture.size, Image.Resampling.BILINEAR)
     return _input_picture(mask)
+
+
+def require_pictures(spec: ImageSpec, who: str, *, max_pictures: int, masks: bool, strength: bool) -> None:
+    """InvalidRequestError, which names what `who` can do, unless it can do what `spec` asks of pictures."""
+    if spec.mask is not None and not spec.images:
+        raise InvalidRequestError(
+            "mask says which part of a picture is repainted; send image too",
+            code="missing_field",
+            param="image",
+        )
+    if len(spec.images) > max_pictures:
+        can = f"works from {max_pictures} picture{'s' * (max_pictures > 1)} a request"
+        raise InvalidRequestError(
+            f"{who} {can} (got {len(spec.images)}); send fewer"
+            if max_pictures
+            else f"{who} makes pictures from words only; leave image out, or name another endpoint",
+            code="not_supported",
+            param="image",
+        )
+    if spec.mask is not None and not masks:
+        raise InvalidRequestError(
+            f"{who} works from a whole picture and repaints no part of one; leave mask out",
+            code="not_supported",
+            param="mask",
+        )
+    low, high = LIMITS["strength"]
+    if spec.strength is not None and not low <= spec.strength <= high:
+        raise InvalidRequestError(
+            f"strength must be between {low} and {high} (got {spec.strength})",
+            code="out_of_range",
+            param="strength",
+        )
+    steps = spec.num_inference_steps * (1.0 if spec.strength is None else spec.strength)
+    if strength and spec.images and steps < 1:
+        raise InvalidRequestError(
+            "strength x num_inference_steps is how many steps run and must be at least 1 "
+            f"(got {spec.strength} x {spec.num_inference_steps}); raise one of them",
+            code="out_of_range",
+            param="strength",
+        )
 
 
 def to_image(picture: InputPicture, size: Size | None = None) -> Image.Image:

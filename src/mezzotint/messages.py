@@ -116,6 +116,12 @@ class ModelInfo:
     supports_negative_prompt: bool
     max_prompt_tokens: int | None
     num_parameters: int
+    max_pictures: int = 0
+    """Most pictures that a request may bring along; 0: words only."""
+    masks: bool = False
+    """Whether it can repaint a part of a picture."""
+    strength: bool = False
+    """Whether a request with a picture has a strength."""
     calibration: list[Mapping[str, float]] = field(default_factory=list)
     """One entry per row count tried: {"rows", "forward_s", "rows_per_s", "uncertainty"}.
 

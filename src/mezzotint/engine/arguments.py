@@ -8,6 +8,7 @@ from typing import Any
 
 from mezzotint.errors import InvalidRequestError, echo
 from mezzotint.families import Family, family
+from mezzotint.input_pictures import Size, output_size, to_image
 from mezzotint.spec import MAX_SEED, MAX_STEPS, ImageSpec
 
 _TRUE_GUIDANCE = "true_cfg_scale"
@@ -15,6 +16,7 @@ _TRUE_GUIDANCE = "true_cfg_scale"
 _OURS = frozenset(
     (
         *("prompt", "negative_prompt", "num_inference_steps", "width", "height", "generator", "output_type"),
+        *("image", "mask_image", "strength"),
         *("return_dict", "num_images_per_prompt", "callback_on_step_end", "callback", "callback_steps"),
     )
 )
@@ -24,8 +26,10 @@ _OURS = frozenset(
 class PipelineProfile:
     """What is fixed for one loaded pipeline: its defaults and limits, and how it wants to be called."""
 
-    def __init__(self, pipe: Any) -> None:
-        self.family: Family = family(type(pipe).__name__)
+    def __init__(self, pipe: Any, known: Family | None = None) -> None:
+        """`known` is the family of the pipeline that this one was made over, else that of its class."""
+        self.pipe = pipe
+        self.family: Family = known or family(type(pipe).__name__)
         self.denoiser_name = _denoiser_name(pipe, self.family)
         self.denoiser: Any = pipe.components.get(self.denoiser_name)
         parameters = inspect.signature(pipe.__call__).parameters
@@ -71,18 +75,40 @@ class PipelineProfile:
         """The arguments of `__call__` for `spec`, and warnings; InvalidRequestError says what is wrong."""
         self._check(spec)
         warnings: list[str] = []
+        width, height = self.size(spec)
         arguments: dict[str, Any] = {
             "prompt": spec.prompt,
             "num_inference_steps": spec.num_inference_steps,
-            "width": spec.width or self.width,
-            "height": spec.height or self.height,
+            "width": width,
+            "height": height,
             "output_type": "np",
         }
+        self._add_pictures(spec, arguments, (width, height))
         self._add_guidance(spec, arguments, warnings)
         self._add_negative_prompt(spec, arguments, warnings)
         self._add_text_length(spec, arguments, warnings)
         arguments.update(spec.extra)
         return {name: value for name, value in arguments.items() if self._takes(name)}, warnings
+
+    def size(self, spec: ImageSpec) -> Size:
+        """Width and height of the picture that `spec` makes."""
+        own = self.width, self.height
+        if not spec.images:
+            return spec.width or own[0], spec.height or own[1]
+        return output_size(spec.images[0], spec.width, spec.height, own=own, multiple=self.size_multiple)
+
+    def _add_pictures(self, spec: ImageSpec, arguments: dict[str, Any], size: Size) -> None:
+        """A model with a strength begins from a picture of its own size; others look at pictures of any."""
+        if not spec.images:
+            return
+        if "strength" in self.parameters:
+            arguments["image"] = to_image(spec.images[0], size)
+            arguments["strength"] = spec.strength
+        else:
+            images = [to_image(picture) for picture in spec.images]
+            arguments["image"] = images if self.family.max_pictures > 1 else images[0]
+        if spec.mask is not None:
+            arguments["mask_image"] = to_image(spec.mask, size)
 
     def _takes(self, name: str) -> bool:
         return name in self.parameters or self.open_ended

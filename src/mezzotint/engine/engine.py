@@ -26,12 +26,13 @@ from mezzotint.engine.calibration import (
     stretch,
     warm_up,
 )
+from mezzotint.engine.editing import Editing
 from mezzotint.engine.lora.bank import AdapterBank, BankStats
 from mezzotint.engine.models.loading import DEFAULTS, Loaded, load
 from mezzotint.engine.models.sources import Progress as OnProgress
 from mezzotint.engine.models.sources import nothing
 from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
-from mezzotint.engine.results import Image, Result, failed_event, pixels, result_of
+from mezzotint.engine.results import Image, Result, failed_event, pixels, repainted, result_of
 from mezzotint.engine.steps.jobs import Job
 from mezzotint.engine.steps.pipeline_run import PipelineRun, Tap
 from mezzotint.engine.steps.rules import RULES
@@ -69,6 +70,7 @@ class Engine:
         """
         self.pipe = pipe
         self.profile = PipelineProfile(pipe)
+        self.editing = Editing(self.profile)
         self.max_rows = max_rows
         self.max_jobs = max_jobs
         self.max_wait_s = max_wait_s
@@ -209,7 +211,9 @@ class Engine:
         self._arrivals += 1
         seed = spec.seed if seed is None else seed
         try:
-            arguments, warnings = self.profile.call_arguments(spec)
+            profile = self.editing.profile(spec)
+            spec, unused = self.editing.filled(spec)
+            arguments, warnings = profile.call_arguments(spec)
             if spec.adapter is not None:
                 bank = self.enable_adapters()
                 bank.info(spec.adapter.route)
@@ -217,20 +221,24 @@ class Engine:
         except MezzotintError as error:
             self._events.append(Failed(job_id, error.code, error.message, error.param))
             return
+        width, height = profile.size(spec)
         job = Job(
             job_id=job_id,
             spec=spec,
             seed=secrets.randbelow(2**32) if seed is None else seed,
+            pipe=profile.pipe,
+            width=width,
+            height=height,
             arguments=arguments,
-            warnings=warnings,
+            warnings=unused + warnings,
             arrival=self._arrivals,
             submitted=time.perf_counter(),
             priority=priority,
             owner=owner,
-            previews_due=tuple(preview_steps(num_previews, spec.num_inference_steps)),
+            previews_due=tuple(preview_steps(num_previews, spec.num_steps)),
         )
         self._queue.append(job)
-        self._events.append(Progress(job_id, 0, spec.num_inference_steps))
+        self._events.append(Progress(job_id, 0, spec.num_steps))
 
     def cancel(self, job_id: str) -> bool:
         """Ends a job now, between two forwards; False if there is no such job (any more)."""
@@ -275,7 +283,7 @@ class Engine:
                     if job.lease is None:
                         continue
                 job.run = PipelineRun(
-                    self.pipe,
+                    job.pipe,
                     job.arguments,
                     seed=job.seed,
                     lease=job.lease,
@@ -341,7 +349,7 @@ class Engine:
 
     def _report(self, job: Job) -> None:
         """Tells how far the job has come, or how it has ended."""
-        run, steps = job.started, job.spec.num_inference_steps
+        run, steps = job.started, job.spec.num_steps
         job.parked = time.perf_counter()
         done = min(run.num_steps, steps)
         if done > job.num_reported:
@@ -372,7 +380,7 @@ class Engine:
             width,
             height,
             generate_s=time.perf_counter() - job.submitted,
-            payload=picture.tobytes(),
+            payload=repainted(picture, job.spec).tobytes(),
             adapter_load_s=0.0 if job.lease is None else job.lease.load_s,
             warnings=job.warnings,
         )
@@ -410,14 +418,15 @@ class Engine:
             torch.cuda.synchronize(self._device)
 
     def _tap(self) -> list[Tap]:
-        """Taps on everything that computes: denoiser and text encoders by `forward`, VAEs by `decode`."""
+        """Taps on everything that computes: VAEs by `encode` and `decode`, all else by `forward`."""
         taps = []
         for name, component in self.pipe.components.items():
             if not isinstance(component, torch.nn.Module):
                 continue
             merges = name == self.profile.denoiser_name and self.profile.family.merges
             rule = RULES.get(type(component).__name__) if merges else None
-            taps.append(Tap(name, component, "decode" if hasattr(component, "decode") else "forward", rule))
+            found = [each for each in ("encode", "decode") if hasattr(component, each)]
+            taps += [Tap(name, component, each, rule) for each in found or ["forward"]]
         return taps
 
     # ------------------------------------------------------------------ at load
@@ -466,6 +475,9 @@ class Engine:
             supports_negative_prompt=profile.supports_negative_prompt,
             max_prompt_tokens=profile.max_prompt_tokens,
             num_parameters=loaded.num_parameters,
+            max_pictures=self.editing.max_pictures,
+            masks=self.editing.masks,
+            strength=self.editing.strength,
             calibration=[
                 {
                     "rows": each.rows,

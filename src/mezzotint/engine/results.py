@@ -17,6 +17,7 @@ from mezzotint.errors import (
     NotFoundError,
     RequestCancelledError,
 )
+from mezzotint.input_pictures import to_image
 from mezzotint.messages import Cancelled, Done, Failed
 from mezzotint.spec import ImageSpec
 
@@ -58,6 +59,20 @@ def pixels(result: Any) -> Image:
             f"the pipeline returned an array of shape {picture.shape}; height x width x 3 can be shown"
         )
     return picture
+
+
+def repainted(picture: Image, spec: ImageSpec) -> Image:
+    """`picture` where the mask of `spec` is white, else the pixels that came with the request.
+
+    The autoencoder changes what it only passes through, so a pipeline alone keeps no pixel as it was.
+    """
+    if spec.mask is None:
+        return picture
+    size = picture.shape[1], picture.shape[0]
+    kept = np.asarray(to_image(spec.images[0], size), np.uint16)
+    share = np.asarray(to_image(spec.mask, size), np.uint16)[:, :, None]
+    mixed: Image = ((picture * share + kept * (255 - share) + 127) // 255).astype(np.uint8)
+    return mixed
 
 
 def failed_event(job_id: str, error: Exception, *, size: str, refused: bool) -> Failed:

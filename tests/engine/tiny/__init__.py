@@ -60,7 +60,10 @@ OTHERS: dict[str, Tiny] = {
 }
 """Pipelines without a tested rule."""
 
-ALL = {**FAMILIES, **OTHERS}
+EDITORS: dict[str, Tiny] = {"stable-diffusion-3-wide": Tiny(families.stable_diffusion_3_wide, TEXT)}
+"""Pipelines for the tests with pictures alone."""
+
+ALL = {**FAMILIES, **OTHERS, **EDITORS}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -194,23 +194,23 @@ def stable_diffusion_xl() -> Any:
     )
 
 
-def stable_diffusion_3() -> Any:
+def stable_diffusion_3(latent_channels: int = 4) -> Any:
     return d.StableDiffusion3Pipeline(
         transformer=d.SD3Transformer2DModel(
             sample_size=16,
-            in_channels=4,
+            in_channels=latent_channels,
             num_layers=2,
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=64,
             caption_projection_dim=32,
             pooled_projection_dim=64,
-            out_channels=4,
+            out_channels=latent_channels,
             pos_embed_max_size=16,
             qk_norm="rms_norm",
         ),
         scheduler=d.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=flow_autoencoder(shift_factor=0.06, scaling_factor=1.5),
+        vae=flow_autoencoder(latent_channels=latent_channels, shift_factor=0.06, scaling_factor=1.5),
         text_encoder=clip_text(projection_dim=32),
         tokenizer=tokens.clip(),
         text_encoder_2=clip_text(projection_dim=32),
@@ -218,6 +218,11 @@ def stable_diffusion_3() -> Any:
         text_encoder_3=t5_text(64),
         tokenizer_3=tokens.t5(),
     )
+
+
+def stable_diffusion_3_wide() -> Any:
+    """With the 16 channels without which diffusers' inpainting class refuses it."""
+    return stable_diffusion_3(latent_channels=16)
 
 
 def pixart_transformer() -> Any:

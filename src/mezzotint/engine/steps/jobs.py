@@ -21,6 +21,10 @@ class Job:
     job_id: str
     spec: ImageSpec
     seed: int
+    pipe: Any = field(repr=False)
+    """The pipeline that draws it."""
+    width: int
+    height: int
     arguments: dict[str, Any]
     """Those of the pipeline's `__call__`."""
     warnings: list[str]
@@ -49,14 +53,6 @@ class Job:
     """Latents after the last step, kept from there to the finished picture for the preview to learn from."""
 
     @property
-    def width(self) -> int:
-        return int(self.arguments["width"])
-
-    @property
-    def height(self) -> int:
-        return int(self.arguments["height"])
-
-    @property
     def started(self) -> PipelineRun:
         """The run of a job that has one."""
         assert self.run is not None, "the job has started"
@@ -72,7 +68,7 @@ class Job:
         """Its parked call for the scheduler, at `forward_s` seconds for each forward that it has left."""
         done = self.started.num_steps
         forwards_per_step = max(1.0, self.num_forwards / done) if done else 1.0
-        steps_left = max(0, self.spec.num_inference_steps - done)
+        steps_left = max(0, self.spec.num_steps - done)
         return Candidate(
             job_id=self.job_id,
             key=self.call.key,

@@ -1,0 +1,298 @@
+"""Pictures go in: every class that edits against plain diffusers, alone and among others."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mezzotint.engine import Engine, Request
+from mezzotint.engine.editing import Editing
+from mezzotint.engine.results import Image as Pixels
+from mezzotint.errors import InvalidRequestError
+from mezzotint.input_pictures import to_image
+from mezzotint.messages import Done
+from mezzotint.spec import InputPicture
+from tests.engine import tiny
+from tests.engine.conftest import same_alone_and_together
+
+DTYPES = (torch.float32, torch.bfloat16)
+PROMPTS = ("a red fox", "two boats", "big ocean", "one chair")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline of tests/engine/tiny and the class of diffusers that a request with a picture goes to."""
+
+    tiny: str
+    cls: str
+    mask: bool = False
+    guidance: str = "guidance_scale"
+    call: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that this class wants and the text-to-image class does not."""
+
+
+CASES = {
+    "flux": Case("flux", "FluxImg2ImgPipeline"),
+    "flux-mask": Case("flux", "FluxInpaintPipeline", mask=True),
+    "stable-diffusion": Case("stable-diffusion", "StableDiffusionImg2ImgPipeline"),
+    "stable-diffusion-mask": Case("stable-diffusion", "StableDiffusionInpaintPipeline", mask=True),
+    "stable-diffusion-xl": Case("stable-diffusion-xl", "StableDiffusionXLImg2ImgPipeline"),
+    "stable-diffusion-xl-mask": Case("stable-diffusion-xl", "StableDiffusionXLInpaintPipeline", mask=True),
+    "stable-diffusion-3": Case("stable-diffusion-3", "StableDiffusion3Img2ImgPipeline"),
+    "stable-diffusion-3-mask": Case("stable-diffusion-3-wide", "StableDiffusion3InpaintPipeline", mask=True),
+    "qwen-image": Case("qwen-image", "QwenImageImg2ImgPipeline", guidance="true_cfg_scale"),
+    "qwen-image-mask": Case("qwen-image", "QwenImageInpaintPipeline", mask=True, guidance="true_cfg_scale"),
+    "z-image": Case("z-image", "ZImageImg2ImgPipeline"),
+    "z-image-mask": Case("z-image", "ZImageInpaintPipeline", mask=True),
+    "flux2-klein": Case("flux2-klein", "Flux2KleinPipeline"),
+}
+
+
+@functools.cache
+def pipeline(name: str, dtype: torch.dtype) -> Any:
+    return tiny.build(name, dtype)
+
+
+def picture(width: int, height: int, seed: int = 0) -> InputPicture:
+    """Stripes of colour with some noise."""
+    noise = np.random.default_rng(seed).integers(0, 60, (height, width, 3))
+    noise[:, : width // 2] += np.array([180, 20, 60])
+    noise[height // 2 :] += np.array([0, 120, 10])
+    return InputPicture(width, height, noise.clip(0, 255).astype(np.uint8).tobytes())
+
+
+def mask(width: int, height: int) -> InputPicture:
+    """White in the middle."""
+    pixels = np.zeros((height, width), np.uint8)
+    pixels[height // 4 : -height // 4, width // 4 : -width // 4] = 255
+    return InputPicture(width, height, pixels.tobytes(), 1)
+
+
+def requests(case: Case) -> list[Request]:
+    """Four requests that differ in prompt, steps, guidance, strength, picture and seed."""
+    call = tiny.call(case.tiny)
+    width, height = call.pop("width"), call.pop("height")
+    by_itself = case.cls == type(pipeline(case.tiny, torch.float32)).__name__
+    return [
+        Request(
+            prompt=prompt,
+            num_inference_steps=4 + index % 3,
+            guidance_scale=3.0 + index,
+            seed=index,
+            width=width,
+            height=height,
+            negative_prompt=" " if case.guidance == "true_cfg_scale" else None,
+            images=(picture(64, 64, index) if by_itself else picture(width, height, index),),
+            mask=mask(width, height) if case.mask else None,
+            strength=None if by_itself else (0.5, 0.75, 1.0, 0.4)[index],
+            extra=call,
+        )
+        for index, prompt in enumerate(PROMPTS)
+    ]
+
+
+def plain(case: Case, dtype: torch.dtype, request: Request) -> Pixels:
+    """What diffusers makes of it with a pipeline of its own, made the way its manual says."""
+    base = pipeline(case.tiny, dtype)
+    cls = getattr(diffusers, case.cls)
+    pipe = base if isinstance(base, cls) else cls.from_pipe(base, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {**request.extra, **case.call, case.guidance: request.guidance_scale}
+    takes = inspect.signature(cls.__call__).parameters
+    if "strength" in takes:
+        arguments |= {"image": to_image(request.images[0]), "strength": request.strength}
+    else:
+        arguments["image"] = [to_image(each) for each in request.images]
+    if request.mask is not None:
+        arguments["mask_image"] = to_image(request.mask)
+    if "height" in takes:
+        arguments |= {"width": request.width, "height": request.height}
+    if request.negative_prompt is not None:
+        arguments["negative_prompt"] = request.negative_prompt
+    made = pipe(
+        prompt=request.prompt,
+        num_inference_steps=request.num_inference_steps,
+        generator=torch.Generator().manual_seed(request.seed or 0),
+        output_type="np",
+        **arguments,
+    ).images
+    pixels: Pixels = (made[0] * 255).round().astype("uint8")
+    if request.mask is not None:
+        outside = np.asarray(to_image(request.mask)) == 0
+        pixels[outside] = np.asarray(to_image(request.images[0]))[outside]
+    return pixels
+
+
+def pictures(engine: Engine, wanted: list[Request]) -> list[Pixels]:
+    results = engine.generate(wanted)
+    for result in results:
+        if result.error is not None:
+            raise result.error
+    return [result.image for result in results if result.image is not None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_an_edit_alone_gives_the_bytes_of_plain_diffusers(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    wanted = requests(case)
+    expected = [plain(case, dtype, request) for request in wanted]
+    assert len({each.tobytes() for each in expected}) == len(wanted)
+
+    engine = Engine(pipeline(case.tiny, dtype), rows=1, max_wait_s=0)
+    try:
+        alone = pictures(engine, wanted[:1])[0]
+        together = pictures(engine, wanted)
+    finally:
+        engine.close()
+
+    assert np.array_equal(alone, expected[0])
+    assert all(np.array_equal(got, each) for got, each in zip(together, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["flux", "stable-diffusion-xl", "qwen-image", "z-image"])
+def test_edits_and_generations_share_forwards_and_keep_their_bytes(name: str, dtype: torch.dtype) -> None:
+    both = requests(CASES[name])[:2] + requests(CASES[f"{name}-mask"])[:2]
+    words = [replace(each, images=(), mask=None, strength=None) for each in both]
+    engine = Engine(pipeline(name, dtype), rows=4)
+    try:
+        same_alone_and_together(engine, [*both, *words])
+    finally:
+        engine.close()
+    assert engine.runner.num_forwards < engine.runner.num_real_rows
+
+
+def test_the_pipelines_for_pictures_share_every_component() -> None:
+    pipe = pipeline("flux", torch.bfloat16)
+    editing = Engine(pipe).editing
+    (edit, *_), (repaint, *_) = requests(CASES["flux"]), requests(CASES["flux-mask"])
+    for request in (edit, repaint):
+        profile = editing.profile(request)
+        assert editing.profile(request) is profile
+        shared = {name: part for name, part in profile.pipe.components.items() if part is not None}
+        assert all(part is pipe.components[name] for name, part in shared.items())
+        assert "transformer" in shared
+    assert next(pipe.transformer.parameters()).dtype == torch.bfloat16
+
+
+def test_a_generation_has_the_same_bytes_beside_edits_as_without_any() -> None:
+    words = replace(requests(CASES["flux"])[0], images=(), strength=None)
+    without, beside = Engine(pipeline("flux", torch.float32), rows=4), None
+    (expected,) = pictures(without, [words])
+    without.close()
+    beside = Engine(pipeline("flux", torch.float32), rows=4)
+    got = pictures(beside, [words, *requests(CASES["flux"])])[0]
+    beside.close()
+    assert np.array_equal(got, expected)
+
+
+def test_the_size_comes_from_the_picture() -> None:
+    engine = Engine(pipeline("flux", torch.float32))
+    (request, *_) = requests(CASES["flux"])
+    wide = replace(request, width=None, height=None, images=(picture(60, 20),))
+    (made,) = pictures(engine, [wide])
+    engine.close()
+    assert made.shape == (16, 56, 3)  # at most the model's own 32 x 32 pixels
+
+
+def test_outside_the_mask_every_pixel_stays() -> None:
+    engine = Engine(pipeline("stable-diffusion", torch.bfloat16))
+    request = requests(CASES["stable-diffusion-mask"])[0]
+    (made,) = pictures(engine, [request])
+    engine.close()
+    assert request.mask is not None
+    outside = np.asarray(to_image(request.mask)) == 0
+    before = np.asarray(to_image(request.images[0]))
+    assert np.array_equal(made[outside], before[outside])
+    assert not np.array_equal(made[~outside], before[~outside])
+
+
+def test_only_the_steps_that_run_are_counted() -> None:
+    engine = Engine(pipeline("flux", torch.float32))
+    request = replace(requests(CASES["flux"])[0], num_inference_steps=10, strength=0.3)
+    engine.submit(request, "1", seed=1)
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    engine.close()
+    told = [(event.step, event.num_steps) for event in events if not isinstance(event, Done)]  # type: ignore[union-attr]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "code", "sentence"),
+    [
+        ("pixart-sigma", {}, "not_supported", "makes pictures from words only"),
+        ("flux", {"images": (picture(8, 8),) * 2}, "not_supported", "works from 1 picture a request"),
+        ("flux2-klein", {"mask": mask(8, 8)}, "not_supported", "repaints no part"),
+        ("flux", {"images": (), "mask": mask(8, 8)}, "missing_field", "send image too"),
+        ("flux", {"strength": 0.1}, "out_of_range", "at least 1"),
+        ("flux", {"strength": 1.5}, "out_of_range", "between 0 and 1"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(
+    name: str, changes: dict[str, Any], code: str, sentence: str
+) -> None:
+    request = Request(prompt="a fox", num_inference_steps=4, images=(picture(8, 8),))
+    engine = Engine(pipeline(name, torch.float32))
+    (result,) = engine.generate([replace(request, **changes)])
+    engine.close()
+    assert isinstance(result.error, InvalidRequestError)
+    assert result.error.code == code
+    assert sentence in result.error.message
+
+
+def test_a_strength_without_effect_is_said() -> None:
+    engine = Engine(pipeline("flux2-klein", torch.float32))
+    (result,) = engine.generate([replace(requests(CASES["flux2-klein"])[0], strength=0.5)])
+    engine.close()
+    assert result.warnings == ("strength had no effect: this model does not use it",)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, which one of the many classes uses
+def test_the_sisters_are_those_of_the_auto_classes() -> None:
+    """Where diffusers' own table and the name of a tested class disagree, a request would go astray."""
+    from diffusers.pipelines import auto_pipeline
+
+    tables = {
+        "_from_picture": auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        "_repaint": auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
+    }
+    named = {cls.__name__: key for key, cls in auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items()}
+    found = set()
+    for name in tiny.FAMILIES:
+        editing: Editing = Engine(pipeline(name, torch.float32)).editing
+        key = named[type(pipeline(name, torch.float32)).__name__]
+        for attribute, table in tables.items():
+            if editing.max_pictures and editing.strength:
+                assert getattr(editing, attribute) is table.get(key)
+                found.add(key)
+    assert found == {
+        "flux",
+        "stable-diffusion",
+        "stable-diffusion-xl",
+        "stable-diffusion-3",
+        "qwenimage",
+        "z-image",
+    }
+
+
+def test_a_picture_of_another_size_is_made_to_fit() -> None:
+    engine = Engine(pipeline("flux", torch.float32))
+    (request, *_) = requests(CASES["flux"])
+    large = picture(200, 200)
+    fitted = InputPicture(64, 64, to_image(large, (64, 64)).tobytes())
+    got, expected = pictures(engine, [replace(request, images=(large,)), replace(request, images=(fitted,))])
+    engine.close()
+    assert np.array_equal(got, expected)
+    assert to_image(large).size == (200, 200) != Image.fromarray(got).size
