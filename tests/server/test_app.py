@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from mezzotint.errors import ConfigError
 from mezzotint.server import app
-from mezzotint.server.app import create_app
+from mezzotint.server.app import create_app, serve
 from mezzotint.server.store.keys import create_first_key, create_key, list_keys, revoke_key
 from tests.server.hosting import FAKE, GENERATE, Host, client, endpoint, hosting, settings_for
 
@@ -206,6 +207,16 @@ def test_the_first_start_makes_one_key_and_the_second_none(tmp_path: Path) -> No
     for one in (service, again):
         one.engine.dispose()
         one.pool.shutdown()
+
+
+def test_a_start_that_fails_leaves_no_connection_to_the_database_open(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = settings_for(tmp_path, port=taken.getsockname()[1])
+        app = create_app(settings, worker=FAKE)
+        with pytest.raises(ConfigError, match="port"):
+            asyncio.run(serve(app, settings))
+    assert app.state.context.engine.pool.checkedin() == 0
+    app.state.context.pool.shutdown()
 
 
 def test_a_data_folder_that_is_a_file_stops_the_start_with_a_sentence(tmp_path: Path) -> None:

@@ -141,12 +141,15 @@ async def serve(
         timeout_graceful_shutdown=round(settings.drain_s) + LAST_WORDS_S,
         lifespan="on",
     )
-    listener = _listen(settings)
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    app.state.on_listening = lambda: on_started(f"http://{shown}:{port}")
-    app.state.server = _Server(config, app.state.context)
-    await app.state.server.serve(sockets=[listener])
+    try:
+        listener = _listen(settings)
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        app.state.on_listening = lambda: on_started(f"http://{shown}:{port}")
+        app.state.server = _Server(config, app.state.context)
+        await app.state.server.serve(sockets=[listener])
+    finally:
+        app.state.context.engine.dispose()  # of a start that failed, too
 
 
 def _context(settings: Settings, worker: str) -> Context:
