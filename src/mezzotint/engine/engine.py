@@ -30,7 +30,7 @@ from mezzotint.engine.editing import Editing
 from mezzotint.engine.lora.bank import AdapterBank, BankStats
 from mezzotint.engine.models.loading import DEFAULTS, Loaded, load
 from mezzotint.engine.models.sources import Progress as OnProgress
-from mezzotint.engine.models.sources import nothing
+from mezzotint.engine.models.sources import ignore_progress
 from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
 from mezzotint.engine.results import Image, Result, failed_event, pixels, repainted, result_of
 from mezzotint.engine.steps.jobs import Job
@@ -103,7 +103,7 @@ class Engine:
         settings: EngineSettings = DEFAULTS,
         *,
         rows: int | None = None,
-        progress: OnProgress = nothing,
+        progress: OnProgress = ignore_progress,
     ) -> Engine:
         """An engine for a built-in name, a folder, a repository id, a safetensors file or a ready pipeline.
 

@@ -70,7 +70,7 @@ def one_thread() -> Iterator[None]:
 
 
 def load(source: Any, **settings: Any) -> loading.Loaded:
-    progress = settings.pop("progress", sources.nothing)
+    progress = settings.pop("progress", sources.ignore_progress)
     chosen = {"num_threads": 1, "dtype": "fp32", "performance": "reference", **settings}
     return loading.load(source, EngineSettings(**chosen), progress=progress)
 

@@ -17,7 +17,7 @@ from mezzotint.config import AdapterSettings
 from mezzotint.errors import ConfigError, InvalidRequestError
 from mezzotint.messages import AdapterAdded
 from mezzotint.server.app import create_app
-from mezzotint.server.store.adapter_files import Kept, keep, remove_unused
+from mezzotint.server.store.adapter_files import AdapterFile, copy_source, remove_unused
 from mezzotint.server.store.adapters import AdapterState, AdapterTable, Origin
 from mezzotint.server.store.database import open_database
 from mezzotint.server.work import adapters as registry
@@ -137,14 +137,14 @@ def test_a_bad_body_is_refused(host: Host, fields: dict[str, Any], param: str) -
 def test_what_the_worker_refuses_is_not_registered(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def vanishing(*values: Any) -> Kept:
-        kept = keep(*values)
+    def vanishing(*values: Any) -> AdapterFile:
+        kept = copy_source(*values)
         kept.path.unlink()
         return kept
 
     add(host, "flat", write(tmp_path / "b.safetensors", text="b"))
     before = host.picture(model="one:flat", seed=1)
-    monkeypatch.setattr(registry, "keep", vanishing)
+    monkeypatch.setattr(registry, "copy_source", vanishing)
     file = write(tmp_path / "a.safetensors")
     for body in ({"route": "gone"}, {"route": "flat", "replace": True}):
         error = add(host, source=file, expected=422, **body)["error"]
@@ -206,14 +206,14 @@ def test_of_two_simultaneous_adds_of_one_route_one_is_refused(
 def test_a_refused_file_among_two_simultaneous_adds_costs_the_good_one_nothing(
     host: Host, two_files: dict[str, tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def vanishing(source: str, *values: Any) -> Kept:
-        kept = keep(source, *values)
+    def vanishing(source: str, *values: Any) -> AdapterFile:
+        kept = copy_source(source, *values)
         if source == str(bad):
             kept.path.unlink()
         return kept
 
     (good, picture), (bad, _) = two_files.values()
-    monkeypatch.setattr(registry, "keep", vanishing)
+    monkeypatch.setattr(registry, "copy_source", vanishing)
     for _ in range(40):
         statuses = race(host, (good, bad))
         assert statuses[0] == 200
@@ -447,7 +447,7 @@ def table(tmp_path: Path, database_url: str) -> Iterator[AdapterTable]:
 
 def test_the_table_works_on_a_data_folder_alone(table: AdapterTable, tmp_path: Path) -> None:
     file = write(tmp_path / "flat.safetensors", rank=8)
-    kept = keep(str(file), table.folder, MAX_BYTES)
+    kept = copy_source(str(file), table.folder, MAX_BYTES)
     settings = AdapterSettings(route="flat", source=str(file))
     record = registry._registered("one", settings, kept, Origin.API)
     table.save(record)
@@ -462,7 +462,7 @@ def test_the_table_works_on_a_data_folder_alone(table: AdapterTable, tmp_path: P
 
 def test_a_thousand_adapters_are_listed_in_order(table: AdapterTable, tmp_path: Path) -> None:
     file = str(write(tmp_path / "flat.safetensors"))
-    kept = keep(file, table.folder, MAX_BYTES)
+    kept = copy_source(file, table.folder, MAX_BYTES)
     for number in range(1000):
         adapter = AdapterSettings(route=f"a{number:03}", source=file)
         table.save(registry._registered("one", adapter, kept, Origin.API))
@@ -475,9 +475,9 @@ def test_a_thousand_adapters_are_listed_in_order(table: AdapterTable, tmp_path: 
 
 def test_one_copy_is_kept_by_its_content(tmp_path: Path) -> None:
     folder = tmp_path / "kept"
-    first = keep(str(write(tmp_path / "a.safetensors")), folder, MAX_BYTES)
-    same = keep(str(write(tmp_path / "b.safetensors")), folder, MAX_BYTES)
-    other = keep(str(write(tmp_path / "c.safetensors", text="c")), folder, MAX_BYTES)
+    first = copy_source(str(write(tmp_path / "a.safetensors")), folder, MAX_BYTES)
+    same = copy_source(str(write(tmp_path / "b.safetensors")), folder, MAX_BYTES)
+    other = copy_source(str(write(tmp_path / "c.safetensors", text="c")), folder, MAX_BYTES)
     assert first == same
     assert first.path != other.path
     assert [entry for entry in folder.iterdir() if entry.name.startswith(".")] == []
@@ -486,9 +486,9 @@ def test_one_copy_is_kept_by_its_content(tmp_path: Path) -> None:
 def test_a_peft_folder_keeps_its_configuration_beside_the_weights(tmp_path: Path) -> None:
     folder = tmp_path / "peft"
     write(folder / "adapter_model.safetensors")
-    plain = keep(str(folder / "adapter_model.safetensors"), tmp_path / "kept", MAX_BYTES)
+    plain = copy_source(str(folder / "adapter_model.safetensors"), tmp_path / "kept", MAX_BYTES)
     (folder / "adapter_config.json").write_text('{"lora_alpha": 8}')
-    kept = keep(str(folder), tmp_path / "kept", MAX_BYTES)
+    kept = copy_source(str(folder), tmp_path / "kept", MAX_BYTES)
     assert kept.path.with_name("adapter_config.json").read_text() == '{"lora_alpha": 8}'
     assert kept.checksum == plain.checksum
     assert kept.path != plain.path, "another alpha is another adapter"
@@ -531,7 +531,7 @@ def test_a_bad_source_is_refused_before_anything_is_stored(case: str, tmp_path: 
     source = tmp_path / "source"
     source.mkdir()
     with pytest.raises(InvalidRequestError, match=text) as caught:
-        keep(str(make(source)), tmp_path / "kept", 10_000)
+        copy_source(str(make(source)), tmp_path / "kept", 10_000)
     assert (caught.value.code, caught.value.param) == (code, "source")
     assert list((tmp_path / "kept").glob("*")) == []
 
@@ -540,8 +540,8 @@ def test_copies_that_nothing_points_to_are_removed_when_they_are_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "kept"
-    used = keep(str(write(tmp_path / "a.safetensors")), folder, MAX_BYTES)
-    unused = keep(str(write(tmp_path / "b.safetensors", text="b")), folder, MAX_BYTES)
+    used = copy_source(str(write(tmp_path / "a.safetensors")), folder, MAX_BYTES)
+    unused = copy_source(str(write(tmp_path / "b.safetensors", text="b")), folder, MAX_BYTES)
     remove_unused(folder, {used.path})
     assert unused.path.is_file()
     monkeypatch.setattr("mezzotint.server.store.adapter_files.UNUSED_S", -1.0)
@@ -572,7 +572,7 @@ def test_an_adapter_of_a_hub_repository_is_kept(source: str, hub: fake_hub.FakeH
     files = {name: write(tmp_path / "repo" / name, text=name[0]) for name in ("b.safetensors",)}
     _text(tmp_path / "repo" / "README.md")
     hub.folders["own/lora"] = tmp_path / "repo"
-    kept = keep(source, tmp_path / "kept", MAX_BYTES)
+    kept = copy_source(source, tmp_path / "kept", MAX_BYTES)
     assert kept.path.read_bytes() == files["b.safetensors"].read_bytes()
 
 
@@ -592,7 +592,7 @@ def test_what_the_hub_does_not_have_is_a_sentence(
     hub.folders |= {"own/lora": tmp_path / "repo", "own/gated": tmp_path / "repo"}
     hub.gated.add("own/gated")
     with pytest.raises(InvalidRequestError, match=text):
-        keep(source, tmp_path / "kept", MAX_BYTES)
+        copy_source(source, tmp_path / "kept", MAX_BYTES)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -605,16 +605,16 @@ def test_a_hub_that_is_away_is_told_at_once(
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", wait)
     point_at(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(InvalidRequestError, match=r"cannot be reached, .*copy the file") as caught:
-        keep(source, tmp_path / "kept", MAX_BYTES)
+        copy_source(source, tmp_path / "kept", MAX_BYTES)
     assert caught.value.code == "adapter_source_not_found"
 
 
 def test_a_hub_that_says_nothing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mezzotint.server.store.adapter_files.HUB_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("mezzotint.hub.CONTACT_TIMEOUT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         point_at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(InvalidRequestError, match="cannot be reached"):
-            keep("own/nowhere", tmp_path / "kept", MAX_BYTES)
+            copy_source("own/nowhere", tmp_path / "kept", MAX_BYTES)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -624,15 +624,15 @@ def test_what_was_fetched_before_needs_no_hub(
     write(tmp_path / "repo" / "b.safetensors")
     _text(tmp_path / "repo" / "README.md")
     hub.folders["own/lora"] = tmp_path / "repo"
-    first = keep(source, tmp_path / "kept", MAX_BYTES)
+    first = copy_source(source, tmp_path / "kept", MAX_BYTES)
     point_at(monkeypatch, "http://127.0.0.1:9")
-    assert keep(source, tmp_path / "kept", MAX_BYTES) == first
+    assert copy_source(source, tmp_path / "kept", MAX_BYTES) == first
 
 
 def test_a_repository_file_over_the_limit_is_not_fetched(hub: fake_hub.FakeHub, tmp_path: Path) -> None:
     write(tmp_path / "repo" / "b.safetensors", rank=10_000)
     hub.folders["own/lora"] = tmp_path / "repo"
     with pytest.raises(InvalidRequestError, match="raise adapter_bytes") as caught:
-        keep("own/lora", tmp_path / "kept", 10_000)
+        copy_source("own/lora", tmp_path / "kept", 10_000)
     assert caught.value.code == "adapter_too_large"
     assert "b.safetensors" not in hub.downloads()

@@ -28,12 +28,12 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mezzotint import hub
 from mezzotint.engine.lora.layers import Layer, Weights, bucket
 from mezzotint.errors import ModelLoadError
 
 State = dict[str, Tensor]
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -117,7 +117,7 @@ def weights_file(path: Path) -> Path:
     if path.is_dir():
         files = sorted(each for each in path.iterdir() if each.suffix == ".safetensors")
         if len(files) != 1:
-            pickled = sorted(each.name for each in path.iterdir() if each.suffix in PICKLES)
+            pickled = sorted(each.name for each in path.iterdir() if each.suffix in hub.PICKLES)
             if not files and pickled:
                 raise _pickled(pickled[0])
             names = ", ".join(each.name for each in files[:5]) or "none"
@@ -126,14 +126,14 @@ def weights_file(path: Path) -> Path:
                 code="adapter_broken",
             )
         path = files[0]
-    if path.suffix in PICKLES:
+    if path.suffix in hub.PICKLES:
         raise _pickled(path.name)
     return path
 
 
 def _pickled(name: str) -> ModelLoadError:
     return ModelLoadError(
-        f"{name} is a pickle file, which can run code when opened; convert it to .safetensors",
+        f"{name} is {hub.PICKLE_RISK}; convert it to .safetensors",
         code="adapter_unsupported",
     )
 
@@ -335,11 +335,11 @@ class _Config:
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         self._path = path
-        beside = path.with_name("adapter_config.json")
+        beside = path.with_name(hub.PEFT_CONFIG)
         try:
             if "lora_adapter_metadata" in metadata:
                 self._values = json.loads(metadata["lora_adapter_metadata"])
-            elif path.name == "adapter_model.safetensors" and beside.is_file():
+            elif path.name == hub.PEFT_WEIGHTS and beside.is_file():
                 self._values = json.loads(beside.read_text(encoding="utf-8"))
             else:
                 self._values = {}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 import diffusers
 import torch
 
+from mezzotint import hub
 from mezzotint.engine.models import sources
 from mezzotint.errors import ModelLoadError, echo
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 LIBRARIES = ("diffusers", "transformers")
 OVERHEAD = 1.1
 """Memory needed over the bytes of the weights: buffers, and what one forward holds."""
@@ -128,22 +127,12 @@ def loaded_bytes(path: Path, dtype: torch.dtype) -> int:
 def read_header(path: Path) -> dict[str, Any]:
     """The tensors of a safetensors file by name; ModelLoadError unless the file is whole."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        if end != size:
-            raise ValueError(f"it has {size} bytes, its header says {end}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        return hub.read_header(path)
+    except (OSError, hub.HeaderError) as error:
         raise ModelLoadError(
             f"{path} is damaged or cut short: {error}; delete it and fetch the model again",
             code="corrupt_file",
         ) from error
-    return dict(header)
 
 
 def _class_name(folder: Path, index: dict[str, Any], allow_remote_code: bool) -> str:
@@ -168,7 +157,7 @@ def _weights(place: Path, variant: str | None) -> list[Path]:
             for path in found:
                 read_header(path)
             return found
-    pickles = sorted(path.name for path in place.iterdir() if path.suffix in PICKLES)
+    pickles = sorted(path.name for path in place.iterdir() if path.suffix in hub.PICKLES)
     if pickles:
         raise ModelLoadError(
             f"{place} has its weights only as {pickles[0]}, and loading such a file can run any program; use "
@@ -220,7 +209,7 @@ def _not_a_pipeline(folder: Path) -> str:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not folder.is_dir():
         return f"{folder} is neither a folder nor a safetensors file"
-    if names & {"adapter_config.json", "pytorch_lora_weights.safetensors"}:
+    if names & {hub.PEFT_CONFIG, hub.DIFFUSERS_WEIGHTS}:
         return f"{folder} holds an adapter, not a model; register it as an adapter of an endpoint"
     if "config.json" in names:
         return (

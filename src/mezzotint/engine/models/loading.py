@@ -60,7 +60,7 @@ def load(
     source: str | Path | Any,
     settings: EngineSettings = DEFAULTS,
     *,
-    progress: sources.Progress = sources.nothing,
+    progress: sources.Progress = sources.ignore_progress,
 ) -> Loaded:
     """Builds the pipeline of `source`: built-in name, folder, safetensors file, repository or pipeline.
 
@@ -106,7 +106,9 @@ def load(
     )
 
 
-def pull(source: str, revision: str | None = None, *, progress: sources.Progress = sources.nothing) -> Path:
+def pull(
+    source: str, revision: str | None = None, *, progress: sources.Progress = sources.ignore_progress
+) -> Path:
     """Fetches a model if need be, checks that it is whole, and says where it lies."""
     path = sources.locate(source, revision, progress=progress)
     if path.is_dir():

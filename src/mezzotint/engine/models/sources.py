@@ -5,27 +5,25 @@ Only configurations, tokenizers and safetensors are fetched; what is in the Hub'
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import huggingface_hub
-from huggingface_hub import errors as hub
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from tqdm.auto import tqdm
 
+from mezzotint import hub
 from mezzotint.errors import ModelLoadError, echo
 
 Progress = Callable[[str, float | None], None]
 """Called with a plain phrase (`downloading`) and the fraction done, where known."""
 
 INDEX = "model_index.json"
-REPOSITORY = re.compile(r"(?P<id>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[\w./-]+))?")
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model)(\.(?P<variant>\w+))?(-\d{5}-of-\d{5})?\.safetensors"
     r"|(diffusion_pytorch_model|model)\.safetensors\.index(\.(?P<index_variant>\w+))?\.json"
@@ -34,12 +32,12 @@ WEIGHTS = re.compile(
 TEXTS = (".json", ".txt", ".model", ".jinja")
 
 
-def nothing(stage: str, fraction: float | None) -> None:
-    """The progress callback for who does not care."""
+def ignore_progress(stage: str, fraction: float | None) -> None:
+    """The default progress callback."""
 
 
 def locate(
-    source: str, revision: str | None = None, *, progress: Progress = nothing, code: bool = False
+    source: str, revision: str | None = None, *, progress: Progress = ignore_progress, code: bool = False
 ) -> Path:
     """The folder (or single safetensors file) of `source`, fetched first if it is a repository.
 
@@ -51,14 +49,14 @@ def locate(
     path = Path(source).expanduser()
     if path.exists():
         return path
-    match = REPOSITORY.fullmatch(source)
-    if match is None or path.suffix == ".safetensors":
+    found = hub.parse_reference(source)
+    if found is None or found.file or path.suffix == ".safetensors":
         raise ModelLoadError(
             f"model {echo(source)} was not found: it is no built-in name ({', '.join(built_in_names())}), "
             "no folder or safetensors file that exists here, and no repository id (owner/name)",
             code="model_not_found",
         )
-    return fetch(match["id"], revision or match["revision"], progress=progress, code=code)
+    return fetch(found.repository, revision or found.revision, progress=progress, code=code)
 
 
 def built_in_names() -> list[str]:
@@ -72,7 +70,7 @@ def fetch(
     repository: str,
     revision: str | None = None,
     *,
-    progress: Progress = nothing,
+    progress: Progress = ignore_progress,
     code: bool = False,
     weights: bool = True,
 ) -> Path:
@@ -158,66 +156,22 @@ def _files(repository: str, folder: Path) -> dict[str, int]:
     try:
         tree = huggingface_hub.get_cached_repo_tree(repository, revision=folder.name)
         return {file.path: file.size for file in tree}
-    except hub.CachedRepoTreeNotFoundError:  # fetched by an older huggingface_hub: take what is there
-        paths = [path for path in folder.rglob("*") if path.is_file()]
-        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    except CachedRepoTreeNotFoundError:  # fetched by an older huggingface_hub: take what is there
+        return hub.sizes_in(folder)
 
 
 def _snapshot(repository: str, revision: str | None, files: list[str], bar: type[Any] | None = None) -> Path:
     try:
-        folder = huggingface_hub.snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=[glob.escape(file) for file in files],
-            tqdm_class=bar or _bar(nothing, 0),
-        )
-    except tuple(_REFUSALS) as error:
-        code, permanent, reason = next(
-            refusal for kind, refusal in _REFUSALS.items() if isinstance(error, kind)
-        )
-        where = f"there is no folder {repository} here, and repository {repository}"
-        where += f" at {revision}" if revision else ""
-        text = reason.format(repository=repository, error=error)
-        raise ModelLoadError(f"{where} {text}", code=code, permanent=permanent) from error
-    return Path(folder)
-
-
-_REFUSALS: Mapping[type[Exception], tuple[str, bool, str]] = {
-    hub.GatedRepoError: (
-        "gated_model",
-        True,
-        "is gated: accept its terms on its page, then set HF_TOKEN to a token of that account",
-    ),
-    hub.RevisionNotFoundError: (
-        "model_not_found",
-        True,
-        "does not exist: the repository has no such branch, tag or commit",
-    ),
-    hub.RepositoryNotFoundError: (
-        "model_not_found",
-        True,
-        "does not exist, or is private: check the spelling, or set HF_TOKEN to a token for it",
-    ),
-    hub.LocalEntryNotFoundError: (
-        "no_network",
-        False,
-        "is not complete in the cache and the Hub cannot be reached; connect this machine to the network, "
-        "or run `mezzotint pull {repository}` where there is one and copy the cache",
-    ),
-    hub.HFValidationError: ("model_not_found", True, "has no valid name: {error}"),
-    hub.HfHubHTTPError: ("download_failed", False, "could not be fetched: {error}; try again"),
-    httpx2.HTTPError: (
-        "download_failed",
-        False,
-        "could not be fetched: {error}; what has arrived is kept, try again",
-    ),
-    OSError: (
-        "download_failed",
-        False,
-        "could not be fetched: {error}; make sure there is room in the cache, then try again",
-    ),
-}
-"""What huggingface_hub raises: code, permanent or not, the rest of the sentence; the first match counts."""
+        return hub.download(repository, revision, files, bar or _bar(ignore_progress, 0))
+    except hub.HubError as error:
+        at = f" at {revision}" if revision else ""
+        text = f"there is no folder {repository} here, and repository {repository}{at} {error.reason}"
+        if error.code == "no_network":
+            text += (
+                f"; connect this machine to the network, or run `mezzotint pull {repository}` where there is "
+                "one and copy the cache"
+            )
+        raise ModelLoadError(text, code=error.code, permanent=error.permanent) from error
 
 
 def _bar(progress: Progress, num_bytes: int) -> type[Any]:

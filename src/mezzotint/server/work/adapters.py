@@ -32,7 +32,7 @@ from mezzotint.errors import (
     echo,
     nearest,
 )
-from mezzotint.server.store.adapter_files import Kept, keep, remove_unused
+from mezzotint.server.store.adapter_files import AdapterFile, copy_source, remove_unused
 from mezzotint.server.store.adapters import Adapter, AdapterTable, Origin
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.registry import Registry
@@ -92,10 +92,10 @@ class AdapterRegistry:
 
     def _register(self, spec: EndpointSettings, settings: AdapterSettings, origin: Origin) -> Adapter:
         try:
-            kept = keep(settings.source, self.table.folder, _max_file_bytes(spec))
+            file = copy_source(settings.source, self.table.folder, _max_file_bytes(spec))
         except InvalidRequestError as error:
             raise ConfigError(f"endpoint {spec.id}, adapter {settings.route}: {error.message}") from None
-        return _registered(spec.id, settings, kept, origin)
+        return _registered(spec.id, settings, file, origin)
 
     # ------------------------------------------------------------ beside running endpoints
 
@@ -127,10 +127,10 @@ class AdapterRegistry:
 
     async def _add(self, endpoint: Endpoint, settings: AdapterSettings, overwrite: bool) -> Adapter:
         max_bytes = _max_file_bytes(endpoint.spec)
-        kept = await asyncio.to_thread(keep, settings.source, self.table.folder, max_bytes)
+        file = await asyncio.to_thread(copy_source, settings.source, self.table.folder, max_bytes)
         async with endpoint.adapters.lock:  # nobody waits for another's download, and one of two is first
             _require_free(endpoint, settings.route, overwrite)
-            return await self._put(endpoint, _registered(endpoint.id, settings, kept, Origin.API))
+            return await self._put(endpoint, _registered(endpoint.id, settings, file, Origin.API))
 
     async def _put(self, endpoint: Endpoint, new: Adapter) -> Adapter:
         """Checks and stores a record and opens its route; the caller holds the endpoint's lock."""
@@ -227,16 +227,16 @@ def _max_file_bytes(spec: EndpointSettings) -> int:
     return 4 * spec.adapter_bytes  # fp32 in the file may be half in memory, and the worker counts exactly
 
 
-def _registered(endpoint_id: str, settings: AdapterSettings, kept: Kept, origin: Origin) -> Adapter:
+def _registered(endpoint_id: str, settings: AdapterSettings, file: AdapterFile, origin: Origin) -> Adapter:
     return Adapter(
         endpoint_id=endpoint_id,
         route=settings.route,
         source=settings.source,
-        path=kept.path,
+        path=file.path,
         scale=settings.scale,
-        checksum=kept.checksum,
+        checksum=file.checksum,
         created=time.time(),
         origin=origin,
-        file_bytes=kept.num_bytes,
-        rank=kept.rank,
+        file_bytes=file.num_bytes,
+        rank=file.rank,
     )
