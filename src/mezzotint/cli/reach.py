@@ -40,9 +40,9 @@ def running_server(settings: Settings) -> str | None:
         told = answer["proof"]
     except (OSError, ValueError, KeyError, TypeError, httpx2.HTTPError, httpx2.InvalidURL):
         return None
-    from mezzotint.server.store.storage import load_secret, proof
+    from mezzotint.server.store.signing import load_signer
 
-    return str(url) if told == proof(load_secret(settings.data_dir), challenge) else None
+    return str(url) if told == load_signer(settings.data_dir).proof(challenge) else None
 
 
 @contextlib.contextmanager

@@ -43,9 +43,9 @@ from mezzotint.server.api.context import Context
 from mezzotint.server.api.middleware import BodyReader, Envelope, HostAndOriginGuard, Refusals, error_response
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import database
-from mezzotint.server.store.gallery import Gallery
+from mezzotint.server.store.pictures import Pictures
 from mezzotint.server.store.quotas import Quotas
-from mezzotint.server.store.storage import Storage, load_secret
+from mezzotint.server.store.signing import load_signer
 from mezzotint.server.work.adapters import AdapterRegistry
 from mezzotint.server.work.admission import Admission
 from mezzotint.server.work.registry import Registry
@@ -153,9 +153,11 @@ async def serve(
 
 
 def _context(settings: Settings, worker: str) -> Context:
+    folder = settings.data_dir / "images"
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        store = Storage(settings.data_dir / "images", load_secret(settings.data_dir), settings.url_ttl_s)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        signer = load_signer(settings.data_dir)
     except OSError as error:
         raise ConfigError(
             f"data_dir: {settings.data_dir} cannot be used ({error.strerror}); "
@@ -171,8 +173,8 @@ def _context(settings: Settings, worker: str) -> Context:
         registry=Registry(engine, WorkerSettings.of(settings, worker), metrics),
         adapters=AdapterRegistry(engine, settings.data_dir / "adapters"),
         admission=Admission(settings, metrics, quotas, pool),
-        storage=store,
-        gallery=Gallery(engine, store, settings.gallery_size),
+        signer=signer,
+        pictures=Pictures(engine, folder, signer, settings.url_ttl_s, settings.gallery_size),
         metrics=metrics,
         quotas=quotas,
         pool=pool,
@@ -216,7 +218,7 @@ async def _clean(context: Context) -> None:
     """Removes expired pictures and writes down what was used, now and then."""
     while True:
         try:
-            gone, left = await asyncio.to_thread(context.gallery.clean)
+            gone, left = await asyncio.to_thread(context.pictures.clean)
             context.metrics.stored_bytes.set(left)
             context.admission.sweep()
             await asyncio.to_thread(context.quotas.store)

@@ -89,11 +89,11 @@ def test_the_newest_outlive_their_urls_and_older_ones_do_not(host: Host, http: h
     for seed in range(SIZE + 2):
         make(host, http, seed)
     mine = {item["name"] for item in http.get("/dedicated/v1/images").json()["data"]}
-    folder = host.service.storage.folder
+    folder = host.service.pictures.folder
     then = time.time() - LONG_AGO_S
     for file in folder.iterdir():
         os.utime(file, (then, then))
-    host.service.gallery.clean()
+    host.service.pictures.clean()
     assert seeds(http) == [5, 4, 3, 2]
     left = {file.name for file in folder.iterdir()} & mine
     assert left == {item["name"] for item in http.get("/dedicated/v1/images").json()["data"]}
@@ -106,20 +106,20 @@ def test_pictures_of_a_key_that_is_no_more_end_with_their_urls(host: Host, end: 
     with client(host.url, secret) as http:
         url = make(host, http, 1)
     (keys.revoke_key if end == "revoked" else keys.delete_key)(engine, key.id)
-    host.service.gallery.clean()
+    host.service.pictures.clean()
     assert httpx2.get(url).status_code == 200, "the URL has not expired"
-    file = host.service.storage.folder / httpx2.URL(url).path.rpartition("/")[2]
+    file = host.service.pictures.folder / httpx2.URL(url).path.rpartition("/")[2]
     os.utime(file, (time.time() - LONG_AGO_S,) * 2)
-    host.service.gallery.clean()
+    host.service.pictures.clean()
     assert not file.exists()
 
 
 def test_without_keys_everybodys_pictures_outlive_their_urls(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, auth=False)) as host:
         make(host, host.client, 1)
-        (file,) = host.service.storage.folder.iterdir()
+        (file,) = host.service.pictures.folder.iterdir()
         os.utime(file, (time.time() - LONG_AGO_S,) * 2)
-        host.service.gallery.clean()
+        host.service.pictures.clean()
         assert seeds(host.client) == [1]
         assert file.exists()
 

@@ -71,9 +71,9 @@ def store(
     context: Context, ticket: Ticket, model: str, picture: Picture, data: bytes, suffix: str, base_url: str
 ) -> str:
     """Stores a picture's file for its key and returns the URL; runs in a thread."""
-    name = context.gallery.save(data, suffix, ticket.key.id, parameters_of(model, picture))
+    name = context.pictures.save(data, suffix, ticket.key.id, parameters_of(model, picture))
     context.metrics.stored.inc(len(data))
-    return context.storage.url(base_url, name)
+    return context.pictures.url(base_url, name)
 
 
 def made_answer(body: bytes, pictures: list[Picture], encode_s: float) -> Answer:

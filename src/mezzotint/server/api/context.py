@@ -14,10 +14,10 @@ from mezzotint.config import Settings
 from mezzotint.errors import AuthenticationError
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import keys
-from mezzotint.server.store.gallery import Gallery
 from mezzotint.server.store.keys import Key
+from mezzotint.server.store.pictures import Pictures
 from mezzotint.server.store.quotas import Quotas
-from mezzotint.server.store.storage import Storage
+from mezzotint.server.store.signing import Signer
 from mezzotint.server.work.adapters import AdapterRegistry
 from mezzotint.server.work.admission import Admission
 from mezzotint.server.work.registry import Registry
@@ -32,8 +32,8 @@ class Context:
     registry: Registry
     adapters: AdapterRegistry
     admission: Admission
-    storage: Storage
-    gallery: Gallery
+    signer: Signer
+    pictures: Pictures
     metrics: Metrics
     quotas: Quotas
     pool: ThreadPoolExecutor

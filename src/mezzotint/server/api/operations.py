@@ -8,20 +8,21 @@ from fastapi.responses import JSONResponse, Response
 from mezzotint.server.api import answers
 from mezzotint.server.api.context import AdminKey, CurrentContext
 from mezzotint.server.metrics import CONTENT_TYPE
-from mezzotint.server.store import storage
 from mezzotint.server.work.lifecycle import Desired, State
 
 router = APIRouter()
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="Is the server alive?", tags=["Operations"])
 async def healthz(context: CurrentContext, challenge: str | None = None) -> dict[str, str]:
     """With a `challenge` the answer proves that this server runs on a data folder that the asker can read."""
     if challenge is None:
         return {"status": "ok"}
-    return {"status": "ok", "proof": storage.proof(context.storage.secret, challenge)}
+    return {"status": "ok", "proof": context.signer.proof(challenge)}
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="Is every endpoint ready that should be?",

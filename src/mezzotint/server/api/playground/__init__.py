@@ -51,6 +51,7 @@ class StoredPictures(BaseModel):
     has_more: bool
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/", include_in_schema=False)
 async def page() -> FileResponse:
     return FileResponse(FILES / "index.html", headers=_PAGE_HEADERS)
@@ -70,12 +71,12 @@ async def pictures(
     before: Annotated[str | None, Query(description="Name of a picture; older ones follow.")] = None,
 ) -> StoredPictures:
     """Those asked for as `url`; the newest stay when their URLs have expired. The URLs here are fresh."""
-    found = await asyncio.to_thread(context.gallery.list, key.id, limit + 1, before)
+    found = await asyncio.to_thread(context.pictures.list, key.id, limit + 1, before)
     base = context.base_url(request)
     data = [
         StoredPicture(
             name=item.name,
-            url=context.storage.url(base, item.name),
+            url=context.pictures.url(base, item.name),
             created=item.created,
             parameters=item.parameters,
         )
@@ -93,7 +94,7 @@ async def pictures(
 )
 async def delete_picture(name: str, context: CurrentContext, key: CurrentKey) -> Response:
     """Its URLs end at once."""
-    await asyncio.to_thread(context.gallery.remove, name, key.id)
+    await asyncio.to_thread(context.pictures.remove, name, key.id)
     return Response(status_code=204)
 
 

@@ -1,0 +1,193 @@
+"""Pictures as files behind signed URLs, and the list of each key's newest ones.
+
+A file's name is random, and a URL's signature covers name and expiry, so that a name alone opens nothing.
+The newest pictures of a living key stay when their URLs have expired, so that their maker finds them again;
+whoever else held such a URL cannot use it any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hmac
+import os
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+
+from mezzotint.errors import GoneError, NotFoundError, PermissionDeniedError, StorageFullError, echo
+from mezzotint.images import FORMATS, Parameters
+from mezzotint.server.store import database
+from mezzotint.server.store.keys import ANONYMOUS
+from mezzotint.server.store.signing import Signer
+
+PATH = "/images/"
+"""The path of all pictures below the server's address."""
+MEDIA_TYPES = {kind.suffix: kind.mime_type for kind in FORMATS.values()}
+_NAME = re.compile(rf"[A-Za-z0-9_-]{{32}}({'|'.join(map(re.escape, MEDIA_TYPES))})")
+_EXPIRY = re.compile(r"[0-9]{1,12}")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TABLE = database.pictures
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFile:
+    """The file behind a valid URL."""
+
+    path: Path
+    media_type: str
+    stat: os.stat_result
+    expires: int
+    """When the URL ends, in seconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryEntry:
+    """One picture in a key's gallery."""
+
+    name: str
+    created: float
+    parameters: dict[str, Any]
+    """The fields of the request that gives this picture again."""
+
+
+class Pictures:
+    """The pictures of every key. Methods touch the disk and the database: call them from a thread.
+
+    `folder` must exist. `gallery_size` is how many of a key's newest outlive their URLs; 0 keeps none.
+    """
+
+    def __init__(
+        self, engine: sa.Engine, folder: Path, signer: Signer, ttl_s: float, gallery_size: int
+    ) -> None:
+        self.folder = folder
+        self._engine = engine
+        self._signer = signer
+        self._ttl_s = ttl_s
+        self._gallery_size = gallery_size
+
+    # ------------------------------------------------------------ files and their URLs
+
+    def save(self, data: bytes, suffix: str, key_id: str, parameters: Parameters) -> str:
+        """Stores a picture for this key and returns its name; StorageFullError leaves nothing behind."""
+        name = secrets.token_urlsafe(24) + suffix
+        self._write(name, data)
+        if self._gallery_size:
+            values = parameters.to_dict()
+            row = _TABLE.insert().values(name=name, key_id=key_id, created=time.time(), parameters=values)
+            try:
+                with self._engine.begin() as connection:
+                    connection.execute(row)
+            except sa.exc.SQLAlchemyError as error:  # a picture is worth more than its entry in the gallery
+                log.warning("picture is missing from the gallery", reason=str(error).splitlines()[0])
+        return name
+
+    def url(self, base: str, name: str, *, expires: int | None = None) -> str:
+        """The address of a stored picture below `base`, valid for the time to live from now on."""
+        until = int(time.time() + self._ttl_s) if expires is None else expires
+        signature = self._signer.signature(name, until)
+        return f"{base.rstrip('/')}{PATH}{name}?expires={until}&signature={signature}"
+
+    def find(self, name: str, expires: str, signature: str) -> PictureFile:
+        """The file behind a URL.
+
+        PermissionDeniedError for a forged URL, GoneError for an expired one, NotFoundError for a name that
+        cannot be a picture's.
+        """
+        if not _NAME.fullmatch(name) or not _EXPIRY.fullmatch(expires):
+            raise NotFoundError("there is no such picture; take the URL from an answer as it is")
+        expected = self._signer.signature(name, int(expires))
+        if not hmac.compare_digest(expected.encode(), signature.encode()):
+            raise PermissionDeniedError(
+                "the signature of this picture URL is not valid; take the URL from an answer as it is",
+                code="invalid_signature",
+            )
+        path = self.folder / name
+        with contextlib.suppress(FileNotFoundError):  # cleaning may remove it at any moment
+            if time.time() < int(expires):
+                return PictureFile(path, MEDIA_TYPES[path.suffix], path.stat(), int(expires))
+        raise GoneError(
+            "this picture URL has expired; the same request with the same seed makes the picture again"
+        )
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Writes under another name first, so that a reader sees all of a picture or none of it."""
+        temporary = self.folder / f"{name}.part"
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(self.folder / name)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            if error.errno in _DISK_FULL:
+                raise StorageFullError(
+                    "the server's disk is full, so the picture could not be stored; "
+                    "ask for response_format png to have it in the answer, or free space in data_dir"
+                ) from None
+            raise
+
+    # ------------------------------------------------------------ the gallery
+
+    def list(self, key_id: str, limit: int, before: str | None = None) -> list[GalleryEntry]:
+        """The key's pictures, newest first, beginning after the one named `before`."""
+        query = (
+            sa.select(_TABLE.c.name, _TABLE.c.created, _TABLE.c.parameters)
+            .where(_TABLE.c.key_id == key_id)
+            .order_by(_TABLE.c.created.desc(), _TABLE.c.name)
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            if before is not None:
+                query = query.where(_TABLE.c.created < _created(connection, before, key_id))
+            return [GalleryEntry(*row) for row in connection.execute(query)]
+
+    def remove(self, name: str, key_id: str) -> None:
+        """Deletes one of the key's pictures; its URLs end with it."""
+        with self._engine.begin() as connection:
+            _created(connection, name, key_id)
+            connection.execute(_TABLE.delete().where(_TABLE.c.name == name))
+        (self.folder / name).unlink(missing_ok=True)
+
+    def clean(self) -> tuple[int, int]:
+        """Removes what is past its life; returns how many files went and how many bytes stay."""
+        newest = sa.func.row_number().over(
+            partition_by=_TABLE.c.key_id, order_by=(_TABLE.c.created.desc(), _TABLE.c.name)
+        )
+        ranked = sa.select(_TABLE.c.name, newest.label("rank")).subquery()
+        beyond = sa.select(ranked.c.name).where(ranked.c.rank > self._gallery_size)
+        living = sa.select(database.keys.c.id).where(database.keys.c.revoked.is_(None))
+        orphan = _TABLE.c.key_id.not_in(living) & (_TABLE.c.key_id != ANONYMOUS.id)
+        with self._engine.begin() as connection:
+            connection.execute(_TABLE.delete().where(_TABLE.c.name.in_(beyond) | orphan))
+            listed = frozenset(connection.scalars(sa.select(_TABLE.c.name)))
+        return self._remove_expired(listed)
+
+    def _remove_expired(self, listed: frozenset[str]) -> tuple[int, int]:
+        removed, bytes_left = 0, 0
+        now = time.time()
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    stat = entry.stat()
+                    if stat.st_mtime + self._ttl_s < now and entry.name not in listed:
+                        os.unlink(entry.path)
+                        removed += 1
+                    else:
+                        bytes_left += stat.st_size
+        return removed, bytes_left
+
+
+def _created(connection: sa.Connection, name: str, key_id: str) -> float:
+    """When the key made this picture; NotFoundError if it did not."""
+    query = sa.select(_TABLE.c.created).where(_TABLE.c.name == name, _TABLE.c.key_id == key_id)
+    created = connection.scalar(query)
+    if created is None:
+        raise NotFoundError(f"this key has no picture {echo(name)}; list its pictures to see which it has")
+    return float(created)
