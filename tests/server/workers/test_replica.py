@@ -206,7 +206,7 @@ def test_a_worker_that_must_start_while_descriptors_are_exhausted_starts_when_th
     with hosting(settings_for(tmp_path, max_restarts=1)) as host:
         replica = host.endpoint().current.replicas[0]
         assert host.post().status_code == 200
-        with few_descriptors(5):
+        with few_descriptors(1):
             os.kill(pid(host), signal.SIGKILL)
             host.until(lambda: replica.num_restarts > 10)
             assert "Too many open files" in host.endpoint().failure

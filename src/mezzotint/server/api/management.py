@@ -129,12 +129,12 @@ class SpecList(_Answer):
     next_cursor: str | None = None
 
 
-def of_path(endpoint_id: str, context: CurrentContext, admin: AdminKey) -> Endpoint:
+def endpoint_of_path(endpoint_id: str, context: CurrentContext, admin: AdminKey) -> Endpoint:
     """Dependency: the endpoint that the path names."""
     return context.registry.find(endpoint_id, admin)
 
 
-ThePath = Annotated[Endpoint, Depends(of_path)]
+PathEndpoint = Annotated[Endpoint, Depends(endpoint_of_path)]
 _SOME: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 404, 422, 503)}
 router = APIRouter(
     prefix="/dedicated/beta/endpoint",
@@ -165,7 +165,7 @@ async def list_endpoints(context: CurrentContext) -> EndpointList:
 
 
 @router.get("/{endpoint_id}", summary="Read an endpoint's spec", response_model=EndpointSpec)
-async def get_spec(endpoint: ThePath, context: CurrentContext) -> EndpointSpec:
+async def get_spec(endpoint: PathEndpoint, context: CurrentContext) -> EndpointSpec:
     history = await context.registry.history(endpoint.id)
     newest = next((entry for entry in history if entry.version == endpoint.current.version), history[0])
     return _live_spec(endpoint, newest)
@@ -173,7 +173,7 @@ async def get_spec(endpoint: ThePath, context: CurrentContext) -> EndpointSpec:
 
 @router.put("/{endpoint_id}", summary="Update an endpoint", response_model=EndpointSpec)
 async def update(
-    endpoint: ThePath, body: EndpointUpdate, context: CurrentContext, admin: AdminKey
+    endpoint: PathEndpoint, body: EndpointUpdate, context: CurrentContext, admin: AdminKey
 ) -> EndpointSpec:
     """Starts workers with the new settings and retires the old when those are ready: no request fails."""
     if "adapters" in (body.settings or {}):
@@ -182,14 +182,14 @@ async def update(
             code="not_supported",
             param="settings.adapters",
         )
-    spec = _changed(endpoint.spec, body)
+    spec = _changed((endpoint.next or endpoint.current).spec, body)
     await context.registry.update(endpoint, spec, admin.name, body.new_version_comment or "")
     history = await context.registry.history(endpoint.id)
     return _live_spec(endpoint, history[0])
 
 
 @router.delete("/{endpoint_id}", summary="Delete an endpoint")
-async def delete(endpoint: ThePath, context: CurrentContext) -> dict[str, str]:
+async def delete(endpoint: PathEndpoint, context: CurrentContext) -> dict[str, str]:
     """Ends its requests, stops its workers and forgets it."""
     if context.registry.is_from_file(endpoint.id):
         raise ConflictError(
@@ -200,38 +200,38 @@ async def delete(endpoint: ThePath, context: CurrentContext) -> dict[str, str]:
 
 
 @router.get("/{endpoint_id}/version", summary="Read an endpoint's history", response_model=SpecList)
-async def get_version_history(endpoint: ThePath, context: CurrentContext) -> SpecList:
+async def get_version_history(endpoint: PathEndpoint, context: CurrentContext) -> SpecList:
     history = await context.registry.history(endpoint.id)
     return SpecList(data={str(entry.version): _spec(entry) for entry in history})
 
 
 @router.get("/{endpoint_id}/status", summary="Read an endpoint's status", response_model=EndpointStatus)
-async def get_status(endpoint: ThePath) -> EndpointStatus:
+async def get_status(endpoint: PathEndpoint) -> EndpointStatus:
     return status_of(endpoint)
 
 
 @router.put("/{endpoint_id}/sleep", summary="Put an endpoint to sleep", response_model=EndpointStatus)
-async def sleep(endpoint: ThePath, context: CurrentContext) -> EndpointStatus:
+async def sleep(endpoint: PathEndpoint, context: CurrentContext) -> EndpointStatus:
     """Lets running requests finish and gives the memory back; the next request wakes it."""
     await context.registry.command(endpoint, Command.SLEEP)
     return status_of(endpoint)
 
 
 @router.put("/{endpoint_id}/wake", summary="Wake an endpoint", response_model=EndpointStatus)
-async def wake(endpoint: ThePath, context: CurrentContext) -> EndpointStatus:
+async def wake(endpoint: PathEndpoint, context: CurrentContext) -> EndpointStatus:
     await context.registry.command(endpoint, Command.START)
     return status_of(endpoint)
 
 
 @router.put("/{endpoint_id}/restart", summary="Restart an endpoint", response_model=EndpointStatus)
-async def restart(endpoint: ThePath, context: CurrentContext) -> EndpointStatus:
+async def restart(endpoint: PathEndpoint, context: CurrentContext) -> EndpointStatus:
     """New workers; also the way out of FAILED and TERMINATED. Where a worker runs, no request fails."""
     await context.registry.command(endpoint, Command.RESTART)
     return status_of(endpoint)
 
 
 @router.put("/{endpoint_id}/terminate", summary="Terminate an endpoint", response_model=EndpointStatus)
-async def terminate(endpoint: ThePath, context: CurrentContext) -> EndpointStatus:
+async def terminate(endpoint: PathEndpoint, context: CurrentContext) -> EndpointStatus:
     """Takes no new request, gives the running ones the server's `drain_s`, then ends the workers."""
     await context.registry.command(endpoint, Command.TERMINATE, context.settings.drain_s)
     return status_of(endpoint)

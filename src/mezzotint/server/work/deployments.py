@@ -13,7 +13,7 @@ from mezzotint.server.workers.replica import Replica, ReplicaState
 
 
 class Deployment:
-    """A version and its replicas, which start STOPPED. The endpoint's callbacks hear of every replica."""
+    """A version and its replicas, which are STOPPED at first. The callbacks are the replicas'."""
 
     def __init__(
         self,

@@ -30,14 +30,20 @@ class Dispatcher:
 
     def __init__(self, profile: Callable[[], Profile], ready: Callable[[], list[Replica]]) -> None:
         self.queue = JobQueue(profile().spec.max_wait_s)
-        self.stats: dict[Replica, Stats] = {}
         self.last_used = 0.0
+        """When a job last came or was done; the endpoint falls asleep by it."""
         self.closed = False
+        """Whether the server stops; the endpoint sets it, and no job is handed over any more."""
         self._profile = profile
         self._ready = ready
+        self._stats: dict[Replica, Stats] = {}
+        """The newest of each worker, as `receive` heard it; tells which adapters are resident."""
         self._held: dict[Replica, dict[str, Job]] = {}
+        """The jobs in each worker, by id: from `_hand_over` to the worker's last word, or its exit."""
         self._throughput: Throughput | None = None
+        """Observed at each finished job; None until somebody asks after a `refit`."""
         self._last_end = 0.0
+        """When the last job was done, or work began; the next observation counts from here."""
         self._moved = asyncio.Event()
 
     @property
@@ -65,11 +71,6 @@ class Dispatcher:
 
     def holds_jobs(self, replicas: list[Replica]) -> bool:
         return any(self._held.get(replica) for replica in replicas)
-
-    def drop(self, replica: Replica) -> None:
-        """Forgets a worker that was stopped for good."""
-        self._held.pop(replica, None)
-        self.stats.pop(replica, None)
 
     def refit(self) -> None:
         """The model or the workers have changed: counts the waiting work anew."""
@@ -169,7 +170,7 @@ class Dispatcher:
         )
 
     def _resident(self, replica: Replica, route: str) -> bool:
-        stats = self.stats.get(replica)
+        stats = self._stats.get(replica)
         return stats is not None and route in stats.resident_routes
 
     def _hand_over(self, replica: Replica, job: Job, now: float) -> None:
@@ -204,15 +205,15 @@ class Dispatcher:
             case Cancelled(job_id):
                 self._ended(replica, job_id, RequestCancelledError("the request was cancelled"))
             case Stats():
-                self.stats[replica] = message
+                self._stats[replica] = message
 
     def take_back(self, replica: Replica, crashed: bool) -> int:
-        """Takes an ended worker's jobs back: they run again, as request and seed alone make the picture.
+        """Takes the jobs of a worker that has ended back into the queue; they will give the same bytes.
 
-        A job that kills its workers is given up. Answers how many crashes such jobs are to blame for.
+        A job that kills its workers is given up. Returns the number of crashes that are its fault.
         """
         now = asyncio.get_running_loop().time()
-        self.stats.pop(replica, None)
+        self._stats.pop(replica, None)
         jobs = list(self._held.pop(replica, {}).values())
         blamed = 0
         for job in jobs:

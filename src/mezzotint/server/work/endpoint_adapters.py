@@ -18,7 +18,7 @@ class _Trial:
 
     adapter: Adapter
     asked: set[Replica]
-    """The workers that have not answered; `check`, `greet`, `hear` and `lost` keep it."""
+    """The workers that have not answered; `check`, `worker_ready`, `receive` and `worker_exited` keep it."""
     accepted: set[Replica] = field(default_factory=set)
     """The workers that hold the adapter now; they get the earlier one back if the trial fails."""
     answer: AdapterAdded | AdapterFailed | None = None
@@ -106,14 +106,14 @@ class EndpointAdapters(Mapping[str, Adapter]):
 
     # ------------------------------------------------------------ what happens to workers
 
-    def greet(self, replica: Replica) -> None:
+    def worker_ready(self, replica: Replica) -> None:
         """Tells a worker that has just become ready every adapter, before any request that names one."""
         for adapter in (*self._leaving.values(), *self._records.values()):
             replica.send(AddAdapter(adapter.spec))
         if self._trial is not None:
             self._ask(self._trial, replica)
 
-    def hear(self, replica: Replica, answer: AdapterAdded | AdapterFailed) -> None:
+    def receive(self, replica: Replica, answer: AdapterAdded | AdapterFailed) -> None:
         """Takes a worker's answer; one about a file that the route no longer has counts for nothing."""
         trial, record = self._trial, self._records.get(answer.route)
         if trial is not None and (trial.adapter.route, trial.adapter.spec.path) == (
@@ -129,7 +129,7 @@ class EndpointAdapters(Mapping[str, Adapter]):
         elif record is not None and record.spec.path == answer.path:
             self._records[answer.route] = record.after(answer, self._family())
 
-    def lost(self, replica: Replica) -> None:
+    def worker_exited(self, replica: Replica) -> None:
         """Stops waiting for a worker that has ended; the last one to end refuses the adapter by it."""
         trial = self._trial
         if trial is None or replica not in trial.asked:

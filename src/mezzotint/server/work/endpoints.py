@@ -60,9 +60,10 @@ class Endpoint:
         on_calibrated: Callable[[Endpoint, Calibration], None] = lambda endpoint, calibration: None,
         on_given_up: Callable[[Endpoint, int], None] = lambda endpoint, version: None,
     ) -> None:
-        """`on_calibrated` hears of each measurement of the current version.
+        """`fallback` is the last version that worked, where `version` has not been tried yet.
 
-        `on_given_up` hears of a version that could not be loaded, once `current` is the one before it.
+        `on_calibrated` is called with each measurement of the current version. `on_given_up` is called with a
+        version that could not be loaded, after `current` has become the one that works.
         """
         self.id = spec.id
         self.state = State.CREATED
@@ -385,9 +386,7 @@ class Endpoint:
         while self.dispatcher.holds_jobs(deployment.replicas):
             await self.dispatcher.moved()
         await deployment.stop()
-        for replica in deployment.replicas:
-            self.dispatcher.drop(replica)
-            self._all_replicas.discard(replica)
+        self._all_replicas.difference_update(deployment.replicas)
 
     # ------------------------------------------------------------ what happens to workers
 
@@ -421,7 +420,7 @@ class Endpoint:
         self._watch_idleness()
 
     def _became_ready(self, replica: Replica) -> None:
-        self.adapters.greet(replica)
+        self.adapters.worker_ready(replica)
         for deployment in (self.current, self.next):
             if deployment is not None and replica in deployment.replicas:
                 deployment.became_ready(replica)
@@ -439,13 +438,13 @@ class Endpoint:
 
     def _worker_exited(self, replica: Replica, crashed: bool) -> int:
         self._metrics.worker_exits.labels(self.id).inc()
-        self.adapters.lost(replica)
+        self.adapters.worker_exited(replica)
         return self.dispatcher.take_back(replica, crashed)
 
     def _receive(self, replica: Replica, message: FromWorker) -> None:
         match message:
             case AdapterAdded() | AdapterFailed():
-                self.adapters.hear(replica, message)
+                self.adapters.receive(replica, message)
             case Stats():
                 self._metrics.stats(self.id, message)
                 self.dispatcher.receive(replica, message)

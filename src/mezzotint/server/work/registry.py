@@ -60,10 +60,13 @@ class Registry:
         self._workers = workers
         self._metrics = metrics
         self._endpoints: dict[str, Endpoint] = {}
+        """Filled by `load` and `create`, emptied by `delete`."""
         self._writes: set[asyncio.Task[None]] = set()
+        """Writes that nobody waits for until `stop` does."""
         self._from_file: set[str] = set()
-        self._changing = asyncio.Lock()
-        """Held from the look at what there is until the change stands in the database and here."""
+        """The ids in the configuration file, as `load` saw them; `is_from_file` reads it."""
+        self._creating = asyncio.Lock()
+        """Held by `create` from its look at the ids until the new one is in the database and here."""
 
     def __iter__(self) -> Iterator[Endpoint]:
         return iter(list(self._endpoints.values()))
@@ -143,7 +146,7 @@ class Registry:
 
     async def create(self, spec: EndpointSettings, by: str, comment: str = "") -> Endpoint:
         """A new endpoint, started at once."""
-        async with self._changing:
+        async with self._creating:
             if spec.id in self._endpoints:
                 raise ConflictError(
                     f"endpoint {spec.id} exists already; update it or take another id", param="id"

@@ -231,10 +231,10 @@ class Replica:
         on_change: Callable[[Replica], None],
         on_exit: Callable[[Replica, bool], int],
     ) -> None:
-        """`load` gives the LoadModel for each start. `on_change` follows each change of `state`.
+        """`load` makes the LoadModel for each start. `on_change` is called after each change of `state`.
 
-        `on_exit` hears whether a worker that has ended had crashed, and answers how many crashes, this one
-        among them, were the fault of a job that has been given up.
+        `on_exit` is called when a worker has ended, with True if it crashed. It returns how many crashes,
+        this one included, were the fault of a job that has been given up.
         """
         self.name = name
         self.state = ReplicaState.STOPPED
