@@ -275,13 +275,32 @@ def test_calls_of_two_rows_keep_the_promise_too(name: str, rows: int) -> None:
     engine.close()
 
 
-def test_a_shape_whose_rows_depend_on_their_place_is_not_merged() -> None:
+def test_rows_that_threads_may_cut_in_the_middle_keep_their_bytes() -> None:
     """Two threads cut five rows of fp32 in mid-row, where vector code ends and scalar code begins."""
     torch.set_num_threads(2)
     engine = Engine(pipeline("flux", torch.float32), rows=5)
     requests = wanted(5)
     same_alone_and_together(engine, requests)
     engine.close()
+
+
+def test_a_shape_whose_rows_depend_on_their_place_is_not_merged() -> None:
+    """A model that tells the rows apart stands for a kernel that does so on some machine."""
+    pipe = tiny.build("flux")
+    plain = pipe.transformer.forward
+
+    @functools.wraps(plain)
+    def by_place(**arguments: Any) -> tuple[torch.Tensor]:
+        (rows,) = plain(**arguments)
+        return (rows * (1 + torch.arange(len(rows)).view(-1, 1, 1) / 8),)
+
+    pipe.transformer.forward = by_place
+    engine = Engine(pipe, rows=ROWS)
+    requests = wanted(5)
+    same_alone_and_together(engine, requests)
+    engine.close()
+    assert engine.runner.num_forwards == 2 * sum(each.num_inference_steps for each in requests)
+    assert engine.runner.num_padded_rows == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""The worker process: receive, admit, step, send. One loop in one thread, a second that only writes, and a
-third that says that the process lives while the loop is long at one forward.
+"""The worker process: receive, admit, step, send. One thread runs this loop, a second only writes, a third
+tells the server that the process is alive during a long forward.
 
 Importing this module imports what a model needs, so that a forkserver which has preloaded it starts workers
 in hundredths of a second. Nothing here touches a device before a model is asked for.
@@ -79,24 +79,24 @@ def run(connection: Connection) -> None:
 
     Exits with EXIT_PERMANENT where another start would fail in the same way, with 1 where it might not.
     """
-    _quiet()
+    _quiet_libraries()
     outbox = Outbox(connection)
     try:
         message = decode(connection.recv_bytes())
         assert isinstance(message, LoadModel), "the first message names the model"
-        engine = _load(message, outbox)
-        if engine is not None:
-            Worker(connection, outbox, engine).loop()
+        loaded = _load(message, outbox)
+        if isinstance(loaded, Engine):
+            Worker(connection, outbox, loaded).loop()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the server is gone: nobody is left to work for
     finally:
         outbox.close()
-    if engine is None:
-        sys.exit(outbox.exit_status)
+    if isinstance(loaded, LoadFailed):
+        sys.exit(EXIT_PERMANENT if loaded.permanent else 1)
 
 
-def _load(message: LoadModel, outbox: Outbox) -> Engine | None:
-    """The engine, after Ready; or None, after LoadFailed, and the exit status is set."""
+def _load(message: LoadModel, outbox: Outbox) -> Engine | LoadFailed:
+    """The engine, after it has told the server so with Ready; or the LoadFailed that it has told."""
     start = time.perf_counter()
     try:
         engine = Engine.load(
@@ -107,9 +107,8 @@ def _load(message: LoadModel, outbox: Outbox) -> Engine | None:
         )
     except Exception as error:
         failed = _load_failed(error)
-        outbox.exit_status = EXIT_PERMANENT if failed.permanent else 1
         outbox.send(failed)
-        return None
+        return failed
     gc.collect()
     gc.freeze()  # what is there now stays: later collections need not look through it
     outbox.send(Ready(engine.info(), time.perf_counter() - start))
@@ -129,7 +128,7 @@ def _load_failed(error: Exception) -> LoadFailed:
     return LoadFailed("model_load_failed", f"the model was read but failed its first picture: {text}", True)
 
 
-def _quiet() -> None:
+def _quiet_libraries() -> None:
     """Warnings and worse to stderr; of the libraries only errors, for their warnings quote prompts.
 
     The progress bars, shown or not, would make a lock between processes, which a killed worker leaves behind.
@@ -156,8 +155,8 @@ class Outbox:
     """Sends from a thread of its own, so that a reader that does not read never holds up a step."""
 
     def __init__(self, connection: Connection) -> None:
-        self.exit_status = 0
         self.broken = threading.Event()
+        """Set by the writing thread when the reader is gone; ends the worker's loop."""
         self._connection = connection
         self._queue: queue.SimpleQueue[FromWorker | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="outbox", daemon=True)
@@ -220,14 +219,15 @@ class Worker:
         self._connection = connection
         self._outbox = outbox
         self._open = True
-        self._stats = StatsKeeper(engine)
+        self._stats = StatsReporter(engine)
         self._pulse = Pulse(outbox)
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="adapter-checker")
         self._checks: dict[str, tuple[AdapterSpec, Future[CheckedFile]]] = {}
+        """By route, the adapters whose file is being checked; filled by `_check`, emptied as they finish."""
         self._held: list[Generate] = []
-        """Requests for adapters whose file is still being checked."""
+        """Requests for those adapters."""
         self._woken, self._wake = Pipe(duplex=False)
-        """A finished check wakes the idle loop through this pipe."""
+        """Both ends of a pipe through which a finished check wakes the idle loop."""
 
     def loop(self) -> None:
         """Runs until Shutdown; EOFError when the other end is gone."""
@@ -265,7 +265,7 @@ class Worker:
             case RemoveAdapter(route):
                 self._checks.pop(route, None)
                 self.engine.enable_adapters().remove(route)
-                self._go_on(route)
+                self._release_held(route)
             case PrefetchAdapter(route):
                 self.engine.enable_adapters().prefetch(route)
             case Shutdown():
@@ -314,10 +314,10 @@ class Worker:
         for route in finished:
             adapter, future = self._checks.pop(route)
             self._outbox.send(self._register(adapter, future))
-            self._go_on(route)
+            self._release_held(route)
 
-    def _go_on(self, route: str) -> None:
-        """Hands over what waited for this adapter, which is known now or refused."""
+    def _release_held(self, route: str) -> None:
+        """Submits what waited for this adapter, which is registered now or refused."""
         held, self._held = self._held, []
         for each in held:  # those that wait for another adapter are held again
             self._generate(each)
@@ -335,18 +335,18 @@ class Worker:
         return AdapterAdded(adapter.route, adapter.path, file.rank, file.num_bytes, file.target_modules)
 
 
-class StatsKeeper:
-    """Says once a second, and when the engine turns idle, what the engine has done since it last said so."""
+class StatsReporter:
+    """Makes a Stats message once a second and when the engine turns idle: what it did since the last one."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._last = self._now()
-        self._said = time.monotonic()
+        self._sent_at = time.monotonic()
         self._idle = True
 
     @property
     def pending(self) -> bool:
-        """Whether the engine has turned idle and that has not been said."""
+        """Whether the engine has turned idle since the last message."""
         return not self._idle
 
     def due(self) -> Stats | None:
@@ -357,9 +357,9 @@ class StatsKeeper:
         elif self._idle:
             return None
         now = time.monotonic()
-        if has_work and now - self._said < STATS_EVERY_S:
+        if has_work and now - self._sent_at < STATS_EVERY_S:
             return None
-        self._said, self._idle = now, not has_work
+        self._sent_at, self._idle = now, not has_work
         before, self._last = self._last, self._now()
         new = [now - then for now, then in zip(self._last, before, strict=True)]
         bank = self._engine.bank_stats()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mezzotint.engine import Engine, Request
 from mezzotint.engine.lora.bank import AdapterBank, Lease
 from mezzotint.engine.lora.files import read_adapter
-from mezzotint.engine.lora.layers import NotRowWise, Weights, prepare
+from mezzotint.engine.lora.layers import NotRowWise, Weights, patch_layers
 from mezzotint.engine.steps.batching import Call, Part, merge
 from mezzotint.engine.steps.rules import RULES
 from mezzotint.errors import ModelLoadError, NotFoundError
@@ -154,7 +154,7 @@ def test_an_adapters_own_alpha_and_rank_count(pipe: Any, tmp_path: Path) -> None
 
 
 def read(file: Path, pipe: Any) -> Any:
-    layers = {"transformer": prepare(pipe.transformer), "text_encoder": prepare(pipe.text_encoder)}
+    layers = {"transformer": patch_layers(pipe.transformer), "text_encoder": patch_layers(pipe.text_encoder)}
     return read_adapter(file, pipe, layers, max_bytes=BUDGET).weights
 
 
@@ -186,7 +186,7 @@ def test_different_alphas_of_kohyas_layers_are_kept_apart(tmp_path: Path) -> Non
         if key.endswith("to_q.alpha"):
             state[key] = torch.tensor(8.0)
     file = write(state, tmp_path / "a.safetensors")
-    weights = read_adapter(file, pipe, {"unet": prepare(pipe.unet)}, max_bytes=BUDGET).weights["unet"]
+    weights = read_adapter(file, pipe, {"unet": patch_layers(pipe.unet)}, max_bytes=BUDGET).weights["unet"]
     assert {name.rpartition(".")[2]: weight.factor for name, weight in weights.items()} == {
         "to_q": 2.0,
         "2": 0.5,
@@ -414,7 +414,7 @@ def test_every_layer_that_may_be_adapted_has_rows_first(name: str) -> None:
     pipe = first_call(name, torch.float32)[0]
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     without = inputs_without_rows(name)
-    layers = prepare(denoiser)
+    layers = patch_layers(denoiser)
     for layer in layers.values():
         layer.close()
     assert {layer.name for layer in layers.values() if not layer.row_wise} == without

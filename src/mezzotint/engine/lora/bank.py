@@ -33,7 +33,15 @@ from typing import Any
 import torch
 
 from mezzotint.engine.lora.files import read_adapter
-from mezzotint.engine.lora.layers import Layer, Packed, Plan, Row, RowCopies, prepare
+from mezzotint.engine.lora.layers import (
+    Layout,
+    LoraLayer,
+    PackedAdapter,
+    RowAdapter,
+    RowCopies,
+    RowProducts,
+    patch_layers,
+)
 from mezzotint.errors import ModelLoadError, NotFoundError, nearest
 
 COPY_SHARE = 10
@@ -81,15 +89,17 @@ class Resident:
 
     __slots__ = ("load_s", "num_bytes", "num_leases", "packed", "route", "serial", "wanted")
 
-    def __init__(self, route: str, serial: int, packed: Mapping[str, Packed], load_s: float) -> None:
+    def __init__(self, route: str, packed: Mapping[str, PackedAdapter], load_s: float) -> None:
         self.route = route
-        self.serial = serial
         self.packed = packed
         self.load_s = load_s
-        """Seconds that its loading took; 0 once a job has been told of them."""
+        """Seconds that its loading took; 0 once a lease has passed them on."""
+        self.num_bytes = sum(each.num_bytes for each in packed.values())
+        # Written by the bank alone.
+        self.serial = 0
+        """Number of this loading; no two share one, so that rows of an earlier file are told apart."""
         self.wanted = False
         """Read ahead for a job that has not come for it yet."""
-        self.num_bytes = sum(each.num_bytes for each in packed.values())
         self.num_leases = 0
 
 
@@ -113,18 +123,10 @@ class Lease:
             self._bank._released(self.resident)
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """An adapter's weights, ready to be installed."""
+class _ReadAhead:
+    """An adapter being read in the background; its bytes count from the start."""
 
-    packed: dict[str, Packed]
-    load_s: float
-
-
-class _Loading:
-    """An adapter being read ahead; its bytes count from the start."""
-
-    def __init__(self, future: Future[_Read], num_bytes: int) -> None:
+    def __init__(self, future: Future[Resident], num_bytes: int) -> None:
         self.future = future
         self._num_bytes = num_bytes
 
@@ -143,16 +145,22 @@ class AdapterBank:
         parts = {name: getattr(pipeline, name) for name in adaptable_components(pipeline)}
         self._compiled = any(hasattr(part.forward, "_torchdynamo_orig_callable") for part in parts.values())
         """A compiled model runs as it was compiled: its layers cannot be adapted any more."""
-        self._layers: dict[str, dict[str, Layer]] = {
-            name: prepare(part) for name, part in parts.items() if not self._compiled
+        self._layers: dict[str, dict[str, LoraLayer]] = {
+            name: patch_layers(part) for name, part in parts.items() if not self._compiled
         }
         self._known: dict[str, AdapterInfo] = {}
+        """What routes mean; filled by `register`."""
         self._resident: OrderedDict[str, Resident] = OrderedDict()
-        self._detached: list[Resident] = []  # replaced or removed while leased
-        self._loading: dict[str, _Loading] = {}
-        self._copies: OrderedDict[tuple[str, Any, int], RowCopies] = OrderedDict()
-        self._plans: dict[str, tuple[Any, Plan]] = {}
-        self._serial = self._hits = self._loads = self._evictions = 0
+        """By route, the least recently used first; filled by `_install`, emptied by `_make_room`."""
+        self._detached: list[Resident] = []
+        """Replaced or removed while leased; the last lease to end drops them."""
+        self._ahead: dict[str, _ReadAhead] = {}
+        """By route; filled by `prefetch`, emptied into `_resident`."""
+        self._copies: OrderedDict[tuple[str, Layout, int], RowCopies] = OrderedDict()
+        """By component, layout and number of rows, the least recently used first."""
+        self._products: dict[str, tuple[Any, RowProducts]] = {}
+        """The latest of each component, with the rows that it is for."""
+        self._hits = self._loads = self._evictions = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
 
     # ------------------------------------------------------------ registration
@@ -206,21 +214,21 @@ class AdapterBank:
     def prefetch(self, route: str) -> None:
         """Starts to read a cold adapter in the background, if it fits beside what is in use or read ahead."""
         info = self._known.get(route)
-        if info is None or route in self._loading:
+        if info is None or route in self._ahead:
             return
         resident = self._resident.get(route)
         if resident is not None:
             resident.wanted = True
         elif self._make_room(info.file.num_bytes, spare_wanted=True):
-            self._loading[route] = _Loading(self._reader.submit(self._read, info), info.file.num_bytes)
+            self._ahead[route] = _ReadAhead(self._reader.submit(self._read, info), info.file.num_bytes)
 
     def is_ready(self, route: str) -> bool:
         """False while the adapter is being read in the background, which this starts where it can."""
         if route not in self._known or route in self._resident:
             return True
         self.prefetch(route)
-        loading = self._loading.get(route)
-        return loading is None or loading.future.done()
+        ahead = self._ahead.get(route)
+        return ahead is None or ahead.future.done()
 
     def acquire(self, route: str, scale: float | None = None) -> Lease | None:
         """A hold on the adapter, loading it if it is cold; None when adapters in use leave no room for it.
@@ -254,60 +262,60 @@ class AdapterBank:
             for layer in layers.values():
                 layer.close()
 
-    def _read(self, info: AdapterInfo) -> _Read:
+    def _read(self, info: AdapterInfo) -> Resident:
         file, start = info.file, time.monotonic()
         adapter = read_adapter(
             file.path, self._pipeline, self._layers, checksum=file.checksum, max_bytes=self.byte_budget
         )
         with torch.inference_mode(False), torch.no_grad():
-            packed = {name: Packed(self._layers[name], part) for name, part in adapter.weights.items()}
-        return _Read(packed, time.monotonic() - start)
+            packed = {name: PackedAdapter(self._layers[name], part) for name, part in adapter.weights.items()}
+        return Resident(info.route, packed, time.monotonic() - start)
 
     def _load(self, info: AdapterInfo) -> Resident | None:
-        self._settle(but=info.route)
-        loading = self._loading.pop(info.route, None)
-        if loading is not None:
-            return self._install(info.route, loading.future.result())
+        self._install_ahead(but=info.route)
+        ahead = self._ahead.pop(info.route, None)
+        if ahead is not None:
+            return self._install(ahead.future.result())
         if not self._make_room(info.file.num_bytes):
             return None
-        return self._install(info.route, self._read(info))
+        return self._install(self._read(info))
 
-    def _install(self, route: str, read: _Read) -> Resident:
-        self._serial += 1
+    def _install(self, resident: Resident) -> Resident:
         self._loads += 1
-        resident = self._resident[route] = Resident(route, self._serial, read.packed, read.load_s)
+        resident.serial = self._loads
+        self._resident[resident.route] = resident
         return resident
 
-    def _settle(self, but: str = "") -> None:
+    def _install_ahead(self, but: str = "") -> None:
         """Makes resident what has been read ahead; a failure waits for the job that comes for the adapter."""
-        for route, loading in list(self._loading.items()):
-            if route != but and loading.future.done() and loading.future.exception() is None:
-                del self._loading[route]
-                self._install(route, loading.future.result()).wanted = True
+        for route, ahead in list(self._ahead.items()):
+            if route != but and ahead.future.done() and ahead.future.exception() is None:
+                del self._ahead[route]
+                self._install(ahead.future.result()).wanted = True
 
     def _released(self, resident: Resident) -> None:
         resident.num_leases -= 1
         if resident.num_leases == 0 and resident in self._detached:
-            self._plans.clear()  # they hold tensors
+            self._products.clear()  # they hold tensors
             self._detached.remove(resident)
 
     def _detach(self, route: str) -> None:
         """What is resident or being read under `route` is no longer what `route` means."""
-        self._loading.pop(route, None)
+        self._ahead.pop(route, None)
         resident = self._resident.pop(route, None)
         if resident is not None:
-            self._plans.clear()
+            self._products.clear()
             if resident.num_leases:
                 self._detached.append(resident)
 
     def _used_bytes(self) -> int:
         held = sum(each.num_bytes for each in (*self._resident.values(), *self._detached))
-        held += sum(each.num_bytes for each in self._loading.values())
+        held += sum(each.num_bytes for each in self._ahead.values())
         return held + sum(copies.num_bytes for copies in self._copies.values())
 
     def _make_room(self, num_bytes: int, *, spare_wanted: bool = False) -> bool:
         """Evicts what is not in use, least recently used first, until they fit; False if they never do."""
-        self._settle()
+        self._install_ahead()
         excess = self._used_bytes() + num_bytes - self.byte_budget
         if excess <= 0:
             return True
@@ -316,7 +324,7 @@ class AdapterBank:
         copies = sum(each.num_bytes for each in self._copies.values())
         if sum(each.num_bytes for each in idle) + copies < excess:
             return False
-        self._plans.clear()  # they hold tensors
+        self._products.clear()  # they hold tensors
         for resident in idle:
             if excess <= 0:
                 return True
@@ -334,40 +342,39 @@ class AdapterBank:
         """Applies each row's adapter to the forwards of `component` inside the `with`."""
         rows = [
             None if lease is None or component not in lease.resident.packed
-            else Row(lease.resident.serial, lease.resident.packed[component], lease.scale)
+            else RowAdapter(lease.resident.serial, lease.resident.packed[component], lease.scale)
             for lease in leases
         ]  # fmt: skip
         if not any(rows):
-            return _NOTHING
+            return _NO_ADAPTERS
         key = tuple(None if row is None else (row.serial, row.scale) for row in rows)
-        known = self._plans.get(component)
+        known = self._products.get(component)
         if known is not None and known[0] == key:
             return known[1]
         with torch.inference_mode(False), torch.no_grad():
-            plan = self._plan(component, rows)
-        self._plans[component] = (key, plan)
-        return plan
+            products = self._row_products(component, rows)
+        self._products[component] = (key, products)
+        return products
 
-    def _plan(self, component: str, rows: Sequence[Row | None]) -> Plan:
-        layers = self._layers[component]
-        plan = Plan(layers)
-        by_layout: dict[Any, list[tuple[int, Row]]] = {}
+    def _row_products(self, component: str, rows: Sequence[RowAdapter | None]) -> RowProducts:
+        products = RowProducts(self._layers[component])
+        by_layout: dict[Layout, list[tuple[int, RowAdapter]]] = {}
         for index, row in enumerate(rows):
             if row is not None:
                 by_layout.setdefault(row.packed.layout, []).append((index, row))
         for layout, members in by_layout.items():
             packed = members[0][1].packed
-            together = packed.linear_bytes * len(rows) * COPY_SHARE <= self.byte_budget or len(rows) == 1
-            if together and layout.blocks:
+            batched = packed.linear_bytes * len(rows) * COPY_SHARE <= self.byte_budget or len(rows) == 1
+            if batched and layout.blocks:
                 matrices = self._matrices(component, members, len(rows))
-                plan.add_together(layout, matrices, _mask(members, len(rows), packed.downs[0].device))
-            plan.add_one_by_one(len(rows), members, linear=not together)
-        plan.finish()
-        return plan
+                products.add_batched(layout, matrices, _mask(members, len(rows), packed.downs[0].device))
+            products.add_row_by_row(len(rows), members, linear=not batched)
+        products.finish()
+        return products
 
     def _matrices(
-        self, component: str, members: Sequence[tuple[int, Row]], num_rows: int
-    ) -> RowCopies | Packed:
+        self, component: str, members: Sequence[tuple[int, RowAdapter]], num_rows: int
+    ) -> RowCopies | PackedAdapter:
         first = members[0][1]
         if num_rows == 1 and first.scale == 1.0:
             return first.packed
@@ -382,10 +389,13 @@ class AdapterBank:
         return copies
 
 
-_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+_NO_ADAPTERS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
-def _mask(members: Sequence[tuple[int, Row]], num_rows: int, device: torch.device) -> torch.Tensor | None:
+def _mask(
+    members: Sequence[tuple[int, RowAdapter]], num_rows: int, device: torch.device
+) -> torch.Tensor | None:
+    """[rows, 1, 1], true where a row is among `members`; None if all are."""
     if len(members) == num_rows:
         return None
     mask = torch.zeros(num_rows, 1, 1, dtype=torch.bool, device=device)

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mezzotint import hub
-from mezzotint.engine.lora.layers import Layer, Weights, bucket
+from mezzotint.engine.lora.layers import LoraLayer, Weights, padded_rank
 from mezzotint.errors import ModelLoadError
 
 State = dict[str, Tensor]
@@ -58,8 +58,8 @@ _WRAPPER = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
-    """What a file holds, by component and layer of the pipeline."""
+class AdapterWeights:
+    """What an adapter's file holds, by component and layer of the pipeline."""
 
     weights: Mapping[str, Mapping[str, Weights]]
     checksum: str
@@ -71,18 +71,18 @@ class Adapter:
 def read_adapter(
     path: Path,
     pipeline: Any,
-    layers: Mapping[str, Mapping[str, Layer]],
+    layers: Mapping[str, Mapping[str, LoraLayer]],
     *,
     checksum: str = "",
     max_bytes: int,
-) -> Adapter:
+) -> AdapterWeights:
     """The adapter in `path` (a safetensors file, or a folder with one); ModelLoadError says what is wrong."""
     path = weights_file(path)
     state, metadata, digest = _read(path, max_bytes)
     if checksum and digest != checksum:
         raise _broken(path, f"its SHA-256 is {digest}, not the {checksum} of its registration")
     _refuse_other_kinds(path, state, metadata)
-    config = _Config(path, metadata)
+    config = _TrainingConfig(path, metadata)
     state = {
         key: tensor for key, tensor in state.items() if ".diff" not in key
     }  # zeros, or they were refused
@@ -92,7 +92,7 @@ def read_adapter(
     else:
         _check_nothing_lost(path, state, pipeline)
         state = _convert(path, state, pipeline)
-    found = _place(path, state, config, layers)
+    found = _assign(path, state, config, layers)
     weights = {component: entries for component, entries in found.items() if entries}
     if not weights:
         raise _unfit(path, "none of its tensors belongs to a layer of this model")
@@ -109,7 +109,7 @@ def read_adapter(
             code="adapter_too_large",
         )
     rank = max(entry.down.shape[0] for _, entry in every)
-    return Adapter(weights, digest, rank, num_bytes, _kinds(weights))
+    return AdapterWeights(weights, digest, rank, num_bytes, _kinds(weights))
 
 
 def weights_file(path: Path) -> Path:
@@ -196,7 +196,7 @@ def _refuse_other_kinds(path: Path, state: State, metadata: Mapping[str, str]) -
             raise _broken(path, f"{name!r} holds NaN or infinite values")
 
 
-def _is_peft(state: State, layers: Mapping[str, Mapping[str, Layer]]) -> bool:
+def _is_peft(state: State, layers: Mapping[str, Mapping[str, LoraLayer]]) -> bool:
     """Whether every key is in PEFT's words and names a layer of this pipeline: nothing needs translating."""
     names = {name for entries in layers.values() for name in entries}
     names |= {f"{component}.{name}" for component, entries in layers.items() for name in entries}
@@ -254,8 +254,8 @@ def _owner(key: str) -> str:
     return re.split(r"\.(?:alpha$|lora|down|up|processor)", key)[0]
 
 
-def _place(
-    path: Path, state: State, config: _Config, layers: Mapping[str, Mapping[str, Layer]]
+def _assign(
+    path: Path, state: State, config: _TrainingConfig, layers: Mapping[str, Mapping[str, LoraLayer]]
 ) -> dict[str, dict[str, Weights]]:
     """Every tensor to its layer; the first that has none is named."""
     main = next(name for name in layers if not name.startswith("text_encoder"))
@@ -278,7 +278,7 @@ def _place(
 
 
 def _pair(
-    path: Path, component: str, state: State, config: _Config, layers: Mapping[str, Layer]
+    path: Path, component: str, state: State, config: _TrainingConfig, layers: Mapping[str, LoraLayer]
 ) -> dict[str, Weights]:
     names = _peft_names(path, [key for key in state if not key.endswith(_ALPHA)], component, layers)
     sides: dict[str, dict[str, Tensor]] = {}
@@ -302,7 +302,9 @@ def _pair(
     return found
 
 
-def _peft_names(path: Path, keys: list[str], component: str, layers: Mapping[str, Layer]) -> dict[str, str]:
+def _peft_names(
+    path: Path, keys: list[str], component: str, layers: Mapping[str, LoraLayer]
+) -> dict[str, str]:
     """What diffusers' name of each key is in PEFT's words."""
     table: dict[str, Any] = {key: key for key in keys}
     if not keys:
@@ -330,7 +332,7 @@ def _alphas(state: State, names: Mapping[str, str]) -> dict[str, float]:
     return found
 
 
-class _Config:
+class _TrainingConfig:
     """The training configuration that came with a file, where one did: PEFT's, by component."""
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
@@ -371,11 +373,11 @@ class _Config:
         return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 
-def _padded_bytes(layer: Layer, weights: Weights) -> int:
+def _padded_bytes(layer: LoraLayer, weights: Weights) -> int:
     size = layer.module.weight.element_size()
     if weights.down.ndim == 4:
         return (weights.down.numel() + weights.up.numel()) * size
-    return bucket(weights.down.shape[0]) * (weights.down.shape[1] + weights.up.shape[0]) * size
+    return padded_rank(weights.down.shape[0]) * (weights.down.shape[1] + weights.up.shape[0]) * size
 
 
 def _kinds(weights: Mapping[str, Mapping[str, Weights]]) -> list[str]:

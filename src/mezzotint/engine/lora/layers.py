@@ -7,10 +7,14 @@ keep a row's bytes independent of its neighbours:
 - Products run either row by row, or as one `bmm` over *all* rows of the forward, adapted or not; what an
   unadapted row got is thrown away. So the shapes of a kernel call depend on the adapter and on the number of
   rows, on nothing else.
-- A rank is padded with zeros to its own bucket (`bucket`), never to the largest rank around.
+- A rank is padded with zeros to the next multiple of RANK_STEP, never to the largest rank around.
 
-Adapters with the same layers and the same buckets share a Layout and with it one product per layer; a batch
-that mixes layouts pays one product for each.
+Adapters with the same layers and the same padded ranks share a Layout and with it one product per layer; a
+batch that mixes layouts pays one product for each.
+
+Shapes: a linear layer sees x as [rows, tokens, in] and returns [rows, tokens, out]; its matrices are
+down [in, rank] and up [rank, out], and stacked for the rows of a forward [rows, in, rank] and
+[rows, rank, out]. `rank` is the padded one.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ RANK_STEP = 16
 """Ranks are padded to a multiple of this, so that every matrix starts on a cache line."""
 
 
-def bucket(rank: int) -> int:
+def padded_rank(rank: int) -> int:
     """The rank that a matrix of `rank` is padded to."""
     return -(-rank // RANK_STEP) * RANK_STEP
 
@@ -45,10 +49,10 @@ class Weights:
     """alpha / rank."""
 
 
-class Layer:
-    """A prepared Linear or Conv2d: stands in for its `forward`; does nothing more while `parts` is empty."""
+class LoraLayer:
+    """Replaces `forward` of a Linear or Conv2d; does nothing more than that while `products` is empty."""
 
-    __slots__ = ("_previous", "base", "group", "module", "name", "parts", "row_wise")
+    __slots__ = ("_previous", "base", "group", "module", "name", "products", "row_wise")
 
     def __init__(self, name: str, module: nn.Linear | nn.Conv2d, group: str, row_wise: bool = True) -> None:
         self.name = name
@@ -58,7 +62,8 @@ class Layer:
         self.group = group
         """Layers of one group read the same input, so that their first product can be shared."""
         self.base: Callable[[Tensor], Tensor] = module.forward
-        self.parts: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = ()
+        self.products: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = ()
+        """From (x, base(x), output so far) to the output; filled by RowProducts around each forward."""
         self._previous = module.__dict__.get("forward")
         setattr(module, "forward", self.forward)  # noqa: B010
 
@@ -72,8 +77,8 @@ class Layer:
 
     def forward(self, x: Tensor) -> Tensor:
         out = base = self.base(x)
-        for part in self.parts:
-            out = part(x, base, out)
+        for product in self.products:
+            out = product(x, base, out)
         return out
 
     def misfit(self, weights: Weights) -> str | None:
@@ -106,7 +111,7 @@ _TOKENS_FIRST = {"ZImageTransformer2DModel": ("all_x_embedder.", "cap_embedder."
 """Layers whose input has no dimension for rows, by model class."""
 
 
-def prepare(root: nn.Module) -> dict[str, Layer]:
+def patch_layers(root: nn.Module) -> dict[str, LoraLayer]:
     """Patches every Linear and Conv2d under `root`; parameters and their names stay as they are."""
     layers = {}
     for name, module in root.named_modules():
@@ -116,7 +121,7 @@ def prepare(root: nn.Module) -> dict[str, Layer]:
             if isinstance(module, nn.Linear):
                 group += f" {module.in_features}"
             row_wise = not name.startswith(_TOKENS_FIRST.get(type(root).__name__, ()))
-            layers[name] = Layer(name, module, group, row_wise)
+            layers[name] = LoraLayer(name, module, group, row_wise)
     return layers
 
 
@@ -142,12 +147,17 @@ class Layout:
         return self._hash
 
 
-class Packed:
-    """One adapter's weights for one model: padded, alpha applied, in the layers' own types."""
+class PackedAdapter:
+    """One adapter's weights for one component: padded, alpha applied, in the layers' own types.
+
+    downs: for each block of the layout [in, layers * rank], the layers of the block side by side;
+    ups: for each block and each of its layers [rank, out];
+    convs: by layer, down [rank, in, height, width] and up [out, rank, 1, 1], not padded.
+    """
 
     __slots__ = ("convs", "downs", "layout", "ups")
 
-    def __init__(self, layers: Mapping[str, Layer], weights: Mapping[str, Weights]) -> None:
+    def __init__(self, layers: Mapping[str, LoraLayer], weights: Mapping[str, Weights]) -> None:
         linear = {name: weight for name, weight in weights.items() if weight.down.ndim == 2}
         self.layout = _layout(layers, linear)
         self.downs = [
@@ -179,68 +189,74 @@ class Packed:
         return sum(tensor.nbytes for tensor in self.tensors())
 
 
-def _layout(layers: Mapping[str, Layer], linear: Mapping[str, Weights]) -> Layout:
+def _layout(layers: Mapping[str, LoraLayer], linear: Mapping[str, Weights]) -> Layout:
     grouped: dict[tuple[str, int, torch.dtype], list[str]] = {}
     for name in layers:  # the model's order, whatever the file's
         if name in linear:
             dtype = layers[name].module.weight.dtype
-            grouped.setdefault((layers[name].group, bucket(linear[name].down.shape[0]), dtype), []).append(
-                name
-            )
+            grouped.setdefault(
+                (layers[name].group, padded_rank(linear[name].down.shape[0]), dtype), []
+            ).append(name)
     return Layout(tuple(Block(tuple(names), rank) for (_, rank, _), names in grouped.items()))
 
 
-def _on(layer: Layer, tensor: Tensor) -> Tensor:
+def _on(layer: LoraLayer, tensor: Tensor) -> Tensor:
     return tensor.to(layer.module.weight.device, layer.module.weight.dtype).contiguous()
 
 
-def _down(layer: Layer, weights: Weights, rank: int) -> Tensor:
+def _down(layer: LoraLayer, weights: Weights, rank: int) -> Tensor:
+    """[in, rank]."""
     down = weights.down.new_zeros(weights.down.shape[1], rank)
     down[:, : weights.down.shape[0]] = weights.down.T
     return _on(layer, down)
 
 
-def _up(layer: Layer, weights: Weights, rank: int) -> Tensor:
+def _up(layer: LoraLayer, weights: Weights, rank: int) -> Tensor:
+    """[rank, out], alpha applied."""
     up = torch.zeros(rank, weights.up.shape[0], dtype=torch.float32, device=weights.up.device)
     up[: weights.up.shape[1]] = weights.up.T.float() * weights.factor
     return _on(layer, up)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """What one row of a forward uses."""
+class RowAdapter:
+    """The adapter that one row of a forward uses."""
 
     serial: int
     """Number of this loading of the adapter; no two loadings share one."""
-    packed: Packed
+    packed: PackedAdapter
     scale: float
 
 
 class RowCopies:
-    """The matrices of every row of a forward side by side, as `bmm` wants them; refilled row by row."""
+    """The matrices of all rows of a forward, as `bmm` takes them; refilled row by row.
 
-    def __init__(self, like: Packed, num_rows: int) -> None:
+    downs: for each block [rows, in, layers * rank]; ups: for each block and layer [rows, rank, out].
+    """
+
+    def __init__(self, like: PackedAdapter, num_rows: int) -> None:
         self.downs = [tensor.new_zeros(num_rows, *tensor.shape) for tensor in like.downs]
         self.ups = [[tensor.new_zeros(num_rows, *tensor.shape) for tensor in ups] for ups in like.ups]
         flat_ups = [up for ups in self.ups for up in ups]
         self._downs_of = [[down[row] for down in self.downs] for row in range(num_rows)]
         self._ups_of = [[up[row] for up in flat_ups] for row in range(num_rows)]
-        self._held: list[tuple[int, float] | None] = [None] * num_rows
+        self._filled: list[tuple[int, float] | None] = [None] * num_rows
+        """For each row the serial and scale that `fill` put there; None while it is being written."""
         self.num_bytes = sum(tensor.nbytes for tensor in self.downs) + sum(
             tensor.nbytes for tensor in flat_ups
         )
 
-    def fill(self, index: int, row: Row) -> None:
-        """Puts the adapter of `row` in place `index`, its scale applied."""
-        if self._held[index] == (row.serial, row.scale):
+    def fill(self, index: int, row: RowAdapter) -> None:
+        """Copies the adapter of `row` to index `index`, its scale applied."""
+        if self._filled[index] == (row.serial, row.scale):
             return
-        self._held[index] = None
+        self._filled[index] = None
         torch._foreach_copy_(self._downs_of[index], row.packed.downs)
         torch._foreach_copy_(self._ups_of[index], [up for ups in row.packed.ups for up in ups])
         if row.scale != 1.0:
             for up in self._ups_of[index]:  # _foreach_mul_ would round the scale itself to bf16
                 up.mul_(row.scale)
-        self._held[index] = (row.serial, row.scale)
+        self._filled[index] = (row.serial, row.scale)
 
 
 class NotRowWise(Exception):
@@ -254,8 +270,11 @@ def _check_rows(name: str, x: Tensor, num_rows: int) -> None:
         )
 
 
-class _Last:
-    """The latest first product of a layout: siblings of a group take theirs from it."""
+class _FirstProducts:
+    """x @ down of the block that ran last, for the other layers of the block, which read the same x.
+
+    Filled by the first layer of a block, read by its siblings, cleared after the forward.
+    """
 
     __slots__ = ("down", "products", "x")
 
@@ -263,22 +282,34 @@ class _Last:
         self.x: Tensor | None = None
         self.down: Tensor | None = None
         self.products: Sequence[Tensor] = ()
+        """For each layer of the block [rows, tokens, rank]."""
 
     def clear(self) -> None:
         self.x, self.down, self.products = None, None, ()
 
 
-class _Together:
-    """The products of one linear layer for all rows of a forward at once."""
+class _BatchedProduct:
+    """(x @ down) @ up of one linear layer, for all rows at once.
 
-    __slots__ = ("down", "index", "last", "mask", "name", "num_rows", "rank", "up")
+    down is its block's [rows, in, layers * rank], up its own [rows, rank, out]; `index` is its place in the
+    block. mask [rows, 1, 1] says which rows have the adapter; None: all.
+    """
+
+    __slots__ = ("down", "first", "index", "mask", "name", "num_rows", "rank", "up")
 
     def __init__(
-        self, name: str, down: Tensor, up: Tensor, *, rank: int, index: int, last: _Last, mask: Tensor | None
+        self,
+        name: str,
+        down: Tensor,
+        up: Tensor,
+        *,
+        rank: int,
+        index: int,
+        first: _FirstProducts,
+        mask: Tensor | None,
     ) -> None:
-        self.name, self.down, self.up, self.rank, self.index, self.last, self.mask = (
-            name, down, up, rank, index, last, mask,
-        )  # fmt: skip
+        self.name, self.down, self.up, self.mask = name, down, up, mask
+        self.rank, self.index, self.first = rank, index, first
         self.num_rows = down.shape[0]
 
     def __call__(self, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
@@ -293,9 +324,10 @@ class _Together:
         return torch.where(self.mask, added, out.reshape(rows.shape)).view(base.shape)
 
     def _inner(self, x: Tensor) -> Tensor:
-        last = self.last
-        if last.x is x and last.down is self.down:
-            return last.products[self.index]
+        """x @ down, [rows, tokens, rank]."""
+        first = self.first
+        if first.x is x and first.down is self.down:
+            return first.products[self.index]
         rows = (
             x if x.dim() == 3 and x.shape[0] == self.num_rows else x.reshape(self.num_rows, -1, x.shape[-1])
         )
@@ -303,12 +335,16 @@ class _Together:
         if self.down.shape[2] == self.rank:
             return product
         parts = product.view(*product.shape[:2], -1, self.rank).permute(2, 0, 1, 3).contiguous()
-        last.x, last.down, last.products = x, self.down, parts.unbind(0)
-        return last.products[self.index]
+        first.x, first.down, first.products = x, self.down, parts.unbind(0)
+        return first.products[self.index]
 
 
-class _OneByOne:
-    """The products of one layer row after row, from the adapters' own tensors."""
+class _RowByRowProduct:
+    """(x @ down) @ up of one layer, row after row, from the adapters' own tensors.
+
+    rows: (row, down, up, scale), shaped as in PackedAdapter, a linear layer's down cut to [in, rank].
+    `add` adds one such product to the output in place.
+    """
 
     __slots__ = ("add", "name", "num_rows", "rows")
 
@@ -348,56 +384,61 @@ def _add_conv(module: nn.Conv2d) -> Callable[[Tensor, Tensor, Tensor, Tensor, fl
     return add
 
 
-class Plan:
-    """What every layer of one model adds for one list of rows; a context manager that puts it in place."""
+class RowProducts:
+    """What the layers of one component add for one list of rows; a context manager around the forward."""
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
+    def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
         self._layers = layers
-        self._parts: dict[str, list[Any]] = {}
-        self._put: list[tuple[Layer, tuple[Any, ...]]] = []
-        self._lasts: list[_Last] = []
+        self._by_name: dict[str, list[Any]] = {}
+        """Filled by `add_*`, read by `finish`."""
+        self._by_layer: list[tuple[LoraLayer, tuple[Any, ...]]] = []
+        """Filled by `finish`, put into the layers at every entry."""
+        self._firsts: list[_FirstProducts] = []
 
-    def add_together(self, layout: Layout, copies: RowCopies | Packed, mask: Tensor | None) -> None:
+    def add_batched(self, layout: Layout, copies: RowCopies | PackedAdapter, mask: Tensor | None) -> None:
         """One product per layer for all rows; `mask` [rows, 1, 1] says which rows take it (None: all)."""
-        last = _Last()
-        self._lasts.append(last)
+        first = _FirstProducts()
+        self._firsts.append(first)
         for block, down, ups in zip(layout.blocks, copies.downs, copies.ups, strict=True):
             down = down if down.ndim == 3 else down.unsqueeze(0)
             for index, (name, up) in enumerate(zip(block.names, ups, strict=True)):
                 up = up if up.ndim == 3 else up.unsqueeze(0)
-                part = _Together(name, down, up, rank=block.rank, index=index, last=last, mask=mask)
-                self._parts.setdefault(name, []).append(part)
+                product = _BatchedProduct(
+                    name, down, up, rank=block.rank, index=index, first=first, mask=mask
+                )
+                self._by_name.setdefault(name, []).append(product)
 
-    def add_one_by_one(self, num_rows: int, rows: Sequence[tuple[int, Row]], *, linear: bool) -> None:
+    def add_row_by_row(self, num_rows: int, rows: Sequence[tuple[int, RowAdapter]], *, linear: bool) -> None:
         """Products row by row: of the convolutions, and with `linear` of the linear layers as well."""
         found: dict[str, list[tuple[int, Tensor, Tensor, float]]] = {}
         for index, row in rows:
             for name, (down, up) in row.packed.convs.items():
                 found.setdefault(name, []).append((index, down, up, row.scale))
             if linear:
-                for name, down, up in _linear_of(row.packed):
+                for name, down, up in _linear_parts(row.packed):
                     found.setdefault(name, []).append((index, down, up, row.scale))
         for name, entries in found.items():
             module = self._layers[name].module
             add = _add_conv(module) if isinstance(module, nn.Conv2d) else _add_linear
-            self._parts.setdefault(name, []).append(_OneByOne(name, num_rows, entries, add))
+            self._by_name.setdefault(name, []).append(_RowByRowProduct(name, num_rows, entries, add))
 
     def finish(self) -> None:
         """To be called after the last `add_*`."""
-        self._put = [(self._layers[name], tuple(parts)) for name, parts in self._parts.items()]
+        self._by_layer = [(self._layers[name], tuple(products)) for name, products in self._by_name.items()]
 
     def __enter__(self) -> None:
-        for layer, parts in self._put:
-            layer.parts = parts
+        for layer, products in self._by_layer:
+            layer.products = products
 
     def __exit__(self, *_: object) -> None:
-        for layer, _parts in self._put:
-            layer.parts = ()
-        for last in self._lasts:
-            last.clear()
+        for layer, _ in self._by_layer:
+            layer.products = ()
+        for first in self._firsts:
+            first.clear()
 
 
-def _linear_of(packed: Packed) -> Iterable[tuple[str, Tensor, Tensor]]:
+def _linear_parts(packed: PackedAdapter) -> Iterable[tuple[str, Tensor, Tensor]]:
+    """(layer, down [in, rank], up [rank, out]) of every linear layer."""
     for block, down, ups in zip(packed.layout.blocks, packed.downs, packed.ups, strict=True):
         for index, (name, up) in enumerate(zip(block.names, ups, strict=True)):
             yield name, down[:, index * block.rank : (index + 1) * block.rank], up

@@ -32,8 +32,8 @@ _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, 
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How a folder will be loaded."""
+class ModelFiles:
+    """What will be read of a checked model."""
 
     pipeline_class: str
     variant: str | None
@@ -41,7 +41,7 @@ class Plan:
     """Safetensors files by component."""
 
 
-def check_folder(folder: Path, *, allow_remote_code: bool = False) -> Plan:
+def check_folder(folder: Path, *, allow_remote_code: bool = False) -> ModelFiles:
     """Whether `folder` is a whole text-to-image pipeline with safetensors weights."""
     if not (folder / sources.INDEX).is_file():
         raise ModelLoadError(_not_a_pipeline(folder), code="not_a_pipeline")
@@ -64,7 +64,7 @@ def check_folder(folder: Path, *, allow_remote_code: bool = False) -> Plan:
             )
         if found := _weights(place, variant):
             weights[component] = found
-    return Plan(name, variant, weights)
+    return ModelFiles(name, variant, weights)
 
 
 def check_class(name: str) -> Any:
@@ -98,9 +98,11 @@ def check_text_to_image(pipeline: Any) -> None:
         )
 
 
-def check_memory(plan: Plan, dtype: torch.dtype, free: int, total: int, *, offload: bool = False) -> int:
+def check_memory(
+    files: ModelFiles, dtype: torch.dtype, free: int, total: int, *, offload: bool = False
+) -> int:
     """Estimated bytes of the loaded model; ModelLoadError if they are more than `free`."""
-    sizes = [sum(loaded_bytes(path, dtype) for path in paths) for paths in plan.weights.values()]
+    sizes = [sum(loaded_bytes(path, dtype) for path in paths) for paths in files.weights.values()]
     needed = int((max(sizes, default=0) if offload else sum(sizes)) * OVERHEAD)
     if needed > free:
         raise ModelLoadError(

@@ -69,17 +69,17 @@ def load(
     """
     start = time.perf_counter()
     threads = hardware.set_threads(settings.num_threads)
-    place = hardware.choose_device(settings.device)
+    device = hardware.choose_device(settings.device)
     if isinstance(source, diffusers.DiffusionPipeline):
         checks.check_text_to_image(type(source))
         pipe = source
         if settings.dtype == "auto":
             chosen = _own_dtype(pipe)
         else:
-            chosen, _ = hardware.choose_dtype(settings.dtype, place)
+            chosen, _ = hardware.choose_dtype(settings.dtype, device)
             pipe.to(chosen)
     else:
-        chosen, _ = hardware.choose_dtype(settings.dtype, place)
+        chosen, _ = hardware.choose_dtype(settings.dtype, device)
         path = sources.locate(
             str(source), settings.revision, progress=progress, code=settings.allow_remote_code
         )
@@ -87,16 +87,16 @@ def load(
         pipe = _read(
             path,
             chosen,
-            place,
+            device,
             offload=settings.offload,
             allow_remote_code=settings.allow_remote_code,
         )
-    _place(pipe, place, offload=settings.offload)
+    _move(pipe, device, offload=settings.offload)
     tune(pipe, settings.performance)
     return Loaded(
         pipe=pipe,
         dtype=next(name for name, value in hardware.DTYPES.items() if value == chosen),
-        device=str(place),
+        device=str(device),
         num_threads=threads,
         performance=settings.performance,
         num_parameters=sum(
@@ -173,19 +173,19 @@ def _read(
     try:
         if path.is_file():
             return _read_file(path, dtype, free, total, offload=offload)
-        plan = checks.check_folder(path, allow_remote_code=allow_remote_code)
-        checks.check_memory(plan, dtype, free, total, offload=offload)
-        with _quiet():
+        files = checks.check_folder(path, allow_remote_code=allow_remote_code)
+        checks.check_memory(files, dtype, free, total, offload=offload)
+        with _no_progress_bars():
             return diffusers.DiffusionPipeline.from_pretrained(
                 str(path),
                 dtype=dtype,
                 use_safetensors=True,
-                variant=plan.variant,
+                variant=files.variant,
                 local_files_only=True,
                 trust_remote_code=allow_remote_code,
             )
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
-        raise _failure(path, error) from error
+        raise _load_error(path, error) from error
     except SafetensorError as error:
         raise ModelLoadError(
             f"{path}: a weight file is damaged: {error}; fetch the model again", code="corrupt_file"
@@ -201,7 +201,7 @@ def _read_file(path: Path, dtype: torch.dtype, free: int, total: int, *, offload
             code="pickle_only",
         )
     checks.read_header(path)
-    checks.check_memory(checks.Plan("", None, {"file": [path]}), dtype, free, total, offload=offload)
+    checks.check_memory(checks.ModelFiles("", None, {"file": [path]}), dtype, free, total, offload=offload)
     state = single_file_utils.load_single_file_checkpoint(str(path), local_files_only=True)
     known = single_file_utils.fetch_diffusers_config(state)
     del state
@@ -212,12 +212,12 @@ def _read_file(path: Path, dtype: torch.dtype, free: int, total: int, *, offload
             f"{path} belongs to {pipeline.__name__}, which diffusers reads only from a folder; use that",
             code="unsupported_class",
         )
-    with _quiet():
+    with _no_progress_bars():
         return pipeline.from_single_file(str(path), config=str(config), dtype=dtype, local_files_only=True)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _no_progress_bars() -> Iterator[None]:
     """No progress bars of the libraries: loading is told through `progress`, and logs stay logs."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     shown = [library for library in libraries if library.is_progress_bar_enabled()]
@@ -230,7 +230,7 @@ def _quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _failure(path: Path, error: Exception) -> ModelLoadError:
+def _load_error(path: Path, error: Exception) -> ModelLoadError:
     if isinstance(error, torch.OutOfMemoryError):
         return ModelLoadError(
             f"{path}: the device ran out of memory while loading; choose a smaller dtype or turn on offload",
@@ -256,7 +256,7 @@ def _own_dtype(pipe: Any) -> torch.dtype:
     return dtype
 
 
-def _place(pipe: Any, device: torch.device, *, offload: bool) -> None:
+def _move(pipe: Any, device: torch.device, *, offload: bool) -> None:
     if offload and device.type != "cpu":
         pipe.enable_model_cpu_offload(device=device)
     else:

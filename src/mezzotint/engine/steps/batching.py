@@ -2,7 +2,7 @@
 
 A Call is one parked forward with its arguments by name. A Rule says for one model class what each is:
 
-- "row": a tensor whose dimension 0 is the row;
+- "row": a tensor [rows, ...];
 - "scalar": one value for all rows of a call, as a 0-d or one-element tensor (expanded to rows), or a "row";
 - "shared": a tensor without rows, or of which only row 0 is read; it must be equal, one copy is passed;
 - "list": a Python list with one entry per row.
@@ -57,11 +57,12 @@ class Call:
     """The adapter of the call's rows."""
     merges: bool = True
     """False: the call runs alone whatever its Rule allows."""
+    # Filled from the arguments where there is a Rule.
     rows: int = 1
     key: Hashable | None = None
     """Calls with equal keys may share a forward; None: never."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """All arguments by name; filled where there is a Rule."""
+    """All arguments by name."""
 
     def __post_init__(self) -> None:
         if self.rule is None or len(self.args) > len(self.parameters):
@@ -86,7 +87,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows `start` to `stop` of a call: what one forward takes of it."""
+    """Rows `start` to `stop` of a call, as one forward takes them: tensors [stop - start, ...]."""
 
     call: Call
     start: int

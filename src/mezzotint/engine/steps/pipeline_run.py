@@ -102,11 +102,13 @@ class PipelineRun:
         self.call: Call | None = None
         self.result: Any = None
         self.error: Exception | None = None
+        # These three are written at every switch and read by the engine, which runs the calls.
         self.lease = lease
+        """Its adapter; read by the taps, which write it into each call."""
         self.merges = merges
         """Whether its calls may share a forward; read by the taps."""
         self.num_steps = 0
-        """Scheduler steps done so far."""
+        """Scheduler steps done so far; counted by the run's own schedulers."""
         self._closed = False
         self._before_step = before_step
         self._schedulers: list[Any] = []

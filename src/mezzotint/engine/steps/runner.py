@@ -60,13 +60,17 @@ class Runner:
         """
         self.mode = mode
         self.num_rows = 1 if mode == "off" else num_rows
+        """Most rows of a forward; in `exact` mode R, set again by calibration before the first job."""
         self.adapters: AdapterBank | None = None
+        """Set by the engine when the first adapter is added."""
         self.counted = counted
         self.num_forwards = 0
         self.num_real_rows = 0
         self.num_padded_rows = 0
+        # The three counters are of the `counted` component and read by the worker's Stats.
         self._synchronize = synchronize
         self._row_counts: dict[int, tuple[int, ...]] = {}
+        """By the hash of a shape, what `_exact_row_counts` has found."""
 
     def run(self, calls: Sequence[Call]) -> Outcome:
         """Runs calls that share one key, and alone those that fail together."""
@@ -154,7 +158,7 @@ class Runner:
         return result
 
     def _adapted(self, name: str, leases: Sequence[Lease | None]) -> contextlib.AbstractContextManager[None]:
-        return _NOTHING if self.adapters is None else self.adapters.rows(name, leases)
+        return _NO_ADAPTERS if self.adapters is None else self.adapters.rows(name, leases)
 
     def _count(self, call: Call, real: int, rows: int) -> None:
         if call.name == self.counted:
@@ -163,7 +167,7 @@ class Runner:
             self.num_padded_rows += rows - real
 
 
-_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+_NO_ADAPTERS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 _MAX_SHAPES = 1024
 """Shapes whose check is remembered."""
 

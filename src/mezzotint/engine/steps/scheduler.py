@@ -82,15 +82,17 @@ def _by_urgency(candidates: Sequence[Candidate], max_wait_s: float) -> list[Cand
 
 
 class FairShares:
-    """Seconds of forwards that each owner has had, as far as it matters: while others had jobs too.
+    """Seconds of forwards that each owner has had while others had jobs too.
 
-    Who comes or comes back starts level with the least served of those who are there, or keeps what it had
+    An owner that comes or comes back starts level with the least served owner present, or keeps what it had
     if that is more: neither absence nor small pieces earn credit (start-time fair queueing, Goyal 1996).
     """
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
+        """By owner; filled by `add`, levelled by `leads`."""
         self._present: frozenset[str] = frozenset()
+        """Owners with jobs at the latest call of `leads`."""
 
     def leads(self, owners: frozenset[str]) -> Mapping[str, float]:
         """For each owner that has jobs now, how many seconds it is ahead of the least served of them."""
@@ -107,7 +109,7 @@ class FairShares:
             self._served[owner] += seconds / len(owners)
 
     def forget(self) -> None:
-        """Nobody has jobs any more: nobody is owed anything."""
+        """For when no owner has jobs any more: none is owed anything."""
         self._served.clear()
         self._present = frozenset()
 
