@@ -29,8 +29,7 @@ from mezzotint.engine.calibration import (
 from mezzotint.engine.editing import Editing
 from mezzotint.engine.lora.bank import AdapterBank, BankStats
 from mezzotint.engine.models.loading import DEFAULTS, Loaded, load
-from mezzotint.engine.models.sources import Progress as OnProgress
-from mezzotint.engine.models.sources import ignore_progress
+from mezzotint.engine.models.sources import OnProgress, ignore_progress
 from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
 from mezzotint.engine.results import Image, Result, failed_event, pixels, repainted, result_of
 from mezzotint.engine.steps.jobs import Job

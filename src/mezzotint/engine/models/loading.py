@@ -60,7 +60,7 @@ def load(
     source: str | Path | Any,
     settings: EngineSettings = DEFAULTS,
     *,
-    progress: sources.Progress = sources.ignore_progress,
+    progress: sources.OnProgress = sources.ignore_progress,
 ) -> Loaded:
     """Builds the pipeline of `source`: built-in name, folder, safetensors file, repository or pipeline.
 
@@ -107,7 +107,7 @@ def load(
 
 
 def pull(
-    source: str, revision: str | None = None, *, progress: sources.Progress = sources.ignore_progress
+    source: str, revision: str | None = None, *, progress: sources.OnProgress = sources.ignore_progress
 ) -> Path:
     """Fetches a model if need be, checks that it is whole, and says where it lies."""
     path = sources.locate(source, revision, progress=progress)

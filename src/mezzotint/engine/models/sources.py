@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from mezzotint import hub
 from mezzotint.errors import ModelLoadError, echo
 
-Progress = Callable[[str, float | None], None]
+OnProgress = Callable[[str, float | None], None]
 """Called with a plain phrase (`downloading`) and the fraction done, where known."""
 
 INDEX = "model_index.json"
@@ -37,7 +37,7 @@ def ignore_progress(stage: str, fraction: float | None) -> None:
 
 
 def locate(
-    source: str, revision: str | None = None, *, progress: Progress = ignore_progress, code: bool = False
+    source: str, revision: str | None = None, *, progress: OnProgress = ignore_progress, code: bool = False
 ) -> Path:
     """The folder (or single safetensors file) of `source`, fetched first if it is a repository.
 
@@ -70,7 +70,7 @@ def fetch(
     repository: str,
     revision: str | None = None,
     *,
-    progress: Progress = ignore_progress,
+    progress: OnProgress = ignore_progress,
     code: bool = False,
     weights: bool = True,
 ) -> Path:
@@ -174,7 +174,7 @@ def _snapshot(repository: str, revision: str | None, files: list[str], bar: type
         raise ModelLoadError(text, code=error.code, permanent=error.permanent) from error
 
 
-def _bar(progress: Progress, num_bytes: int) -> type[Any]:
+def _bar(progress: OnProgress, num_bytes: int) -> type[Any]:
     """A progress bar for huggingface_hub that draws nothing and tells `progress` the fraction on disk."""
     lock = threading.Lock()
 
