@@ -295,7 +295,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 async def _answer_database(request: Request, error: Exception) -> Response:
     assert isinstance(error, SQLAlchemyError)
     log.error("database does not answer", error=str(error).splitlines()[0])
-    return _refusal(request, database.failure(error))
+    return _refusal(request, database.unavailable(error))
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:

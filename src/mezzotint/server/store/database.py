@@ -120,7 +120,7 @@ def open_database(url: str) -> sa.Engine:
     return engine
 
 
-def failure(error: SQLAlchemyError) -> MezzotintError:
+def unavailable(error: SQLAlchemyError) -> MezzotintError:
     """What a caller is told when the database does not answer (locked, gone, full): try again soon."""
     return UnavailableError(
         f"the server's database does not answer ({_reason(error)}); send the request again in a moment",

@@ -50,14 +50,16 @@ class Quotas:
 
     def load(self, key: Key) -> None:
         """Reads today's use of a key that has a daily limit; does nothing the second time."""
-        place = (key.id, today())
-        if key.limits.step_seconds_per_day is None or place in self._stored:
+        account = (key.id, today())
+        if key.limits.step_seconds_per_day is None or account in self._stored:
             return
-        query = sa.select(_USAGE.c.step_seconds).where(_USAGE.c.key_id == place[0], _USAGE.c.day == place[1])
+        query = sa.select(_USAGE.c.step_seconds).where(
+            _USAGE.c.key_id == account[0], _USAGE.c.day == account[1]
+        )
         with self._engine.connect() as connection:
             found = float(connection.scalar(query) or 0.0)
         with self._lock:
-            self._stored.setdefault(place, found)
+            self._stored.setdefault(account, found)
 
     def require(self, key: Key, now: float) -> None:
         """Counts one request of this key; RateLimitError says when the next one is welcome."""
@@ -85,10 +87,10 @@ class Quotas:
 
     def today(self, key: Key) -> float:
         """Step-seconds that this key has used today, as far as known here."""
-        place = (key.id, today())
+        account = (key.id, today())
         with self._lock:
-            fresh = self._fresh.get(place)
-            return self._stored.get(place, 0.0) + (fresh.step_seconds if fresh else 0.0)
+            fresh = self._fresh.get(account)
+            return self._stored.get(account, 0.0) + (fresh.step_seconds if fresh else 0.0)
 
     def store(self) -> None:
         """Writes what was used since the last time; on an error it stays for the next time."""
@@ -97,22 +99,22 @@ class Quotas:
 
     def _store(self) -> None:
         with self._lock:
-            fresh = {place: replace(use) for place, use in self._fresh.items()}
+            fresh = {account: replace(use) for account, use in self._fresh.items()}
         if not fresh:
             return
         with self._engine.begin() as connection:
             for (key_id, day), use in fresh.items():
                 _add(connection, key_id, day, use)
         with self._lock:
-            for place, use in fresh.items():
-                rest = self._fresh[place]
-                rest.step_seconds -= use.step_seconds
-                rest.images -= use.images
-                self._stored[place] = self._stored.get(place, 0.0) + use.step_seconds
-                if not rest.images and rest.step_seconds <= 1e-9:
-                    del self._fresh[place]
-            for place in [place for place in self._stored if place[1] != today()]:
-                del self._stored[place]
+            for account, use in fresh.items():
+                unwritten = self._fresh[account]
+                unwritten.step_seconds -= use.step_seconds
+                unwritten.images -= use.images
+                self._stored[account] = self._stored.get(account, 0.0) + use.step_seconds
+                if not unwritten.images and unwritten.step_seconds <= 1e-9:
+                    del self._fresh[account]
+            for account in [account for account in self._stored if account[1] != today()]:
+                del self._stored[account]
 
     def _require_daily(self, key: Key) -> None:
         limit = key.limits.step_seconds_per_day
@@ -129,8 +131,8 @@ def today() -> str:
 
 
 def _add(connection: sa.Connection, key_id: str, day: str, use: _Use) -> None:
-    place = (_USAGE.c.key_id == key_id) & (_USAGE.c.day == day)
-    change = _USAGE.update().where(place).values(
+    account = (_USAGE.c.key_id == key_id) & (_USAGE.c.day == day)
+    change = _USAGE.update().where(account).values(
         step_seconds=_USAGE.c.step_seconds + use.step_seconds, images=_USAGE.c.images + use.images
     )  # fmt: skip
     if connection.execute(change).rowcount == 0:

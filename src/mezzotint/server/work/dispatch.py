@@ -201,7 +201,7 @@ class Dispatcher:
             case Done(job_id):
                 self._done(replica, job_id, message)
             case Failed(job_id, code, text, param):
-                self._ended(replica, job_id, failure(code, text, param))
+                self._ended(replica, job_id, job_error(code, text, param))
             case Cancelled(job_id):
                 self._ended(replica, job_id, RequestCancelledError("the request was cancelled"))
             case Stats():
@@ -274,7 +274,7 @@ def _given_up(job: Job) -> GenerationError:
     )
 
 
-def failure(code: str, text: str, param: str | None) -> MezzotintError:
+def job_error(code: str, text: str, param: str | None) -> MezzotintError:
     """A worker's Failed as the error that the request ends with."""
     if code in ("out_of_range", "invalid_value", "not_supported"):
         return InvalidRequestError(text, code=code, param=param)
