@@ -167,8 +167,8 @@ class ModelLoadError(MezzotintError):
 
     codes = (
         "model_load_failed", "model_not_found", "gated_model", "no_network", "download_failed",
-        "not_a_pipeline", "missing_file", "corrupt_file", "pickle_only", "remote_code", "unsupported_class",
-        "not_enough_memory", "device_unavailable", "invalid_setting", *ADAPTER_CODES,
+        "missing_package", "not_a_pipeline", "missing_file", "corrupt_file", "pickle_only", "remote_code",
+        "unsupported_class", "not_enough_memory", "device_unavailable", "invalid_setting", *ADAPTER_CODES,
     )  # fmt: skip
 
     def __init__(self, message: str, *, code: str | None = None, permanent: bool = True) -> None:

@@ -10,6 +10,7 @@ The names are loaded on first use, so that importing a torch-free module of this
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ _HOMES = {
     "Request": ("mezzotint.spec", "ImageSpec"),
     "Result": ("mezzotint.engine.results", "Result"),
 }
+
+if importlib.util.find_spec("torchvision") is not None:  # before anything imports transformers
+    from mezzotint.engine.models.vision import prepare
+
+    prepare()
 
 __all__ = ["AdapterUse", "Engine", "EngineSettings", "Event", "Request", "Result"]
 

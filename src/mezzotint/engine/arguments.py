@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import ProcessorMixin
+
 from mezzotint.errors import InvalidRequestError, echo
 from mezzotint.families import Family, family
 from mezzotint.input_pictures import Size, output_size, to_image
@@ -61,7 +63,8 @@ class PipelineProfile:
     def _text_limit(self, pipe: Any) -> tuple[Any, int | None]:
         """The tokenizer of the longest text encoder (by custom the last), and how many tokens count."""
         names = sorted(name for name in pipe.components if name.startswith("tokenizer"))
-        tokenizers = [pipe.components[name] for name in names if pipe.components[name] is not None]
+        parts = [pipe.components[name] for name in names]
+        tokenizers = [part for part in parts if part is not None and not isinstance(part, ProcessorMixin)]
         if not tokenizers:
             return None, None
         limits = [int(getattr(tokenizers[-1], "model_max_length", 0) or 10**30)]

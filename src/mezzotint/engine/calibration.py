@@ -12,7 +12,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from mezzotint.engine.previews import LatentPreview
 from mezzotint.engine.steps.batching import Call, Part, merge
 from mezzotint.engine.steps.exactness import ROW_COUNTS, exact_row_counts
 from mezzotint.engine.steps.pipeline_run import PipelineRun
+from mezzotint.engine.steps.shared_state import AttentionState
 from mezzotint.spec import ImageSpec
 
 NEAR_BEST = 0.9
@@ -47,6 +48,8 @@ _PROMPTS = (
     "a brown dog on a grey street",
     "a purple umbrella",
 )
+TRIAL = ImageSpec(prompt=_PROMPTS[0], num_inference_steps=2)
+"""The request with whose arguments a model is tried at load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +88,10 @@ def find_rows(call: Call, measured: Sequence[Measurement], min_gain: float, max_
     return rows if rows == 1 or exact_row_counts(call, rows) else 1
 
 
-def first_call(pipe: Any, profile: PipelineProfile) -> Call | None:
+def first_call(pipe: Any, profile: PipelineProfile, attention: AttentionState) -> Call | None:
     """The first denoiser call of a real job; the pipeline is ended there."""
-    arguments, _ = profile.call_arguments(ImageSpec(prompt=_PROMPTS[0], num_inference_steps=2))
-    run = PipelineRun(pipe, arguments, seed=0)
+    arguments, _ = profile.call_arguments(TRIAL)
+    run = PipelineRun(pipe, arguments, seed=0, attention=attention)
     run.start()
     while run.call is not None and run.call.name != profile.denoiser_name:
         run.resume(run.call.alone())
@@ -156,6 +159,16 @@ def row_counts(call: Call, *, rows: int | None, max_rows: int) -> list[int]:
         return [call.rows]
     more = [count * call.rows for count in ROW_COUNTS] if rows is None else [rows]
     return [call.rows, *(each for each in more if call.rows < each <= max(max_rows, rows or 0))]
+
+
+def trial_requests(spec: ImageSpec) -> list[ImageSpec]:
+    """Three like `spec`: two of one length with other words, and one of another length and guidance."""
+    guidance = None if spec.guidance_scale is None else spec.guidance_scale + 1.5
+    return [
+        replace(spec, prompt="a red fox"),
+        replace(spec, prompt="a fox red"),
+        replace(spec, prompt="two old boats at dawn on a quiet river", guidance_scale=guidance),
+    ]
 
 
 def measure(

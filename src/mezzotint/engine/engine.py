@@ -17,6 +17,8 @@ import torch
 
 from mezzotint.engine.arguments import PipelineProfile
 from mezzotint.engine.calibration import (
+    SLOW_FORWARD_S,
+    TRIAL,
     Measurement,
     Stopwatch,
     find_rows,
@@ -24,6 +26,7 @@ from mezzotint.engine.calibration import (
     measure,
     row_counts,
     stretch,
+    trial_requests,
     warm_up,
 )
 from mezzotint.engine.editing import Editing
@@ -32,11 +35,13 @@ from mezzotint.engine.models.loading import DEFAULTS, Loaded, load
 from mezzotint.engine.models.sources import OnProgress, ignore_progress
 from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
 from mezzotint.engine.results import Image, Result, failed_event, pixels, repainted, result_of
+from mezzotint.engine.steps.inference import Finding, Laboratory, find_rules
 from mezzotint.engine.steps.jobs import Job
-from mezzotint.engine.steps.pipeline_run import PipelineRun, Tap
-from mezzotint.engine.steps.rules import RULES
+from mezzotint.engine.steps.pipeline_run import PipelineRun
+from mezzotint.engine.steps.rules import tap_all
 from mezzotint.engine.steps.runner import Forward, Mode, Runner
 from mezzotint.engine.steps.scheduler import FairShares, StepTimes, pick
+from mezzotint.engine.steps.shared_state import AttentionState
 from mezzotint.errors import GenerationError, MezzotintError
 from mezzotint.messages import Cancelled, Done, Failed, ModelInfo, Preview, Progress
 from mezzotint.spec import EngineSettings, ImageSpec
@@ -89,7 +94,9 @@ class Engine:
         self.max_merge_pixels = max_merge_pixels
         self._device: torch.device = pipe._execution_device  # with offloading, not the device of the weights
         self._preview = LatentPreview(packed=hasattr(pipe, "_pack_latents"))
-        self._taps = self._tap()
+        self.findings: dict[str, Finding] = {}  # filled by `find_rules`
+        self._attention = AttentionState(pipe.components)
+        self._taps = tap_all(pipe, self.profile.denoiser_name, by_rule=self.profile.family.merges)
         self._queue: deque[Job] = deque()
         self._active: dict[str, Job] = {}
         self._events: list[Event] = []
@@ -123,6 +130,7 @@ class Engine:
         )
         engine.loaded = loaded
         engine.max_merge_pixels = engine.profile.width * engine.profile.height
+        engine.find_rules(TRIAL, max_forward_s=SLOW_FORWARD_S if settings.batching == "exact" else None)
         engine.calibrate(min_gain=settings.min_batch_gain, max_stretch=settings.max_batch_stretch, rows=rows)
         engine.warm_up()
         return engine
@@ -288,6 +296,7 @@ class Engine:
                     lease=job.lease,
                     merges=self._merges(job),
                     before_step=functools.partial(self._before_scheduler_step, job),
+                    attention=self._attention,
                 )
             except Exception as error:
                 self._queue.remove(job)
@@ -322,7 +331,7 @@ class Engine:
 
     def _prepares(self, job: Job) -> bool:
         """Whether a job has yet to reach the denoiser: where jobs merge it goes first, to fill the batch."""
-        merges = self.runner.num_rows > 1 and self.profile.family.merges
+        merges = self.runner.num_rows > 1 and self.merges
         return merges and job.num_forwards == 0 and job.call.name != self.profile.denoiser_name
 
     def _forward(self, batch: Sequence[Job]) -> None:
@@ -416,25 +425,26 @@ class Engine:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _tap(self) -> list[Tap]:
-        """Taps on everything that computes: VAEs by `encode` and `decode`, all else by `forward`."""
-        taps = []
-        for name, component in self.pipe.components.items():
-            if not isinstance(component, torch.nn.Module):
-                continue
-            merges = name == self.profile.denoiser_name and self.profile.family.merges
-            rule = RULES.get(type(component).__name__) if merges else None
-            found = [each for each in ("encode", "decode") if hasattr(component, each)]
-            taps += [Tap(name, component, each, rule) for each in found or ["forward"]]
-        return taps
+    @property
+    def merges(self) -> bool:
+        """Whether a module has a Rule, so that requests may share its forwards."""
+        return any(tap.rule is not None for tap in self._taps)
 
-    # ------------------------------------------------------------------ at load
+    def find_rules(self, spec: ImageSpec, *, max_forward_s: float | None = None) -> None:
+        """Infers and proves the Rules of a class that has none by hand, with requests like `spec`."""
+        if self.merges or self.runner.mode == "off":
+            return
+        trial = [self.profile.call_arguments(each)[0] for each in trial_requests(spec)]
+        with torch.inference_mode():
+            self.findings = find_rules(
+                Laboratory(self.pipe, self._taps, self._attention, max_forward_s), trial
+            )
 
     def calibrate(self, *, min_gain: float = 1.4, max_stretch: float = 2.5, rows: int | None = None) -> None:
         """Measures forwards of a real job; in `exact` mode sets R to `rows`, or if None to what they show."""
         exact = self.runner.mode == "exact"
         with torch.inference_mode():
-            call = first_call(self.pipe, self.profile)
+            call = first_call(self.pipe, self.profile, self._attention)
             if call is None:
                 return
             most = 1 if self.runner.mode == "off" else self.max_rows
@@ -454,25 +464,24 @@ class Engine:
         """What the server must know of this model."""
         loaded = self.loaded
         assert loaded is not None, "only a worker's engine, which `load` made, is asked"
-        profile = self.profile
         return ModelInfo(
             pipeline_class=type(self.pipe).__name__,
-            model_class=type(profile.denoiser).__name__,
+            model_class=type(self.profile.denoiser).__name__,
             dtype=loaded.dtype,
             device=loaded.device,
             num_threads=loaded.num_threads,
             batching=self.runner.mode,
             performance=loaded.performance,
             rows=self.runner.num_rows if self.runner.mode == "exact" else 1,
-            mergeable=profile.family.merges,
-            width=profile.width,
-            height=profile.height,
-            size_multiple=profile.size_multiple,
-            default_steps=profile.default_steps,
-            default_guidance=profile.family.default_guidance,
-            guidance_effective=profile.guidance_effective,
-            supports_negative_prompt=profile.supports_negative_prompt,
-            max_prompt_tokens=profile.max_prompt_tokens,
+            mergeable=self.merges,
+            width=self.profile.width,
+            height=self.profile.height,
+            size_multiple=self.profile.size_multiple,
+            default_steps=self.profile.default_steps,
+            default_guidance=self.profile.family.default_guidance,
+            guidance_effective=self.profile.guidance_effective,
+            supports_negative_prompt=self.profile.supports_negative_prompt,
+            max_prompt_tokens=self.profile.max_prompt_tokens,
             num_parameters=loaded.num_parameters,
             max_pictures=self.editing.max_pictures,
             masks=self.editing.masks,

@@ -50,10 +50,14 @@ def pixels(result: Any) -> Image:
     GenerationError where that is no colour picture.
     """
     try:
-        images = result[0] if isinstance(result, tuple) else result.images
+        images = result[0] if isinstance(result, tuple) else getattr(result, "images", None)
+        images = result.image if images is None else images  # Kandinsky 5's word
         picture: Image = (np.asarray(images[0]) * 255).round().astype(np.uint8)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise GenerationError(f"the pipeline returned no picture ({type(error).__name__}: {error})") from None
+    if picture.ndim == 3 and picture.shape[2] == 4:  # shown on white, as a page would
+        alpha = picture[:, :, 3:].astype(np.float32) / 255
+        picture = (picture[:, :, :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
     if picture.ndim != 3 or picture.shape[2] != 3:
         raise GenerationError(
             f"the pipeline returned an array of shape {picture.shape}; height x width x 3 can be shown"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -489,3 +491,27 @@ def test_doctor_says_what_torch_says_without_loading_it_where_there_is_no_gpu() 
     )
     known = torch.cpu.get_capabilities()
     assert facts["cpu"]["features"] == {name: known.get(name, False) for name in host.FEATURES}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NameError("name 'SomeProcessor' is not defined"),
+        ImportError("SomeVideoProcessor requires the Torchvision library but it was not found"),
+        ValueError("<class 'transformers._LazyModule.__getattr__.<locals>.Placeholder'> cannot be loaded"),
+    ],
+)
+def test_a_missing_torchvision_is_named_with_the_command_that_installs_it(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torchvision" else found(name)
+    )
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", fails)
+    with pytest.raises(ModelLoadError, match=re.escape("pip install 'mezzotint[vision]'")) as caught:
+        loading.load(tiny.save("flux", tmp_path), EngineSettings(dtype="fp32", device="cpu"))
+    assert caught.value.code == "missing_package"

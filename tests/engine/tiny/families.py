@@ -143,15 +143,17 @@ def flux2_klein() -> Any:
 
 
 def unet(**config: Any) -> Any:
-    return d.UNet2DConditionModel(
-        sample_size=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        **{"attention_head_dim": 2, "cross_attention_dim": 32, **config},
-    )
+    usual = {
+        "sample_size": 16,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 32,
+    }
+    return d.UNet2DConditionModel(**{**usual, **config})
 
 
 def stable_diffusion() -> Any:
@@ -248,8 +250,8 @@ def pixart_sigma() -> Any:
     )
 
 
-def sana() -> Any:
-    return d.SanaPipeline(
+def sana(pipeline: Any = d.SanaPipeline, scheduler: Any = None, **config: Any) -> Any:
+    return pipeline(
         tokenizer=tokens.gemma(),
         text_encoder=gemma2_text(),
         vae=d.AutoencoderDC(
@@ -276,8 +278,9 @@ def sana() -> Any:
             cross_attention_dim=32,
             caption_channels=32,
             sample_size=16,
+            **config,
         ),
-        scheduler=d.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=scheduler or d.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
 
@@ -330,7 +333,7 @@ def qwen_image() -> Any:
     )
 
 
-def z_image() -> Any:
+def z_image(**config: Any) -> Any:
     return d.ZImagePipeline(
         scheduler=d.FlowMatchEulerDiscreteScheduler(),
         vae=flow_autoencoder(shift_factor=0.1, scaling_factor=0.5),
@@ -346,5 +349,6 @@ def z_image() -> Any:
             cap_feat_dim=32,
             axes_dims=[4, 4, 8],
             axes_lens=[256, 64, 64],
+            **config,
         ),
     )

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import re
+import tempfile
 from typing import Any
 
+import sentencepiece
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertTokenizer,
     CLIPTokenizer,
     GemmaTokenizer,
+    LlamaTokenizer,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     T5Tokenizer,
+    XLMRobertaTokenizer,
 )
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -20,6 +26,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+PARTS_TEMPLATE = CHAT_TEMPLATE.replace(
+    "message['content']",
+    "(message['content'] if message['content'] is string"
+    " else message['content'] | map(attribute='text') | join)",
+)
+"""For messages whose content is a list of texts."""
 
 TEMPLATE_WORDS = re.findall(
     r"\w+",
@@ -87,6 +99,56 @@ def plain(max_length: int = 2048) -> Any:
         padding_side="left",
         model_max_length=max_length,
     )
+
+
+def llama(max_length: int = 2048) -> Any:
+    """Fewer than 384 tokens."""
+    letters = [chr(code) for code in range(33, 127)]
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    words = ["<unk>", "<s>", "</s>", "▁", *letters, *fallback]
+    return LlamaTokenizer(vocab=_numbered(words), merges=[], model_max_length=max_length)
+
+
+def starting(tokenizer: Any) -> Any:
+    """The tokenizer with its start token before every text, even an empty one."""
+    start = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def roberta(max_length: int = 77) -> Any:
+    """Fewer than 1000 tokens, with an end of its own for each word."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["<s>", "<pad>", "</s>", "<unk>", "▁", *letters, "<mask>"]
+    return XLMRobertaTokenizer(vocab=[(word, -1.0) for word in words], model_max_length=max_length)
+
+
+def chatglm(max_length: int = 256) -> Any:
+    """From a sentencepiece model, which is trained on the spot on the alphabet."""
+    from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    path = f"{_scratch()}/chatglm"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(letters)] * 4),
+        model_prefix=path,
+        vocab_size=384,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    return ChatGLMTokenizer(f"{path}.model", model_max_length=max_length)
+
+
+@functools.cache
+def _scratch() -> str:
+    """A folder that lives as long as the process, for tokenizers that copy their file when saved."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def _numbered(words: list[str]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import logging
 import sys
@@ -184,7 +185,10 @@ def _read(
                 local_files_only=True,
                 trust_remote_code=allow_remote_code,
             )
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+    except (
+        *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError),
+        NameError,  # diffusers' own, where a class needs a package that is missing
+    ) as error:
         raise _load_error(path, error) from error
     except SafetensorError as error:
         raise ModelLoadError(
@@ -237,6 +241,12 @@ def _load_error(path: Path, error: Exception) -> ModelLoadError:
             code="not_enough_memory",
             permanent=False,
         )
+    if (missing := _missing_package(error)) is not None:
+        return ModelLoadError(
+            f"{path} needs the package {missing}, which is not installed; install it with "
+            "`pip install 'mezzotint[vision]'` and start the endpoint again",
+            code="missing_package",
+        )
     _log.debug("loading %s failed", path, exc_info=error)
     reason = " ".join(str(error).split())[:500]
     return ModelLoadError(
@@ -244,6 +254,15 @@ def _load_error(path: Path, error: Exception) -> ModelLoadError:
         "check that it is complete and made for this version",
         code="model_load_failed",
     )
+
+
+def _missing_package(error: Exception) -> str | None:
+    """torchvision, where its absence is what `error` comes from; the libraries say so in three ways."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return None
+    text = str(error)
+    absent = isinstance(error, NameError) or "Torchvision" in text or ".Placeholder" in text
+    return "torchvision" if absent else None
 
 
 def _own_dtype(pipe: Any) -> torch.dtype:

@@ -2,18 +2,19 @@
 
 A Call is one parked forward with its arguments by name. A Rule says for one model class what each is:
 
-- "row": a tensor [rows, ...];
+- "row": a tensor [rows, ...], or with the rows in the dimension that the Rule names;
 - "scalar": one value for all rows of a call, as a 0-d or one-element tensor (expanded to rows), or a "row";
 - "shared": a tensor without rows, or of which only row 0 is read; it must be equal, one copy is passed;
 - "list": a Python list with one entry per row.
 
-"outer.inner" names an entry of a dict argument. Every other argument must be equal and hold no tensor.
+"outer.inner" names an entry of a dict, list or tuple. Every other argument must be equal and hold no tensor.
 Calls merge only if they agree in everything but the number of rows; a call that its Rule does not fully
 cover is never merged.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,6 +35,10 @@ class Rule:
     arguments: Mapping[str, Kind]
     multiples: Mapping[str, int] = field(default_factory=dict)
     """For a list of tensors: the model pads each to a multiple of this; lengths that pad alike are equal."""
+    dimensions: Mapping[str, int] = field(default_factory=dict)
+    """Where the row is not dimension 0 of a tensor: which it is."""
+    proven: bool = True
+    """False: inferred, so that `fast` compares the first merged forward of each shape with forwards alone."""
 
 
 class NotMergeable(Exception):
@@ -63,11 +68,17 @@ class Call:
     """Calls with equal keys may share a forward; None: never."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """All arguments by name."""
+    obstacle: str = ""
+    """Why the Rule does not cover the call: the argument, or what is wrong with it."""
+    in_place: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    """Puts the state of the call's run in place; set when the run parks."""
 
     def __post_init__(self) -> None:
-        if self.rule is None or len(self.args) > len(self.parameters):
+        if len(self.args) > len(self.parameters):
             return
         self.arguments = dict(zip(self.parameters, self.args, strict=False)) | self.kwargs
+        if self.rule is None:
+            return
         try:
             self.rows = _num_rows(self.arguments, self.rule)
             parts = tuple(
@@ -75,14 +86,15 @@ class Call:
                 for name, value in sorted(self.arguments.items())
             )
             hash(parts)
-        except (NotMergeable, TypeError):
-            self.rows = 1
+        except (NotMergeable, TypeError) as error:
+            self.rows, self.obstacle = 1, str(error)
         else:
             self.key = (self.name, parts) if self.merges else None
 
     def alone(self) -> Any:
         """The result of the forward exactly as the pipeline asked for it."""
-        return self.run(*self.args, **self.kwargs)
+        with self.in_place():
+            return self.run(*self.args, **self.kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,57 +160,80 @@ def join(pieces: Sequence[Any]) -> Any:
     return first
 
 
-def leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every (dotted name, value) of possibly nested dict arguments."""
+def entries(value: Any) -> list[tuple[str, Any]] | None:
+    """The named entries of a dict, list or tuple; None for what has none."""
+    if isinstance(value, dict):
+        return sorted((str(name), entry) for name, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return [(str(index), entry) for index, entry in enumerate(value)]
+    return None
+
+
+def rebuilt(value: Any, change: Callable[[str, Any], Any]) -> Any:
+    """A dict, list or tuple like `value` with every entry changed; `change` is given its name, too."""
+    if isinstance(value, dict):
+        return {name: change(str(name), entry) for name, entry in value.items()}
+    return type(value)(change(str(index), entry) for index, entry in enumerate(value))
+
+
+def leaves(arguments: Mapping[str, Any], rule: Rule) -> Iterator[tuple[str, Any]]:
+    """Every (dotted name, value) of possibly nested arguments; a list of rows is one."""
     for name, value in arguments.items():
-        if isinstance(value, dict):
-            for inner, leaf in leaves(value):
-                yield f"{name}.{inner}", leaf
-        else:
+        inner = None if rule.arguments.get(name) == "list" else entries(value)
+        if inner is None:
             yield name, value
+        else:
+            yield from leaves({f"{name}.{key}": entry for key, entry in inner}, rule)
 
 
 def _num_rows(arguments: Mapping[str, Any], rule: Rule) -> int:
-    for name, value in leaves(arguments):
+    for name, value in leaves(arguments, rule):
         kind = rule.arguments.get(name)
-        if (kind == "row" and isinstance(value, Tensor)) or (kind == "list" and isinstance(value, list)):
+        if kind == "list" and isinstance(value, list):
             return len(value)
+        if kind == "row" and isinstance(value, Tensor):
+            return value.shape[rule.dimensions.get(name, 0)]
     raise NotMergeable("no argument has rows")
 
 
 def _key(name: str, value: Any, rule: Rule, rows: int) -> Hashable:
     """What must be equal for this argument to merge."""
     kind = rule.arguments.get(name)
-    if isinstance(value, dict):
-        return tuple(
-            (inner, _key(f"{name}.{inner}", entry, rule, rows)) for inner, entry in sorted(value.items())
-        )
     if isinstance(value, Tensor):
-        return _tensor_key(name, value, kind, rows)
+        return _tensor_key(name, value, kind, rule.dimensions.get(name, 0), rows)
     if kind == "list" and isinstance(value, list):
         if len(value) != rows:
             raise NotMergeable(name)
         return _list_key(value, rule.multiples.get(name, 1))
-    return _freeze(value)
+    inner = entries(value)
+    if inner is None:
+        return (type(value), value)  # 1 is not True
+    return (type(value), *((key, _key(f"{name}.{key}", entry, rule, rows)) for key, entry in inner))
 
 
-def _list_key(entries: list[Any], multiple: int) -> Hashable:
+def _list_key(rows: list[Any], multiple: int) -> Hashable:
     """One entry's key where all are alike; else all in order, for then the model pads them to the longest."""
-    keys = [_entry_key(entry, multiple) if isinstance(entry, Tensor) else _freeze(entry) for entry in entries]
+    keys = [_entry_key(entry, multiple) for entry in rows]
     return ("list", *(keys if len(set(keys)) > 1 else keys[:1]))
 
 
-def _entry_key(entry: Tensor, multiple: int) -> Hashable:
-    return (-(-len(entry) // multiple), entry.shape[1:], entry.dtype, entry.device)
+def _entry_key(entry: Any, multiple: int) -> Hashable:
+    if isinstance(entry, Tensor):
+        return (-(-len(entry) // multiple), entry.shape[1:], entry.dtype, entry.device)
+    inner = entries(entry)
+    if inner is None:
+        return (type(entry), entry)
+    return (type(entry), *((key, _entry_key(value, multiple)) for key, value in inner))
 
 
-def _tensor_key(name: str, value: Tensor, kind: Kind | None, rows: int) -> Hashable:
+def _tensor_key(name: str, value: Tensor, kind: Kind | None, dimension: int, rows: int) -> Hashable:
     if kind == "shared":
         return (*_like(value), _contents(value))
     if kind == "scalar" and value.numel() == 1 and value.ndim <= 1:
         return (torch.Size(()), value.dtype, value.device)
-    if kind in ("row", "scalar") and value.ndim > 0 and len(value) == rows:
-        return (value.shape[1:], value.dtype, value.device)
+    if kind in ("row", "scalar") and value.ndim > dimension and value.shape[dimension] == rows:
+        shape = (*value.shape[:dimension], *value.shape[dimension + 1 :])
+        return (torch.Size(shape), value.dtype, value.device)
     raise NotMergeable(name)
 
 
@@ -218,44 +253,35 @@ def _contents(value: Tensor) -> bytes:
 _CONTENTS: MutableMapping[Tensor, bytes] = WeakIdKeyDictionary()
 
 
-def _freeze(value: Any) -> Hashable:
-    """A hashable stand-in that is equal only for equal values of equal types (1 is not True)."""
-    if isinstance(value, (list, tuple)):
-        return (type(value), tuple(_freeze(entry) for entry in value))
-    if isinstance(value, dict):
-        return (dict, tuple((name, _freeze(entry)) for name, entry in sorted(value.items())))
-    if isinstance(value, Tensor):
-        raise NotMergeable("a tensor that no Rule names")
-    return (type(value), value)
-
-
 def _merge(name: str, values: list[Any], parts: Sequence[Part], rule: Rule, num_rows: int) -> Any:
     first, kind = values[0], rule.arguments.get(name)
-    if isinstance(first, dict):
-        return {
-            inner: _merge(f"{name}.{inner}", [value[inner] for value in values], parts, rule, num_rows)
-            for inner in first
-        }
     if kind == "list" and isinstance(first, list):
-        entries = [
+        rows = [
             entry
             for value, part in zip(values, parts, strict=True)
             for entry in value[part.start : part.stop]
         ]
-        return entries + entries[-1:] * (num_rows - len(entries))
+        return rows + rows[-1:] * (num_rows - len(rows))
+    if entries(first) is not None:
+        columns = {
+            key: [dict(entries(value) or ())[key] for value in values] for key, _ in entries(first) or ()
+        }
+        return rebuilt(first, lambda key, _: _merge(f"{name}.{key}", columns[key], parts, rule, num_rows))
     if not isinstance(first, Tensor) or kind == "shared":
         return first
-    pieces = [_rows(value, part, kind) for value, part in zip(values, parts, strict=True)]
-    missing = num_rows - sum(len(piece) for piece in pieces)
+    dimension = rule.dimensions.get(name, 0)
+    pieces = [_rows(value, part, kind, dimension) for value, part in zip(values, parts, strict=True)]
+    missing = num_rows - sum(piece.shape[dimension] for piece in pieces)
     if missing:
-        pieces.append(pieces[-1][-1:].expand(missing, *pieces[-1].shape[1:]))
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).contiguous()
+        last = pieces[-1].narrow(dimension, pieces[-1].shape[dimension] - 1, 1)
+        pieces += [last] * missing
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dimension)).contiguous()
 
 
-def _rows(value: Tensor, part: Part, kind: Kind | None) -> Tensor:
+def _rows(value: Tensor, part: Part, kind: Kind | None, dimension: int) -> Tensor:
     if kind == "scalar" and value.ndim <= 1 and value.numel() == 1:
         return value.reshape(1).expand(part.stop - part.start)
-    return value[part.start : part.stop]
+    return value.narrow(dimension, part.start, part.stop - part.start)
 
 
 def _slice(result: Any, start: int, stop: int) -> Any:

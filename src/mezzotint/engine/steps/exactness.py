@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.engine.steps.batching import Call, Kind, Part, Rule, merge, split
+from mezzotint.engine.steps.batching import Call, Kind, Part, Rule, entries, merge, rebuilt, split
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Row counts that forwards may have, beside R itself."""
@@ -37,10 +37,10 @@ def exact_row_counts(call: Call, num_rows: int, adapted: AdapterContext = _no_ad
     rule = call.rule
     noise = torch.Generator("cpu").manual_seed(0)
     padded = merge([Part(call, 0, min(call.rows, num_rows))], num_rows)
-    arguments = _map_rows(padded, rule, lambda rows: _like_noise(rows, noise))
+    arguments = map_rows(padded, rule, lambda rows: _like_noise(rows, noise))
 
     def rows_of(order: Sequence[int]) -> list[Any]:
-        chosen = _map_rows(arguments, rule, lambda rows: [rows[index] for index in order])
+        chosen = map_rows(arguments, rule, lambda rows: [rows[index] for index in order])
         with adapted(order):
             return split(call.run(**chosen), [1] * len(order))
 
@@ -56,22 +56,21 @@ def exact_row_counts(call: Call, num_rows: int, adapted: AdapterContext = _no_ad
     return (*(each for each in smaller if agrees(everyone[:each]) and agrees(everyone[-each:])), num_rows)
 
 
-def _map_rows(
-    arguments: Mapping[str, Any], rule: Rule, change: Callable[[list[Any]], list[Any]], prefix: str = ""
-) -> dict[str, Any]:
+def map_rows(arguments: Mapping[str, Any], rule: Rule, change: Callable[[list[Any]], list[Any]]) -> Any:
     """The arguments with `change` applied to the list of rows of every argument that has rows."""
-    result: dict[str, Any] = {}
-    for name, value in arguments.items():
-        kind: Kind | None = rule.arguments.get(prefix + name)
-        if isinstance(value, dict):
-            result[name] = _map_rows(value, rule, change, f"{prefix}{name}.")
-        elif kind in ("row", "scalar") and isinstance(value, Tensor):
-            result[name] = torch.stack(change(list(value.unbind()))).contiguous()
-        elif kind == "list" and isinstance(value, list):
-            result[name] = change(value)
-        else:
-            result[name] = value
-    return result
+
+    def changed(name: str, value: Any) -> Any:
+        kind: Kind | None = rule.arguments.get(name)
+        if kind in ("row", "scalar") and isinstance(value, Tensor):
+            dimension = rule.dimensions.get(name, 0)
+            return torch.stack(change(list(value.unbind(dimension))), dimension).contiguous()
+        if kind == "list" and isinstance(value, list):
+            return change(value)
+        if entries(value) is None:
+            return value
+        return rebuilt(value, lambda key, entry: changed(f"{name}.{key}", entry))
+
+    return {name: changed(name, value) for name, value in arguments.items()}
 
 
 def _like_noise(rows: list[Any], generator: torch.Generator) -> list[Any]:

@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from mezzotint.engine.lora.bank import Lease
 from mezzotint.engine.steps.batching import Call, Rule
+from mezzotint.engine.steps.shared_state import AttentionState, RunState
 
 StepHook = Callable[[Any, Mapping[str, Any]], None]
 """Called before every scheduler step with the scheduler and the arguments of its `step`, by name."""
@@ -41,14 +42,19 @@ class Tap:
     """Parks runs at `module.<attribute>`; `close` puts the previous attribute back.
 
     Tap after everything else that patches the module (accelerate's hooks, compilation): the tap calls what
-    it finds.
+    it finds. At `generate` a tap keeps the run from parking until the method returns: a language model keeps
+    state on itself from token to token. `rule` may be changed while no run is under way.
     """
 
     def __init__(self, name: str, module: Any, attribute: str = "forward", rule: Rule | None = None) -> None:
         self._module = module
         self._attribute = attribute
         self._previous = module.__dict__.get(attribute, _MISSING)
-        self._tapped = _parking(name, getattr(module, attribute), rule)
+        original = getattr(module, attribute)
+        self.name = name
+        self.rule = rule
+        self.parks = attribute != "generate"
+        self._tapped = self._parking(original) if self.parks else _unparked(original)
         setattr(module, attribute, self._tapped)
 
     def close(self) -> None:
@@ -60,20 +66,38 @@ class Tap:
         else:
             setattr(self._module, self._attribute, self._previous)
 
+    def _parking(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = inspect.signature(original).parameters.values()
+        names = tuple(
+            each.name
+            for each in parameters
+            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+        )
 
-def _parking(name: str, original: Callable[..., Any], rule: Rule | None) -> Callable[..., Any]:
-    parameters = inspect.signature(original).parameters.values()
-    names = tuple(
-        each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-    )
+        @functools.wraps(original)
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            current = getcurrent()
+            if type(current) is not _RunGreenlet or _mode_differs() or current.pipeline_run.stays:
+                return original(*args, **kwargs)
+            run = current.pipeline_run
+            return run.park(
+                Call(self.name, original, args, kwargs, self.rule, names, run.lease, merges=run.merges)
+            )
 
+        return tapped
+
+
+def _unparked(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def tapped(*args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
-        if type(current) is not _RunGreenlet or _mode_differs():
+        if type(current) is not _RunGreenlet or current.pipeline_run.stays:
             return original(*args, **kwargs)
-        run = current.pipeline_run
-        return run.park(Call(name, original, args, kwargs, rule, names, run.lease, merges=run.merges))
+        current.pipeline_run.stays = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            current.pipeline_run.stays = False
 
     return tapped
 
@@ -86,7 +110,8 @@ class PipelineRun:
     """One run of a pipeline's `__call__`, one parked Call at a time.
 
     `call` is the parked forward. It is None once the run has ended; then `error` is set if it failed, and
-    `result` is what the pipeline returned. The pipeline sees a view of `pipe` with schedulers of its own.
+    `result` is what the pipeline returned. The pipeline sees a view of `pipe` with schedulers and
+    guiders of its own. `attention` is what it shares with other runs.
     """
 
     def __init__(
@@ -98,6 +123,7 @@ class PipelineRun:
         lease: Lease | None = None,
         merges: bool = True,
         before_step: StepHook | None = None,
+        attention: AttentionState | None = None,
     ) -> None:
         self.call: Call | None = None
         self.result: Any = None
@@ -109,8 +135,11 @@ class PipelineRun:
         """Whether its calls may share a forward; read by the taps."""
         self.num_steps = 0
         """Scheduler steps done so far; counted by the run's own schedulers."""
+        self.stays = False
+        """Whether forwards run in place instead of parking; the taps set and read it."""
         self._closed = False
         self._before_step = before_step
+        self._state = RunState(seed, attention, getattr(pipe, "_execution_device", None))
         self._schedulers: list[Any] = []
         generator = torch.Generator("cpu").manual_seed(seed)
         view = self._view(pipe, generator)
@@ -129,6 +158,8 @@ class PipelineRun:
                 own.step = self._counted(own, own.step, generator)
                 self._schedulers.append(own)
                 view.__dict__[name] = own
+            elif isinstance(component, ConfigMixin) and not isinstance(component, torch.nn.Module):
+                view.__dict__[name] = copy.deepcopy(component)  # a guider keeps what it saw last
         view.__dict__["_progress_bar_config"] = {"disable": True}
         view.__dict__["maybe_free_model_hooks"] = _keep_modules
         return view
@@ -180,6 +211,11 @@ class PipelineRun:
         if self._closed:
             raise GreenletExit
         assert self._greenlet is not None, "only a living run parks"
+        if self.num_steps == 0 or self._state.processors is not None:
+            self._state.notice()
+        if self._state.processors is not None:
+            call.key = None
+        call.in_place = self._state.in_place
         self.call = call
         return self._greenlet.parent.switch()
 
@@ -193,7 +229,8 @@ class PipelineRun:
         running.parent = getcurrent()
         self.call = None
         try:
-            result = switch(running)
+            with self._state.in_place():
+                result = switch(running)
         except Exception as error:
             self.error = error
             self._end()
@@ -203,6 +240,7 @@ class PipelineRun:
             self._end()
 
     def _end(self) -> None:
+        self._state.end()
         for scheduler in self._schedulers:
             scheduler.__dict__.pop("step", None)  # or it would hold itself alive
         self._schedulers.clear()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
+
+import torch
 
 from mezzotint.engine.steps.batching import Rule
+from mezzotint.engine.steps.pipeline_run import Tap
 
 RULES: Mapping[str, Rule] = {
     "FluxTransformer2DModel": Rule(
@@ -80,3 +84,19 @@ RULES: Mapping[str, Rule] = {
         multiples={"cap_feats": 32},  # SEQ_MULTI_OF
     ),
 }
+
+
+def tap_all(pipe: Any, denoiser_name: str, *, by_rule: bool) -> list[Tap]:
+    """Taps on everything that computes: VAEs by `encode` and `decode`, all else by `forward`.
+
+    `by_rule`: the denoiser merges by the Rule of its class.
+    """
+    taps = []
+    for name, component in pipe.components.items():
+        if not isinstance(component, torch.nn.Module):
+            continue
+        rule = RULES.get(type(component).__name__) if by_rule and name == denoiser_name else None
+        found = [each for each in ("encode", "decode") if hasattr(component, each)] or ["forward"]
+        found += ["generate"] * hasattr(component, "generate")
+        taps += [Tap(name, component, each, rule) for each in found]
+    return taps

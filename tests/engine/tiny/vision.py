@@ -1,0 +1,199 @@
+"""Pipelines whose text goes through a processor for pictures, which needs torchvision (extra `vision`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers as d
+import transformers as t
+
+from tests.engine.tiny import families, tokens, wider
+
+
+def qwen_processor(kind: str = "Qwen3VLProcessor") -> Any:
+    tokenizer = tokens.qwen2()
+    marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    parts = {"image_processor": t.Qwen2VLImageProcessor(), "tokenizer": tokenizer}
+    video = t.Qwen3VLVideoProcessor() if kind == "Qwen3VLProcessor" else t.Qwen2VLVideoProcessor()
+    return getattr(t, kind)(**parts, video_processor=video, chat_template=tokens.PARTS_TEMPLATE)
+
+
+def qwen3_vl(num_layers: int = 2) -> Any:
+    return t.Qwen3VLForConditionalGeneration(wider.qwen3_vl(num_layers))
+
+
+def bria_fibo2() -> Any:
+    return d.BriaFibo2Pipeline(
+        transformer=d.BriaFibo2Transformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            cap_feat_dim=96,
+            injection_layer_ids=(1,),
+            perceiver_num_layers=1,
+            min_num_gist_tokens=16,
+            max_num_gist_tokens=32,
+            gist_step=16,
+            gist_min_text_len=16,
+            gist_max_text_len=64,
+            axes_dims=(4, 4, 8),
+            axes_lens=(2048, 64, 64),
+        ),
+        scheduler=wider.flow(),
+        vae=wider.flux2_autoencoder(),
+        text_encoder=qwen3_vl(36),
+        processor=qwen_processor(),
+    )
+
+
+def dreamlite(pipeline: Any = d.DreamLitePipeline) -> Any:
+    return pipeline(
+        text_encoder=qwen3_vl(),
+        tokenizer=tokens.qwen2(),
+        processor=qwen_processor(),
+        vae=d.AutoencoderTiny(
+            encoder_block_out_channels=(16, 16, 16, 16),
+            decoder_block_out_channels=(16, 16, 16, 16),
+            num_encoder_blocks=(1, 1, 1, 1),
+            num_decoder_blocks=(1, 1, 1, 1),
+        ),
+        unet=d.DreamLiteUNetModel(
+            block_out_channels=(16, 32, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=32,
+            attention_head_dim=8,
+        ),
+        scheduler=wider.flow(),
+    )
+
+
+def flux2() -> Any:
+    tokenizer = tokens.qwen2()
+    marks = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    processor = t.PixtralProcessor(
+        image_processor=t.PixtralImageProcessor(), tokenizer=tokenizer, chat_template=tokens.PARTS_TEMPLATE
+    )
+    klein = families.flux2_klein()
+    config = {**klein.transformer.config, "guidance_embeds": True}
+    config.pop("_use_default_values", None)
+    return d.Flux2Pipeline(
+        scheduler=wider.flow(),
+        vae=klein.vae,
+        text_encoder=t.Mistral3ForConditionalGeneration(wider.mistral3()),
+        tokenizer=processor,
+        transformer=d.Flux2Transformer2DModel.from_config(config),
+    )
+
+
+def kandinsky5() -> Any:
+    qwen = families.qwen_image()
+    return d.Kandinsky5T2IPipeline(
+        transformer=d.Kandinsky5Transformer3DModel(
+            in_visual_dim=4,
+            out_visual_dim=4,
+            in_text_dim=32,
+            in_text_dim2=32,
+            time_dim=16,
+            model_dim=32,
+            ff_dim=64,
+            num_text_blocks=1,
+            num_visual_blocks=2,
+            axes_dims=(4, 4, 8),
+        ),
+        vae=families.flow_autoencoder(
+            shift_factor=0.1, block_out_channels=(16,)
+        ),  # it draws 1024x1024 at least
+        text_encoder=qwen.text_encoder,
+        tokenizer=qwen_processor("Qwen2VLProcessor"),
+        text_encoder_2=families.clip_text(),
+        tokenizer_2=tokens.clip(),
+        scheduler=wider.flow(),
+    )
+
+
+def longcat() -> Any:
+    qwen = families.qwen_image()
+    return d.LongCatImagePipeline(
+        scheduler=wider.flow(),
+        vae=families.flow_autoencoder(latent_channels=16, shift_factor=0.1),
+        text_encoder=qwen.text_encoder,
+        tokenizer=tokens.qwen2(),
+        text_processor=qwen_processor("Qwen2VLProcessor"),
+        transformer=d.LongCatImageTransformer2DModel(
+            **{**wider.FLUX_LIKE, "in_channels": 64}, pooled_projection_dim=32
+        ),
+    )
+
+
+def nucleus() -> Any:
+    return d.NucleusMoEImagePipeline(
+        transformer=d.NucleusMoEImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 4, 8),
+            num_experts=4,
+            moe_intermediate_dim=32,
+            mlp_ratio=6,
+            capacity_factors=[2.0, 2.0],
+        ),
+        scheduler=wider.flow(),
+        vae=families.qwen_image().vae,
+        text_encoder=qwen3_vl(10),
+        processor=qwen_processor(),
+    )
+
+
+def omnigen() -> Any:
+    return d.OmniGenPipeline(
+        transformer=d.OmniGenTransformer2DModel(
+            hidden_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            num_layers=2,
+            pad_token_id=0,
+            vocab_size=384,
+            max_position_embeddings=1024,
+            rope_scaling={"short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+            pos_embed_max_size=64,
+            time_step_dim=16,
+        ),
+        scheduler=wider.flow(),
+        vae=families.autoencoder(block_out_channels=(16, 16, 16, 32)),
+        tokenizer=tokens.llama(),
+    )
+
+
+def qwen_image21() -> Any:
+    return d.QwenImage21Pipeline(
+        scheduler=wider.flow(),
+        vae=d.AutoencoderKLQwenImage21(
+            base_dim=8,
+            decoder_base_dim=8,
+            z_dim=16,
+            dim_mult=[1, 1, 2, 2, 2],
+            num_res_blocks=1,
+            latents_mean=[0.1] * 16,
+            latents_std=[1.0] * 16,
+        ),
+        text_encoder=qwen3_vl(),
+        processor=qwen_processor(),
+        transformer=d.QwenImage21Transformer2DModel(
+            in_channels=16,
+            out_channels=16,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            context_in_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
