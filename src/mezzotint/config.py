@@ -128,6 +128,9 @@ class Settings(Table):
         "gallery; 0 keeps none.",
     )
     max_body_bytes: Bytes = Field(2**20, description="Largest request body.")
+    max_image_body_bytes: Bytes = Field(
+        32 * 2**20, description="Largest request body on the routes where it holds pictures."
+    )
     body_timeout_s: Seconds = Field(
         30.0, description="A body that has not arrived after this long is refused (408)."
     )

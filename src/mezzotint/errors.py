@@ -106,7 +106,8 @@ class MisdirectedError(MezzotintError):
 class InvalidRequestError(MezzotintError):
     status = 422
     codes = (
-        "invalid_value", "invalid_json", "duplicate_key", "unknown_field", "missing_field", "invalid_type",
+        "invalid_value", "invalid_json", "invalid_form", "duplicate_key",
+        "unknown_field", "missing_field", "invalid_type",
         "out_of_range", "not_supported", *IMAGE_CODES, *ADAPTER_CODES,
     )  # fmt: skip
 

@@ -131,6 +131,9 @@ def model_info(load: LoadModel, size: int, step_s: float) -> ModelInfo:
         supports_negative_prompt=True,
         max_prompt_tokens=64,
         num_parameters=1,
+        max_pictures=2,
+        masks=True,
+        strength=True,
         calibration=[{"rows": 1, "forward_s": step_s, "rows_per_s": 1 / step_s if step_s else 0.0}],
         step_s=step_s,
     )
@@ -148,7 +151,8 @@ def paint(spec: ImageSpec, width: int, height: int, checksum: str = "") -> bytes
         spec.guidance_scale,
         spec.negative_prompt,
         spec.adapters,
-        *filter(None, (checksum,)),
+        *filter(None, (checksum, *(picture.digest for picture in spec.pictures))),
+        *(() if spec.strength is None else (spec.strength,)),
     )
     return hashlib.shake_256(repr(fields).encode()).digest(width * height * 3)
 
@@ -234,9 +238,9 @@ class _Worker:
             job.step += 1
             if self._fault(job):
                 continue
-            self._send(Progress(job_id, job.step, job.request.spec.num_inference_steps))
+            self._send(Progress(job_id, job.step, job.request.spec.num_steps))
             self._preview(job)
-            if job.step >= job.request.spec.num_inference_steps:
+            if job.step >= job.request.spec.num_steps:
                 del self.jobs[job_id]
                 picture = paint(job.request.spec, job.width, job.height, job.checksum)
                 self._send(Done(job_id, job.width, job.height, time.monotonic() - job.started, picture))
@@ -247,7 +251,7 @@ class _Worker:
             )
 
     def _preview(self, job: FakeJob) -> None:
-        wanted, steps = job.request.num_previews, job.request.spec.num_inference_steps
+        wanted, steps = job.request.num_previews, job.request.spec.num_steps
         before, now = (job.step - 1) * (wanted + 1) // steps, job.step * (wanted + 1) // steps
         if wanted and before < now <= wanted:
             picture = paint(job.request.spec, job.width, job.height, job.checksum)

@@ -18,11 +18,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mezzotint.errors import InvalidRequestError, echo
-from mezzotint.spec import LIMITS, ImageSpec, InputPicture
+from mezzotint.spec import LIMITS, MAX_PICTURES, ImageSpec, InputPicture
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PICTURES = 16
-"""Most pictures of one request, its mask aside."""
 MAX_PIXELS = 2**25
 """Most pixels of a picture that is decoded at all."""
 KEPT_PIXELS = 2**22
@@ -78,18 +76,20 @@ def read_pictures(files: Sequence[bytes], param: str = "image") -> tuple[InputPi
 
 
 def read_mask(
-    data: bytes, picture: InputPicture, param: str = "mask", *, alpha: bool = False
+    data: bytes, picture: InputPicture, param: str = "mask", *, alpha: bool = False, invert: bool = False
 ) -> InputPicture:
     """The mask in this file for `picture`: one channel, 255 where the picture is repainted.
 
     In the file white is repainted. With `alpha` what is transparent is repainted instead, if the file has
-    transparency. InvalidRequestError for a mask of another shape than the picture.
+    transparency. With `invert` everything else is. InvalidRequestError for a mask of another shape.
     """
     image = _open(data, param)
     if alpha and image.has_transparency_data:
         mask = ImageOps.invert(image.convert("RGBA").getchannel("A"))
     else:
         mask = _on_white(image).convert("L")
+    if invert:
+        mask = ImageOps.invert(mask)
     if abs(mask.width * picture.height - mask.height * picture.width) > max(*mask.size, *picture.size):
         raise InvalidRequestError(
             f"{param} must have the shape of the picture, {picture.width}x{picture.height} "

@@ -119,6 +119,10 @@ _ERROR_EXAMPLE: JsonValue = {
 }
 
 
+_SPEC_FIELDS = set(ImageSpec.__dataclass_fields__) - {"images", "mask", "strength"}
+"""Fields of a request in words that a spec has by the same name."""
+
+
 class DedicatedImageGenerationBody(BaseModel):
     """Body of `POST /dedicated/v1/images/generations`."""
 
@@ -192,7 +196,7 @@ class DedicatedImageGenerationBody(BaseModel):
     @property
     def spec(self) -> ImageSpec:
         """What is to be drawn; every field that both types have travels by its name."""
-        values = self.model_dump(include=set(ImageSpec.__dataclass_fields__), exclude_none=True)
+        values = self.model_dump(include=_SPEC_FIELDS, exclude_none=True)
         _, route = split_model(self.model)
         return ImageSpec(**values, adapters=(AdapterUse(route),) if route else ())
 
@@ -376,9 +380,10 @@ def make_body(
     values: Mapping[str, Any], kind: type[DedicatedImageGenerationBody] = DedicatedImageGenerationBody
 ) -> DedicatedImageGenerationBody:
     """The request with these fields; InvalidRequestError as for `parse_body`."""
+    known = tuple(kind.model_fields)
     for name in values:
-        if name not in KNOWN_FIELDS:
-            raise unknown_field(name, KNOWN_FIELDS)
+        if name not in known:
+            raise unknown_field(name, known)
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:

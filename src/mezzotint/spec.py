@@ -17,6 +17,8 @@ ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Endpoint IDs and adapter routes."""
 MAX_STEPS = 50
 MAX_SEED = 2**63 - 1
+MAX_PICTURES = 16
+"""Most pictures of one request, its mask aside."""
 LIMITS: Mapping[str, tuple[int, int]] = {
     "num_inference_steps": (1, MAX_STEPS),
     "guidance_scale": (0, 100),
@@ -74,7 +76,7 @@ class InputPicture:
 
 
 DEFAULT_STRENGTH = 0.8
-"""How much of a picture is made anew where a request does not say it; with a mask all of it is."""
+"""How much of a picture is made anew where a request does not say it; what a mask shows is made all anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +130,11 @@ class AdapterSpec:
     """Strength where a request names none; 1 is as trained."""
     checksum: str = ""
     """SHA-256 (hex) of the file at registration; empty skips the check."""
+
+
+def default_strength(spec: ImageSpec) -> float:
+    """The strength of a request with a picture that names none."""
+    return DEFAULT_STRENGTH if spec.mask is None else 1.0
 
 
 class Table(BaseModel):

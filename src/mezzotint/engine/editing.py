@@ -15,7 +15,7 @@ import diffusers
 
 from mezzotint.engine.arguments import PipelineProfile
 from mezzotint.input_pictures import require_pictures
-from mezzotint.spec import DEFAULT_STRENGTH, ImageSpec
+from mezzotint.spec import ImageSpec, default_strength
 
 _FROM_PICTURE = ("Img2Img", "image")
 _REPAINT = ("Inpaint", "mask_image")
@@ -57,8 +57,8 @@ class Editing:
     def filled(self, spec: ImageSpec) -> tuple[ImageSpec, list[str]]:
         """The spec with the strength that it runs at, and a warning where it names one without effect."""
         if self.strength and spec.images:
-            default = DEFAULT_STRENGTH if spec.mask is None else 1.0
-            return replace(spec, strength=default if spec.strength is None else spec.strength), []
+            strength = default_strength(spec) if spec.strength is None else spec.strength
+            return replace(spec, strength=strength), []
         warned = spec.strength is not None
         warnings = ["strength had no effect: this model does not use it"] if warned else []
         return replace(spec, strength=None), warnings

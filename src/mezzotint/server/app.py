@@ -35,6 +35,7 @@ from mezzotint.server.api import (
     documentation,
     management,
     openai,
+    openai_edits,
     operations,
     pictures,
     playground,
@@ -81,10 +82,25 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
         openapi_url="/openapi.json",
     )
     app.state.context = context
-    for dialect in (dedicated, pictures, operations, management, adapters, openai, a1111, playground):
+    for dialect in (
+        dedicated,
+        pictures,
+        operations,
+        management,
+        adapters,
+        openai,
+        openai_edits,
+        a1111,
+        playground,
+    ):
         dialect.install(app)
     documentation.install(app)
-    app.add_middleware(BodyReader, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(
+        BodyReader,
+        max_bytes=settings.max_body_bytes,
+        max_image_bytes=max(settings.max_body_bytes, settings.max_image_body_bytes),
+        timeout_s=settings.body_timeout_s,
+    )
     if not settings.auth:
         app.add_middleware(HostAndOriginGuard, settings=settings)
     app.add_middleware(Refusals, on_error=_count_error(context.metrics))

@@ -35,7 +35,14 @@ from mezzotint.server.api import answers, dedicated, openai
 from mezzotint.server.api.answers import AnswerResponse
 from mezzotint.server.api.context import Context, CurrentContext
 from mezzotint.server.api.foreign import meet_half_way
-from mezzotint.server.api.submissions import CurrentHead, body_fingerprint
+from mezzotint.server.api.submissions import (
+    CurrentHead,
+    RequestHead,
+    body_fingerprint,
+    checked_strength,
+    picture_digests,
+    with_pictures,
+)
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.resolve import Target, resolve_short, usable_endpoints
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
@@ -46,8 +53,11 @@ SAMPLER = "Automatic"
 _LORA = re.compile(r"<lora:([^:<>]+)(?::(-?\d{1,3}(?:\.\d{1,6})?))?(?::[^<>]*)?>")
 READ = (
     "prompt", "negative_prompt", "steps", "seed", "cfg_scale", "width", "height", "batch_size", "n_iter",
+    "denoising_strength", "inpainting_mask_invert",
 )  # fmt: skip
 """Fields of a body that this server reads, besides the override of the checkpoint."""
+IMG2IMG_STRENGTH = 0.75
+"""The original's default."""
 MAX_ECHOED = 64 * 2**10
 """Characters of a body that are echoed whole."""
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -73,7 +83,7 @@ BasicKey = Annotated[Key, Depends(basic_key_of)]
 
 
 @dataclass(frozen=True, slots=True)
-class Txt2ImgRequest:
+class CheckedRequest:
     """A checked request, in the words of the dedicated route."""
 
     body: DedicatedImageGenerationBody
@@ -90,6 +100,38 @@ class Txt2ImgRequest:
 async def txt2img(request: Request, context: CurrentContext, key: BasicKey, head: CurrentHead) -> Response:
     values = parse_json(await request.body())
     asked = parse_request(values, request, context, key)
+    return await _answer(request, context, key, head, values, asked)
+
+
+@router.post("/img2img", summary="Edit images, as the web UI's API does", responses={**answers.ERRORS})
+async def img2img(request: Request, context: CurrentContext, key: BasicKey, head: CurrentHead) -> Response:
+    """`init_images` has one picture in base64; of `mask`, the white part is repainted."""
+    values = await run_in_threadpool(parse_json, await request.body())
+    pictures, mask = values.pop("init_images", None), values.pop("mask", None)
+    if not isinstance(pictures, list) or not all(isinstance(text, str) for text in pictures):
+        text = f"init_images must be a list of base64 texts (got {shown(pictures)})"
+        raise InvalidRequestError(text, code="invalid_type", param="init_images")
+    if mask is not None and not isinstance(mask, str):
+        text = f"mask must be base64 (got {shown(mask)})"
+        raise InvalidRequestError(text, code="invalid_type", param="mask")
+    asked = parse_request(values, request, context, key)
+    strength = checked_strength(values.get("denoising_strength", IMG2IMG_STRENGTH), "denoising_strength")
+    invert = bool(values.get("inpainting_mask_invert"))
+    spec = await run_in_threadpool(with_pictures, asked.spec, pictures, mask or None, invert=invert)
+    return await _answer(
+        request, context, key, head, values, replace(asked, spec=replace(spec, strength=strength))
+    )
+
+
+async def _answer(
+    request: Request,
+    context: Context,
+    key: Key,
+    head: RequestHead,
+    values: dict[str, Any],
+    asked: CheckedRequest,
+) -> Response:
+    """Submits a request and answers it; `values` is its body without pictures."""
     parameters = _echoed(values)
     ticket = await context.admission.submit(
         head.submission(
@@ -97,7 +139,7 @@ async def txt2img(request: Request, context: CurrentContext, key: BasicKey, head
             key,
             asked.spec,
             lambda ticket, pictures: _finish(parameters, asked, ticket, pictures),
-            body_fingerprint("a1111", values),
+            body_fingerprint("a1111", values | picture_digests(asked.spec)),
             num_images=asked.body.num_images,
             warnings=asked.warnings,
         )
@@ -118,7 +160,7 @@ def _newest(request: Request, ticket: Ticket, attached: AbstractContextManager[N
             del running[ticket.key.id]
 
 
-def parse_request(values: Mapping[str, Any], request: Request, context: Context, key: Key) -> Txt2ImgRequest:
+def parse_request(values: Mapping[str, Any], request: Request, context: Context, key: Key) -> CheckedRequest:
     """Checks the body; InvalidRequestError names the dedicated route's fields."""
     settings = values.get("override_settings") or {}
     named = settings.get("sd_model_checkpoint") if isinstance(settings, dict) else None
@@ -144,7 +186,7 @@ def parse_request(values: Mapping[str, Any], request: Request, context: Context,
         warnings += bent
     body = make_body(fields, ForeignImageGenerationBody)
     uses = (AdapterUse(target.route, scale),) if target.route else ()
-    return Txt2ImgRequest(body, target, replace(body.spec, adapters=uses), warnings)
+    return CheckedRequest(body, target, replace(body.spec, adapters=uses), warnings)
 
 
 def _ignored(values: Mapping[str, Any]) -> list[str]:
@@ -195,7 +237,7 @@ def _num_images(values: Mapping[str, Any]) -> Any:
     return (1 if size is None else size) * (1 if batches is None else batches)
 
 
-def _finish(parameters: str, asked: Txt2ImgRequest, ticket: Ticket, pictures: list[Picture]) -> Answer:
+def _finish(parameters: str, asked: CheckedRequest, ticket: Ticket, pictures: list[Picture]) -> Answer:
     """Turns pictures into this dialect's answer; runs in a thread."""
     began = time.perf_counter()
     model = asked.body.model

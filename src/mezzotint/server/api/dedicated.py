@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from pydantic import MISSING
 
 from mezzotint import images
+from mezzotint.edit_body import DedicatedImageEditBody, parse_edit_body
 from mezzotint.messages import Preview
 from mezzotint.schemas import (
     DedicatedImageGenerationBody,
@@ -29,9 +30,18 @@ from mezzotint.schemas import (
 )
 from mezzotint.server.api import answers, sse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
-from mezzotint.server.api.submissions import CurrentHead, body_fingerprint, parse_prefer
+from mezzotint.server.api.submissions import (
+    CurrentHead,
+    RequestHead,
+    body_fingerprint,
+    parse_prefer,
+    picture_digests,
+    with_pictures,
+)
+from mezzotint.server.store.keys import Key
 from mezzotint.server.work.resolve import resolve
 from mezzotint.server.work.tickets import Answer, Finish, Picture, Ticket
+from mezzotint.spec import ImageSpec
 
 QUEUED_EVERY_S = 1.0
 """How often a watcher of a waiting request is told its position."""
@@ -62,14 +72,58 @@ async def generate(
     if x_friendli_team:
         structlog.contextvars.bind_contextvars(team=x_friendli_team[:64])  # on this request's log lines
     body = parse_body(await request.body())
+    return await _answer(request, context, key, head, body, body.spec, prefer)
+
+
+@router.post(
+    "/dedicated/v1/images/edits",
+    summary="Edit images",
+    tags=["Images"],
+    response_model=ImageGenerationAnswer,
+    responses={
+        202: {"model": RequestState, "description": "Accepted; asked for with `Prefer: respond-async`."},
+        **answers.ERRORS,
+    },
+    openapi_extra=answers.json_body(DedicatedImageEditBody),
+)
+async def edit(
+    request: Request,
+    context: CurrentContext,
+    key: CurrentKey,
+    head: CurrentHead,
+    prefer: Annotated[str | None, Header(description="`respond-async` answers 202 at once.")] = None,
+    x_friendli_team: Annotated[str | None, Header(description="Accepted, logged and not used.")] = None,
+) -> Response:
+    """Makes images from pictures and words; a mask says which part is repainted."""
+    if x_friendli_team:
+        structlog.contextvars.bind_contextvars(team=x_friendli_team[:64])
+    raw = await request.body()
+    body = await asyncio.to_thread(parse_edit_body, raw)
+    resolve(context.registry, key, body.model)  # before the work of decoding
+    mask = body.mask if isinstance(body.mask, str) else None
+    spec = await asyncio.to_thread(with_pictures, body.spec, body.image, mask)
+    return await _answer(request, context, key, head, body, spec, prefer)
+
+
+async def _answer(
+    request: Request,
+    context: Context,
+    key: Key,
+    head: RequestHead,
+    body: DedicatedImageGenerationBody,
+    spec: ImageSpec,
+    prefer: str | None,
+) -> Response:
     preference = parse_prefer(prefer)
+    kind = "dedicated edit" if spec.images else "dedicated"
+    fields = body.model_dump(mode="json", exclude={"image", "mask"}) | picture_digests(spec)
     ticket = await context.admission.submit(
         head.submission(
             resolve(context.registry, key, body.model),
             key,
-            body.spec,
+            spec,
             _finish(context, body, context.base_url(request)),
-            body_fingerprint("dedicated", body.model_dump(mode="json")),
+            body_fingerprint(kind, fields),
             num_images=body.num_images,
             num_previews=preference.num_previews,
             hold=preference.respond_async,
@@ -91,9 +145,7 @@ def _finish(context: Context, body: DedicatedImageGenerationBody, base_url: str)
             created=int(ticket.created),
             id=ticket.id,
             data=items,
-            usage=Usage(
-                images=len(items), steps=sum(picture.spec.num_inference_steps for picture in pictures)
-            ),
+            usage=Usage(images=len(items), steps=sum(picture.spec.num_steps for picture in pictures)),
             warnings=ticket.warnings,
         )
         text = answer.model_dump_json()
@@ -207,7 +259,7 @@ def _preview_json(ticket: Ticket, number: int, preview: Preview) -> str:
     return PreviewEvent(
         index=number,
         step=preview.step,
-        num_steps=ticket.jobs[number].spec.num_inference_steps,
+        num_steps=ticket.jobs[number].spec.num_steps,
         b64_json=base64.b64encode(data).decode(),
     ).model_dump_json()
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mezzotint.config import Settings, is_loopback
@@ -40,9 +41,13 @@ SECURITY_HEADERS = {
 }
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 BODY_METHODS = ("POST", "PUT", "PATCH")
-IMAGE_PATHS = ("/sdapi/v1/png-info",)
-"""Where a body holds a picture, and so may be larger."""
-MAX_IMAGE_BODY = 32 * 2**20
+FORM_PATHS = ("/v1/images/edits", "/v1/images/variations")
+"""Where a body may be a form."""
+IMAGE_PATHS = (
+    *FORM_PATHS, "/dedicated/v1/images/edits", "/sdapi/v1/img2img", "/sdapi/v1/png-info",
+)  # fmt: skip
+"""Where a body holds pictures, and so may be larger."""
+JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 
 log = structlog.get_logger(__name__)
 
@@ -182,26 +187,35 @@ class HostAndOriginGuard:
 class BodyReader:
     """Reads the whole body before the routes see the request, and checks its size, time and type."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_image_bytes: int, timeout_s: float) -> None:
+        """`max_image_bytes` holds where a body has pictures in it."""
         self._app = app
         self._max_bytes = max_bytes
+        self._max_image_bytes = max_image_bytes
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        most = max(self._max_bytes, MAX_IMAGE_BODY) if scope["path"] in IMAGE_PATHS else self._max_bytes
-        body = await self._read(headers, receive, most)
-        if body:
-            _require_json(headers.get("content-type"))
+        if not _has_route(scope):  # 404 or 405, whatever the body is
+            await self._app(scope, receive, send)
+            return
+        headers, path = Headers(scope=scope), scope["path"]
+        if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+            _require_type(headers.get("content-type"), (JSON_TYPE, FORM_TYPE)[: 1 + (path in FORM_PATHS)])
+        pictures = path in IMAGE_PATHS
+        limit = self._max_image_bytes if pictures else self._max_bytes
+        too_large = _too_large(limit, "max_image_body_bytes" if pictures else "max_body_bytes")
+        body = await self._read(headers, receive, limit, too_large)
         await self._app(scope, _replay(body, receive), send)
 
-    async def _read(self, headers: Headers, receive: Receive, most: int) -> bytes:
+    async def _read(
+        self, headers: Headers, receive: Receive, most: int, too_large: BodyTooLargeError
+    ) -> bytes:
         announced = headers.get("content-length", "")
         if announced.isdigit() and int(announced) > most:
-            raise _too_large(most)
+            raise too_large
         parts: list[bytes] = []
         size, more = 0, True
         try:
@@ -213,7 +227,7 @@ class BodyReader:
                     part = message.get("body", b"")
                     size, more = size + len(part), message.get("more_body", False)
                     if size > most:
-                        raise _too_large(most)
+                        raise too_large
                     parts.append(part)
         except TimeoutError:
             raise BodyTimeoutError(
@@ -222,15 +236,24 @@ class BodyReader:
         return b"".join(parts)
 
 
-def _too_large(most: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"the body is larger than {most} bytes; send a smaller one")
+def _has_route(scope: Scope) -> bool:
+    """Whether a route takes this path and method."""
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
 
 
-def _require_json(content_type: str | None) -> None:
+def _too_large(most: int, setting: str) -> BodyTooLargeError:
+    return BodyTooLargeError(
+        f"the body is larger than {most} bytes; send a smaller one, or let the server's owner raise {setting}"
+    )
+
+
+def _require_type(content_type: str | None, known: tuple[str, ...]) -> None:
     kind = (content_type or "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if kind not in known:
         got = echo(content_type) if content_type else "none"
-        raise UnsupportedMediaError(f"the body must be sent with Content-Type application/json (got {got})")
+        raise UnsupportedMediaError(
+            f"the body must be sent with Content-Type {' or '.join(known)} (got {got})"
+        )
 
 
 def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:

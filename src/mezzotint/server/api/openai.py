@@ -35,10 +35,12 @@ from mezzotint.server.api import answers, sse
 from mezzotint.server.api.answers import AnswerResponse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.foreign import meet_half_way
-from mezzotint.server.api.submissions import CurrentHead, body_fingerprint
+from mezzotint.server.api.submissions import CurrentHead, RequestHead, body_fingerprint
+from mezzotint.server.store.keys import Key
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.resolve import Target, resolve, resolve_short, usable_endpoints
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
+from mezzotint.spec import ImageSpec
 
 PREFIX = "/v1/"
 REFUSAL_STATUS = 400
@@ -67,7 +69,7 @@ _FORMS: Mapping[str | None, tuple[str, str | None]] = {
 """By `response_format`: the field that holds the picture, and the file's format if that says it too."""
 
 _FILES = ("png", "jpeg", "webp")
-_ERRORS = {REFUSAL_STATUS if status == 422 else status: text for status, text in answers.ERRORS.items()}
+ERRORS = {REFUSAL_STATUS if status == 422 else status: text for status, text in answers.ERRORS.items()}
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -87,9 +89,11 @@ class OpenAIRequest:
     stream: bool
     partial_images: int
     warnings: list[str]
+    event: str = "image_generation"
+    """What the types of streamed events begin with."""
 
 
-def _body_schema() -> dict[str, Any]:
+def body_schema() -> dict[str, Any]:
     """The JSON Schema of a body: shared fields as on the dedicated route, and null is as good as absent."""
     fields = ForeignImageGenerationBody.model_json_schema()["properties"]
     own: dict[str, dict[str, Any]] = {
@@ -124,13 +128,13 @@ def _body_schema() -> dict[str, Any]:
     "/v1/images/generations",
     summary="Generate images, as OpenAI's API does",
     response_class=Response,
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}, **_ERRORS},
+    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}, **ERRORS},
     openapi_extra={
         "requestBody": {
             "required": True,
             "content": {
                 "application/json": {
-                    "schema": _body_schema(),
+                    "schema": body_schema(),
                     "example": {"model": "emoji", "prompt": "an owl", "size": "auto", "seed": 7},
                 }
             },
@@ -142,14 +146,29 @@ async def generate(request: Request, context: CurrentContext, key: CurrentKey, h
     values = {name: value for name, value in parse_json(await request.body()).items() if value is not None}
     target = resolve_short(context.registry, key, values.get("model"))
     asked = parse_request(values, target, context.settings.foreign_values)
+    fingerprint = body_fingerprint("openai", values)
+    return await answer(request, context, key, head, target, asked, asked.body.spec, fingerprint)
+
+
+async def answer(
+    request: Request,
+    context: Context,
+    key: Key,
+    head: RequestHead,
+    target: Target,
+    asked: OpenAIRequest,
+    spec: ImageSpec,
+    fingerprint: str,
+) -> Response:
+    """Submits the request and answers it in this dialect."""
     base_url = context.base_url(request)
     ticket = await context.admission.submit(
         head.submission(
             target,
             key,
-            asked.body.spec,
+            spec,
             lambda ticket, pictures: _finish(context, asked, base_url, ticket, pictures),
-            body_fingerprint("openai", values),
+            fingerprint,
             num_images=asked.body.num_images,
             num_previews=asked.partial_images if asked.stream else 0,
             warnings=asked.warnings,
@@ -246,7 +265,7 @@ def _finish(
         usage = _usage(pictures[:1])
         parts = [
             sse.event(
-                "image_generation.completed", _event(asked, "completed", picture, data) | {"usage": usage}
+                f"{asked.event}.completed", _event(asked, "completed", picture, data) | {"usage": usage}
             )
             for picture, data in zip(pictures, files, strict=True)
         ]
@@ -296,7 +315,7 @@ def _item(
 
 def _usage(pictures: list[Picture]) -> dict[str, Any]:
     """OpenAI's shape, which counts tokens; each denoising step is one output token."""
-    steps = sum(picture.spec.num_inference_steps for picture in pictures)
+    steps = sum(picture.spec.num_steps for picture in pictures)
     return {
         "input_tokens": 0,
         "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
@@ -307,7 +326,7 @@ def _usage(pictures: list[Picture]) -> dict[str, Any]:
 
 def _event(asked: OpenAIRequest, kind: str, picture: Picture | Preview, data: bytes) -> dict[str, Any]:
     return {
-        "type": f"image_generation.{kind}",
+        "type": f"{asked.event}.{kind}",
         "b64_json": base64.b64encode(data).decode(),
         "created_at": int(time.time()),
         "size": f"{picture.width}x{picture.height}",
@@ -348,7 +367,7 @@ def _partial(asked: OpenAIRequest, number: int, preview: Preview) -> bytes:
     )
     values = _event(asked, "partial_image", preview, data)
     values |= {"partial_image_index": preview.index, "index": number}
-    return sse.event("image_generation.partial_image", values)
+    return sse.event(f"{asked.event}.partial_image", values)
 
 
 # ---------------------------------------------------------------- models
@@ -357,7 +376,7 @@ def _partial(asked: OpenAIRequest, number: int, preview: Preview) -> bytes:
 @router.get(
     "/v1/models",
     summary="Endpoints and adapters that this key may use",
-    responses={401: _ERRORS[401]},
+    responses={401: ERRORS[401]},
 )
 async def list_models(context: CurrentContext, key: CurrentKey) -> dict[str, Any]:
     """Each endpoint and each `endpoint:adapter`; `mezzotint` says what requests to it may ask for."""
@@ -369,7 +388,7 @@ async def list_models(context: CurrentContext, key: CurrentKey) -> dict[str, Any
     return {"object": "list", "data": data}
 
 
-@router.get("/v1/models/{model}", summary="One of them", responses={s: _ERRORS[s] for s in (401, 403, 404)})
+@router.get("/v1/models/{model}", summary="One of them", responses={s: ERRORS[s] for s in (401, 403, 404)})
 async def read_model(model: str, context: CurrentContext, key: CurrentKey) -> dict[str, Any]:
     for found in await _models(context, resolve(context.registry, key, model).endpoint):
         if found["id"] == model:

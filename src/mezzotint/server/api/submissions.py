@@ -7,16 +7,18 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
 
 from mezzotint.errors import InvalidRequestError, echo
+from mezzotint.input_pictures import decode_text, read_mask, read_pictures
+from mezzotint.schemas import shown
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.resolve import Target
 from mezzotint.server.work.tickets import Finish, Submission
-from mezzotint.spec import ImageSpec
+from mezzotint.spec import LIMITS, ImageSpec
 
 MAX_IDEMPOTENCY_KEY = 255
 """Characters."""
@@ -102,6 +104,48 @@ def body_fingerprint(dialect: str, values: Mapping[str, Any]) -> str:
     """Tells whether two bodies are the same request."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(f"{dialect}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def with_pictures(
+    spec: ImageSpec,
+    images: Sequence[str | bytes],
+    mask: str | bytes | None,
+    *,
+    alpha: bool = False,
+    invert: bool = False,
+) -> ImageSpec:
+    """The spec with its pictures decoded; call it in a thread. `alpha`, `invert` are those of `read_mask`.
+
+    A text is a data URL or base64. InvalidRequestError says what is wrong with a picture.
+    """
+    pictures = read_pictures([_file_of(picture, "image") for picture in images])
+    shown = (
+        None if mask is None else read_mask(_file_of(mask, "mask"), pictures[0], alpha=alpha, invert=invert)
+    )
+    return replace(spec, images=pictures, mask=shown)
+
+
+def _file_of(picture: str | bytes, param: str) -> bytes:
+    return picture if isinstance(picture, bytes) else decode_text(picture, param)
+
+
+def checked_strength(value: Any, param: str = "strength") -> float | None:
+    """The strength in a body of a foreign dialect; InvalidRequestError if it is none."""
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        text = f"{param} must be a number (got {shown(value)})"
+        raise InvalidRequestError(text, code="invalid_type", param=param)
+    low, high = LIMITS["strength"]
+    if not low <= value <= high:
+        text = f"{param} must be between {low} and {high} (got {shown(value)})"
+        raise InvalidRequestError(text, code="out_of_range", param=param)
+    return float(value)
+
+
+def picture_digests(spec: ImageSpec) -> dict[str, Any]:
+    """The pictures' part of a fingerprint; empty without pictures."""
+    return {"pictures": [picture.digest for picture in spec.pictures]} if spec.images else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,7 @@ class Admission:
         ticket.touch()
 
     def _job_ended(self, ticket: Ticket, job: Job, outcome: Done | MezzotintError) -> None:
-        done = job.step / job.spec.num_inference_steps
+        done = job.step / job.spec.num_steps
         self._quotas.used(ticket.key, step_seconds=job.work_s * done)
         if ticket.ended:
             return
@@ -299,11 +299,15 @@ def _messages(submission: Submission) -> list[Generate]:
     """One message per image; image i uses seed + i, and the endpoint's defaults are filled in."""
     spec, endpoint, key, num = submission.spec, submission.endpoint, submission.key, submission.num_images
     seed = secrets.randbelow(DRAWN_SEEDS - num) if spec.seed is None else spec.seed
+    width, height = spec.width, spec.height
+    if spec.images:
+        width, height = endpoint.profile.size_of(spec) or (width, height)
     filled = replace(
         spec,
         guidance_scale=endpoint.profile.guidance_scale(spec.guidance_scale),
-        width=spec.width or endpoint.spec.width,
-        height=spec.height or endpoint.spec.height,
+        width=width or endpoint.spec.width,
+        height=height or endpoint.spec.height,
+        strength=endpoint.profile.strength(spec),
         negative_prompt=spec.negative_prompt or None,
     )
     return [

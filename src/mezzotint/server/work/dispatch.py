@@ -248,7 +248,7 @@ class Dispatcher:
             now = asyncio.get_running_loop().time()
             self._throughput = self.throughput.observed(job.work_s, now - self._last_end)
             self._last_end = self.last_used = now
-            self.queue.progressed(job, job.spec.num_inference_steps)
+            self.queue.progressed(job, job.spec.num_steps)
         self._ended(replica, job_id, message)
 
     def _ended(self, replica: Replica, job_id: str, outcome: Done | MezzotintError) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from mezzotint.config import EndpointSettings
 from mezzotint.errors import InvalidRequestError
+from mezzotint.input_pictures import output_size, require_pictures
 from mezzotint.messages import LoadModel, ModelInfo
-from mezzotint.spec import ImageSpec
+from mezzotint.spec import ImageSpec, default_strength
 
 GUESSED_STEP_S = 0.05
 """Seconds per step until the model has been measured."""
@@ -49,6 +50,23 @@ class Profile:
         wide = width or self.spec.width or (self.info.width if self.info else None)
         high = height or self.spec.height or (self.info.height if self.info else None)
         return (wide, high) if wide and high else None
+
+    def size_of(self, spec: ImageSpec) -> tuple[int, int] | None:
+        """As `size`, for a request whose picture may say what it leaves open."""
+        own = self.size(None, None)
+        if not spec.images or self.info is None or own is None:
+            return self.size(spec.width, spec.height)
+        if spec.width and spec.height:
+            return spec.width, spec.height
+        multiple = self.info.size_multiple
+        size = output_size(spec.images[0], spec.width, spec.height, own=own, multiple=multiple)
+        return self.nearest_size(*size) if self.info.sizes else size
+
+    def strength(self, spec: ImageSpec) -> float | None:
+        """The strength at which a request runs; None where the model has none or is not known yet."""
+        if not spec.images or self.info is None or not self.info.strength or spec.strength is not None:
+            return spec.strength
+        return default_strength(spec)
 
     @property
     def max_pixels(self) -> int | None:
@@ -93,12 +111,19 @@ class Profile:
 
     def work_s(self, spec: ImageSpec) -> float:
         """Seconds that this job would take alone; the text encoder and the decoder count as one step."""
-        return (spec.num_inference_steps + 1) * self.step_s(spec.width, spec.height)
+        return (spec.num_steps + 1) * self.step_s(spec.width, spec.height)
 
     def check(self, spec: ImageSpec) -> None:
         """InvalidRequestError if this model is known to be unable to draw this."""
         if self.info is None:
             return
+        require_pictures(
+            spec,
+            f"endpoint {self.spec.id}",
+            max_pictures=self.info.max_pictures,
+            masks=self.info.masks,
+            strength=self.info.strength,
+        )
         for name, value in (("width", spec.width), ("height", spec.height)):
             if value is not None and value % self.info.size_multiple:
                 raise InvalidRequestError(

@@ -64,7 +64,7 @@ class Job:
 
     @property
     def remaining_s(self) -> float:
-        return self.work_s * (1 - min(self.step / self.spec.num_inference_steps, 1))
+        return self.work_s * (1 - min(self.step / self.spec.num_steps, 1))
 
     def end(self, outcome: Done | MezzotintError) -> None:
         """Ends the job once; later calls do nothing (a result may cross a cancellation)."""

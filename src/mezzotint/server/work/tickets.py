@@ -201,11 +201,11 @@ class Ticket:
 
     @property
     def step(self) -> int:
-        return sum(min(job.step, job.spec.num_inference_steps) for job in self.jobs)
+        return sum(min(job.step, job.spec.num_steps) for job in self.jobs)
 
     @property
     def num_steps(self) -> int:
-        return sum(job.spec.num_inference_steps for job in self.jobs)
+        return sum(job.spec.num_steps for job in self.jobs)
 
     async def changed(self, seen: int) -> int:
         """Waits until `changes` differs from `seen` and answers it; several changes may come as one."""
