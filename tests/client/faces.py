@@ -14,6 +14,7 @@ class Talks(Protocol):
     """What the tests use of a client."""
 
     def generate(self, **fields: Any) -> Generation: ...
+    def edit(self, **fields: Any) -> Generation: ...
     def submit(self, **fields: Any) -> Handle | Awaited: ...
     def handle(self, request_id: str) -> Handle | Awaited: ...
     def stream(self, **fields: Any) -> Iterator[Event]: ...
@@ -59,6 +60,9 @@ class AwaitedImages:
 
     def generate(self, **fields: Any) -> Generation:
         return self.runner.run(self.images.generate(**fields))
+
+    def edit(self, **fields: Any) -> Generation:
+        return self.runner.run(self.images.edit(**fields))
 
     def submit(self, **fields: Any) -> Awaited:
         return Awaited(self.runner, self.runner.run(self.images.submit(**fields)))

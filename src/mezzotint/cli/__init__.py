@@ -15,6 +15,7 @@ import typer
 
 import mezzotint
 from mezzotint.cli.adapters import adapters
+from mezzotint.cli.edit import edit
 from mezzotint.cli.endpoints import endpoints
 from mezzotint.cli.generate import generate
 from mezzotint.cli.keys import keys
@@ -66,6 +67,7 @@ def options(version: VersionFlag = False) -> None:
 
 app.command()(serve)
 app.command()(generate)
+app.command()(edit)
 app.command()(pull)
 app.command()(doctor)
 app.add_typer(endpoints, name="endpoints")

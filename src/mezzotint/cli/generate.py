@@ -97,16 +97,23 @@ def generate(
             if batch.run(client, entries, out or prompts.with_suffix(""), suffix, as_json=as_json):
                 raise typer.Exit(1)
             return
-        result = with_progress(client, fields)
-        places = [picture.url or "" for picture in result.data]
-        if format != "url":
-            path = out or default_path(str(prompt), result.seed, format)
-            places = [str(path) for path in save(result, path)]
-        if show:
-            from mezzotint.cli import picture
+        make_and_print(client, fields, out, show=show, as_json=as_json)
 
-            for made in result.data:
-                picture.show(made.image)
+
+def make_and_print(
+    client: Client, fields: dict[str, Any], out: Path | None, *, show: bool, as_json: bool
+) -> None:
+    """Makes the pictures of one request, writes them to files and prints where they are."""
+    result, form = with_progress(client, fields), fields["response_format"]
+    places = [picture.url or "" for picture in result.data]
+    if form != "url":
+        path = out or default_path(str(fields["prompt"]), result.seed, form)
+        places = [str(path) for path in save(result, path)]
+    if show:
+        from mezzotint.cli import picture
+
+        for made in result.data:
+            picture.show(made.image)
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(as_text(result, places) if as_json else "\n".join(places))

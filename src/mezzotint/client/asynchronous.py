@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, cast, overload
 
 import httpx2
 
@@ -15,6 +15,7 @@ from mezzotint.client.exchange import (
     MAX_EVENT_BYTES,
     MAX_RETRIES,
     TIMEOUT_S,
+    EditFields,
     ImageFields,
     Options,
     Send,
@@ -91,6 +92,20 @@ class AsyncImages:
             self._options, fields, timeout_s=timeout, idempotency_key=idempotency_key
         )
         return await self._client._run(exchange.generate(self._options, send))
+
+    async def edit(
+        self,
+        *,
+        timeout: float | None = None,
+        idempotency_key: str | None = None,
+        **fields: Unpack[EditFields],
+    ) -> Generation:
+        """As `generate`, from the picture `image`; of `mask`, the white part is repainted.
+
+        `submit`, `stream` and `generate_many` take `image` as well.
+        """
+        edited = cast(ImageFields, fields)
+        return await self.generate(timeout=timeout, idempotency_key=idempotency_key, **edited)
 
     async def submit(
         self, *, previews: int = 0, idempotency_key: str | None = None, **fields: Unpack[ImageFields]

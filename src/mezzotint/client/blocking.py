@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, cast, overload
 
 import httpx2
 
@@ -17,6 +17,7 @@ from mezzotint.client.exchange import (
     MAX_EVENT_BYTES,
     MAX_RETRIES,
     TIMEOUT_S,
+    EditFields,
     ImageFields,
     Options,
     Send,
@@ -107,6 +108,20 @@ class Images:
             self._options, fields, timeout_s=timeout, idempotency_key=idempotency_key
         )
         return self._client._run(exchange.generate(self._options, send))
+
+    def edit(
+        self,
+        *,
+        timeout: float | None = None,
+        idempotency_key: str | None = None,
+        **fields: Unpack[EditFields],
+    ) -> Generation:
+        """As `generate`, from the picture `image`; of `mask`, the white part is repainted.
+
+        `submit`, `stream` and `generate_many` take `image` as well.
+        """
+        edited = cast(ImageFields, fields)
+        return self.generate(timeout=timeout, idempotency_key=idempotency_key, **edited)
 
     def submit(
         self, *, previews: int = 0, idempotency_key: str | None = None, **fields: Unpack[ImageFields]

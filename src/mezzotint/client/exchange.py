@@ -10,20 +10,23 @@ import base64
 import contextlib
 import email.utils
 import functools
+import json
 import os
 import random
 import ssl
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Required, Self, TypedDict, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Required, Self, TypeAlias, TypedDict, TypeVar
 from urllib.parse import quote, urljoin
 
 import httpx2
 from pydantic import MISSING, BaseModel, ValidationError
 
 from mezzotint import __version__
+from mezzotint.client.picture_files import picture_text
 from mezzotint.client.results import (
     Completed,
     Event,
@@ -34,6 +37,7 @@ from mezzotint.client.results import (
     bad_answer,
     or_none,
 )
+from mezzotint.edit_body import DedicatedImageEditBody
 from mezzotint.errors import (
     MAX_ECHO,
     ConfigError,
@@ -67,8 +71,14 @@ MAX_BACKOFF_S = 8.0
 MAX_RETRY_AFTER_S = 120.0
 """A server that asks for a longer wait is not waited for: the error says how long it would be."""
 GENERATIONS = "/dedicated/v1/images/generations"
+EDITS = "/dedicated/v1/images/edits"
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 T = TypeVar("T")
+PictureSource: TypeAlias = "str | Path | bytes | Image"
+"""A path, a file's bytes, a picture of Pillow's, or a data URL."""
 
 
 class ImageFields(TypedDict, total=False):
@@ -86,6 +96,28 @@ class ImageFields(TypedDict, total=False):
     negative_prompt: str | MISSING | None
     control_images: MISSING | None
     controlnet_weights: MISSING | None
+    image: PictureSource | Sequence[PictureSource]
+    """With it the request is an edit, and has the fields of DedicatedImageEditBody."""
+    mask: PictureSource | MISSING | None
+    strength: float | MISSING | None
+
+
+class EditFields(TypedDict, total=False):
+    """The fields of an edit, which needs a picture and has 20 steps when none are named."""
+
+    model: Required[str]
+    prompt: Required[str]
+    image: Required[PictureSource | Sequence[PictureSource]]
+    mask: PictureSource | MISSING | None
+    strength: float | MISSING | None
+    num_inference_steps: int
+    guidance_scale: float | MISSING | None
+    response_format: DedicatedImageGenerationBodyResponseFormat | MISSING | None
+    seed: int | MISSING | None
+    n: int | MISSING | None
+    width: int | MISSING | None
+    height: int | MISSING | None
+    negative_prompt: str | MISSING | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +205,25 @@ def build_request(
     prefer: str | None = None,
 ) -> Send:
     """The POST for these fields; InvalidRequestError, as the server would say it, before anything is sent."""
-    content = make_body(fields).model_dump_json().encode()
+    path, content = _content(fields)
     headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key or uuid.uuid4().hex}
     if prefer:
         headers["Prefer"] = prefer
-    return options.own("POST", GENERATIONS, headers=headers, content=content, timeout_s=timeout_s)
+    return options.own("POST", path, headers=headers, content=content, timeout_s=timeout_s)
+
+
+def _content(fields: Mapping[str, Any]) -> tuple[str, bytes]:
+    """The route for these fields, and the body: with `image` it is an edit."""
+    if "image" not in fields:
+        return GENERATIONS, make_body(fields).model_dump_json().encode()
+    given = fields["image"]
+    pictures = [picture_text(each) for each in (given if isinstance(given, list | tuple) else [given])]
+    values: dict[str, Any] = {**fields, "image": [{"image": text} for text in pictures]}
+    if fields.get("mask", MISSING) not in (None, MISSING):
+        values["mask"] = {"image": picture_text(fields["mask"], "mask")}
+    body = make_body(values, DedicatedImageEditBody).model_dump(mode="json", exclude={"image", "mask"})
+    body |= {name: values[name] for name in ("image", "mask") if values.get(name, MISSING) is not MISSING}
+    return EDITS, json.dumps(body).encode()
 
 
 def read_error(response: httpx2.Response) -> MezzotintError | None:

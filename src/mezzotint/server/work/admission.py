@@ -299,21 +299,17 @@ def _messages(submission: Submission) -> list[Generate]:
     """One message per image; image i uses seed + i, and the endpoint's defaults are filled in."""
     spec, endpoint, key, num = submission.spec, submission.endpoint, submission.key, submission.num_images
     seed = secrets.randbelow(DRAWN_SEEDS - num) if spec.seed is None else spec.seed
-    width, height = spec.width, spec.height
-    if spec.images:
-        width, height = endpoint.profile.size_of(spec) or (width, height)
     filled = replace(
         spec,
         guidance_scale=endpoint.profile.guidance_scale(spec.guidance_scale),
-        width=width or endpoint.spec.width,
-        height=height or endpoint.spec.height,
-        strength=endpoint.profile.strength(spec),
+        width=spec.width or (None if spec.images else endpoint.spec.width),
+        height=spec.height or (None if spec.images else endpoint.spec.height),
         negative_prompt=spec.negative_prompt or None,
     )
     return [
         Generate(
             f"{submission.request_id}-{number}",
-            replace(filled, seed=seed + number),
+            endpoint.profile.filled(replace(filled, seed=seed + number)),
             num_previews=submission.num_previews,
             priority=key.limits.priority,
             owner=key.id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from mezzotint.errors import GenerationError, InvalidRequestError, MezzotintError, RequestCancelledError
 from mezzotint.messages import (
@@ -175,12 +176,15 @@ class Dispatcher:
 
     def _hand_over(self, replica: Replica, job: Job, now: float) -> None:
         self.queue.take(job, now)
+        profile = self._profile()
         try:
-            self._profile().check(job.spec)  # for jobs that came before the model was known
+            spec = profile.filled(job.spec)  # for jobs that came before the model was known
+            profile.check(spec)
         except InvalidRequestError as error:
             self.queue.finished(job)
             job.end(error)
             return
+        job.request = replace(job.request, spec=spec)
         self._held.setdefault(replica, {})[job.request.job_id] = job
         replica.send(job.request)
 

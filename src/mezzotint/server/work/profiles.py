@@ -62,11 +62,14 @@ class Profile:
         size = output_size(spec.images[0], spec.width, spec.height, own=own, multiple=multiple)
         return self.nearest_size(*size) if self.info.sizes else size
 
-    def strength(self, spec: ImageSpec) -> float | None:
-        """The strength at which a request runs; None where the model has none or is not known yet."""
-        if not spec.images or self.info is None or not self.info.strength or spec.strength is not None:
-            return spec.strength
-        return default_strength(spec)
+    def filled(self, spec: ImageSpec) -> ImageSpec:
+        """With the size and the strength that a request with pictures leaves open, if the model is known."""
+        size = self.size_of(spec)
+        if not spec.images or self.info is None or size is None:
+            return spec
+        strength = default_strength(spec) if spec.strength is None else spec.strength
+        strength_used = strength if self.info.strength else spec.strength
+        return replace(spec, width=size[0], height=size[1], strength=strength_used)
 
     @property
     def max_pixels(self) -> int | None:
