@@ -15,6 +15,7 @@ import typer
 
 import mezzotint
 from mezzotint.cli.adapters import adapters
+from mezzotint.cli.db import db
 from mezzotint.cli.edit import edit
 from mezzotint.cli.endpoints import endpoints
 from mezzotint.cli.generate import generate
@@ -73,6 +74,7 @@ app.command()(doctor)
 app.add_typer(endpoints, name="endpoints")
 app.add_typer(adapters, name="adapters")
 app.add_typer(keys, name="keys")
+app.add_typer(db, name="db")
 app.command()(top)
 
 

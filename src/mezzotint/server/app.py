@@ -44,6 +44,7 @@ from mezzotint.server.api.context import Context
 from mezzotint.server.api.middleware import BodyReader, Envelope, HostAndOriginGuard, Refusals, error_response
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import database
+from mezzotint.server.store.migrations import Upgrade
 from mezzotint.server.store.pictures import Pictures
 from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.store.signing import load_signer
@@ -179,7 +180,9 @@ def _context(settings: Settings, worker: str) -> Context:
             f"data_dir: {settings.data_dir} cannot be used ({error.strerror}); "
             "give a folder that this user may write to"
         ) from None
-    engine = database.open_database(database.database_url(settings.data_dir, settings.database_url))
+    engine = database.open_database(
+        database.database_url(settings.data_dir, settings.database_url), _log_upgrade
+    )
     metrics = Metrics()
     quotas = Quotas(engine)
     pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
@@ -195,6 +198,10 @@ def _context(settings: Settings, worker: str) -> Context:
         quotas=quotas,
         pool=pool,
     )
+
+
+def _log_upgrade(done: Upgrade) -> None:
+    log.info("database upgraded", before=done.before, after=done.after, backup=str(done.backup))
 
 
 def _lifespan(

@@ -1,26 +1,29 @@
 """The server's memory: keys, endpoints with their history and calibration, adapters, use per key.
 
-SQLAlchemy Core; SQLite in WAL mode by default, Postgres by URL. The tables are made on first use; `meta`
-holds the schema's version, and a database of another version stops the start rather than being guessed at.
+SQLAlchemy Core; SQLite in WAL mode by default, Postgres by URL. The tables here are those of the newest
+revision in `migrations`, which makes them on first use and upgrades older databases.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from mezzotint.errors import ConfigError, MezzotintError, UnavailableError
+from mezzotint.server.store import migrations
 
-SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 2.0
 """How long a write waits for another process's write (the command line beside the server)."""
 
 metadata = sa.MetaData()
 
-meta = sa.Table(
+meta = sa.Table(  # for programs of version 0.1.0, which look here whether the database is theirs
     "meta", metadata, sa.Column("name", sa.String, primary_key=True), sa.Column("value", sa.String)
 )
 
@@ -98,26 +101,53 @@ def database_url(data_dir: Path, url: str | None) -> str:
     return url or f"sqlite:///{data_dir / 'mezzotint.db'}"
 
 
-def open_database(url: str) -> sa.Engine:
-    """A connected engine whose tables exist; ConfigError when it cannot be opened or has another version."""
-    try:
-        engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-        if engine.dialect.name == "sqlite":
-            file = engine.url.database
-            if file and file != ":memory:":
-                Path(file).touch(mode=0o600)  # SQLite gives its other files the mode of this one
-            event.listen(engine, "connect", _prepare_sqlite)
+def open_database(
+    url: str, on_upgrade: Callable[[migrations.Upgrade], None] = lambda upgrade: None
+) -> sa.Engine:
+    """A connected engine whose schema is the newest; ConfigError when there is no such database to be had.
+
+    `on_upgrade` is told when an older database has been upgraded first.
+    """
+    with _refusals(url):
+        engine = _engine(url)
         try:
-            with engine.begin() as connection:
-                metadata.create_all(connection)
-                _check_version(connection)
+            done = migrations.bring_up(engine)
         except BaseException:
             engine.dispose()
             raise
-    except (SQLAlchemyError, ImportError, OSError) as error:
+        if done.before not in (None, done.after):
+            on_upgrade(done)
+        return engine
+
+
+def upgrade_database(url: str) -> migrations.Upgrade:
+    """Brings the schema to the newest revision, on Postgres too."""
+    with _refusals(url):
+        engine = _engine(url)
+        try:
+            return migrations.upgrade(engine)
+        finally:
+            engine.dispose()
+
+
+def _engine(url: str) -> sa.Engine:
+    engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    if engine.dialect.name == "sqlite":
+        file = engine.url.database
+        if file and file != ":memory:":
+            Path(file).touch(mode=0o600)  # SQLite gives its other files the mode of this one
+        event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+@contextlib.contextmanager
+def _refusals(url: str) -> Iterator[None]:
+    """Turns what the drivers raise into a ConfigError without the URL's password."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error, ImportError, OSError) as error:
         safe = sa.make_url(url).render_as_string(hide_password=True) if "://" in url else url
         raise ConfigError(f"database_url: {safe} cannot be opened: {_reason(error)}") from None
-    return engine
 
 
 def unavailable(error: SQLAlchemyError) -> MezzotintError:
@@ -134,21 +164,6 @@ def _prepare_sqlite(connection: object, _record: object) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={int(BUSY_TIMEOUT_S * 1000)}"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
-
-
-def _check_version(connection: sa.Connection) -> None:
-    found = connection.scalar(sa.select(meta.c.value).where(meta.c.name == "schema_version"))
-    if found is None:
-        try:
-            with connection.begin_nested():
-                connection.execute(meta.insert().values(name="schema_version", value=str(SCHEMA_VERSION)))
-        except IntegrityError:  # another process made the tables at the same moment
-            found = connection.scalar(sa.select(meta.c.value).where(meta.c.name == "schema_version"))
-    if found is not None and found != str(SCHEMA_VERSION):
-        raise ConfigError(
-            f"the database has schema version {found}, this program needs {SCHEMA_VERSION}; "
-            "start the program that made it, or give another data_dir"
-        )
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,1 @@
+"""The revisions in order. One that has been published is never changed."""
