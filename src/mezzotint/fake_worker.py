@@ -66,6 +66,8 @@ DEFAULTS = {
     "once": "",
 }
 SLOW_STEP_S = 2.0
+EXAMPLES = ("an owl on a yellow background", "a red apple on a teal background", "a rocket")
+"""What it says that it draws well."""
 _FAULT = re.compile(r"!(?P<kind>die-once|die|hang|slow|stuck|fail|oom)(?:@(?P<step>\d+))?(?::(?P<file>\S+))?")
 
 
@@ -136,6 +138,7 @@ def model_info(load: LoadModel, size: int, step_s: float) -> ModelInfo:
         strength=True,
         calibration=[{"rows": 1, "forward_s": step_s, "rows_per_s": 1 / step_s if step_s else 0.0}],
         step_s=step_s,
+        examples=list(EXAMPLES),
     )
 
 

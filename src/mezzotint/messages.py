@@ -130,6 +130,8 @@ class ModelInfo:
     """Every (width, height) that the model can draw; empty: any of its multiple."""
     step_s: float = 0.0
     """Measured seconds of one step of one lone job at the default size."""
+    examples: list[str] = field(default_factory=list)
+    """Prompts that the model's maker recommends."""
 
 
 @dataclass(frozen=True, slots=True)

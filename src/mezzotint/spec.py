@@ -7,7 +7,7 @@ consumes it, and the picture's file and the database store it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -39,6 +39,11 @@ def between(name: str) -> Any:
     """The pydantic constraint for LIMITS[name]."""
     low, high = LIMITS[name]
     return Field(ge=low, le=high)
+
+
+def sizes_text(sizes: Iterable[tuple[int, int]]) -> str:
+    """Sizes in pixels for a message: `128x128 or 256x256`."""
+    return " or ".join(f"{width}x{height}" for width, height in sizes)
 
 
 @dataclass(frozen=True, slots=True)

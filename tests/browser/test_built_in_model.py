@@ -36,7 +36,7 @@ def test_words_become_the_right_picture_and_stay(browser: Browser, tmp_path: Pat
     emoji = endpoint(BUILT_IN_MODEL, id="emoji", num_threads=1)
     with hosting(settings_for(tmp_path, emoji), worker=ENGINE_WORKER, ready=False) as host:
         visit = open_page(browser, host, host.first_key)
-        visit.page.click("#examples button >> text=teal")
+        visit.page.click("#examples button >> text=teal", timeout=LOADING_MS)
         visit.done(LOADING_MS)
         picture = visit.shown_bytes()
         red, green, blue = corner(picture)

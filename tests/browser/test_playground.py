@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Error
 
 from mezzotint import images
+from mezzotint.fake_worker import EXAMPLES
 from mezzotint.images import read_parameters
 from tests.browser.conftest import Visit, new_key, open_page
 from tests.server.hosting import Host, client, endpoint, hosting, settings_for
@@ -29,12 +30,26 @@ def test_the_first_picture_is_two_clicks_away(browser: Browser, host: Host) -> N
     visit.see("#key-dialog")
     visit.page.fill("#key", new_key(host))
     visit.page.click("#key-form button")
+    visit.see("#examples button >> nth=0")
     assert visit.page.locator("#examples button").count() == 3
     visit.page.click("#examples button >> nth=0")
     visit.see("#actions")
     assert visit.text("#caption") == visit.page.locator("#prompt").input_value()
     assert read_parameters(visit.shown_bytes()) is not None
     visit.page.context.close()
+
+
+def test_an_endpoint_that_is_still_loading_shows_its_examples_once_it_has_loaded(
+    browser: Browser, tmp_path: Path
+) -> None:
+    slow = endpoint("fake:load_s=3", id="slow")
+    with hosting(settings_for(tmp_path, slow, auth=False), ready=False) as starting:
+        visit = open_page(browser, starting)
+        assert not visit.page.locator("#begin").is_visible()
+        visit.see("#examples button")
+        assert visit.text("#examples").splitlines() == list(EXAMPLES)
+        assert visit.page.locator("#steps").input_value() == "8", "the model's own steps"
+        visit.page.context.close()
 
 
 def test_a_wrong_key_is_told_in_the_servers_words_and_asked_again(browser: Browser, host: Host) -> None:

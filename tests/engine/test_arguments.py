@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from mezzotint.engine.arguments import PipelineProfile
-from mezzotint.errors import InvalidRequestError
+from mezzotint.engine.manifest import Manifest
+from mezzotint.errors import InvalidRequestError, ModelLoadError
 from mezzotint.spec import ImageSpec as Request
+from mezzotint.spec import InputPicture
 from tests.engine import tiny
 
 
@@ -86,3 +88,35 @@ def test_steps_outside_one_to_fifty_are_refused(steps: Any) -> None:
     with pytest.raises(InvalidRequestError, match="between 1 and 50") as caught:
         facts("flux").call_arguments(request(num_inference_steps=steps))
     assert caught.value.param == "num_inference_steps"
+
+
+def test_what_a_model_says_of_itself_goes_before_its_family() -> None:
+    said = Manifest(sizes=[(32, 16), (16, 16)], num_inference_steps=6, guidance_scale=2.0)
+    known = PipelineProfile(tiny.build("flux"), manifest=said)
+    assert (known.width, known.height, known.default_steps) == (32, 16, 6)
+    arguments, _ = known.call_arguments(request())
+    assert (arguments["width"], arguments["height"], arguments["guidance_scale"]) == (32, 16, 2.0)
+    assert known.call_arguments(request(guidance_scale=5.0))[0]["guidance_scale"] == 5.0
+    assert known.call_arguments(request(width=16))[0]["width"] == 16
+    with pytest.raises(InvalidRequestError, match=r"must be 32x16 or 16x16 for this model .got 48x16"):
+        known.call_arguments(request(width=48))
+
+
+def test_a_size_that_a_model_names_but_cannot_have_stops_its_load() -> None:
+    with pytest.raises(ModelLoadError, match=r"sizes: this model draws multiples of 8 pixels .got 33x16"):
+        PipelineProfile(tiny.build("flux"), manifest=Manifest(sizes=[(33, 16)]))
+
+
+def test_a_word_that_the_model_was_not_taught_is_said_in_the_answer() -> None:
+    known = PipelineProfile(tiny.build("flux"), manifest=Manifest(vocabulary=["a", "red", "cat"]))
+    assert known.call_arguments(request(prompt="a red cat"))[1] == []
+    (warning,) = known.call_arguments(request(prompt="a red cta"))[1]
+    assert "'cta' (nearest known: 'cat')" in warning
+
+
+def test_a_model_that_names_its_sizes_gives_an_edited_picture_its_own() -> None:
+    sketch = InputPicture(48, 16, bytes(48 * 16 * 3))
+    free = PipelineProfile(tiny.build("flux"))
+    named = PipelineProfile(tiny.build("flux"), manifest=Manifest(sizes=[(32, 16)]))
+    assert free.size(request(images=(sketch,))) == (48, 16), "the picture's"
+    assert named.size(request(images=(sketch,))) == (32, 16)

@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from mezzotint.errors import InvalidRequestError, echo
+from mezzotint.engine.manifest import EMPTY, FILE, Manifest
+from mezzotint.errors import InvalidRequestError, ModelLoadError, echo
 from mezzotint.families import Family, family
 from mezzotint.input_pictures import Size, output_size, to_image
-from mezzotint.spec import MAX_SEED, MAX_STEPS, ImageSpec
+from mezzotint.spec import MAX_SEED, MAX_STEPS, ImageSpec, sizes_text
 
 _TRUE_GUIDANCE = "true_cfg_scale"
 """Lets some models that have no negative prompt use one after all."""
@@ -28,9 +29,10 @@ _OURS = frozenset(
 class PipelineProfile:
     """What is fixed for one loaded pipeline: its defaults and limits, and how it wants to be called."""
 
-    def __init__(self, pipe: Any, known: Family | None = None) -> None:
+    def __init__(self, pipe: Any, known: Family | None = None, manifest: Manifest = EMPTY) -> None:
         """`known` is the family of the pipeline that this one was made over, else that of its class."""
         self.pipe = pipe
+        self.manifest = manifest
         self.family: Family = known or family(type(pipe).__name__)
         self.denoiser_name = _denoiser_name(pipe, self.family)
         self.denoiser: Any = pipe.components.get(self.denoiser_name)
@@ -44,6 +46,24 @@ class PipelineProfile:
         self.default_steps = self.family.default_steps
         if not self.guidance_effective and self.family.distilled_steps is not None:
             self.default_steps = self.family.distilled_steps
+        self.default_guidance = self.family.default_guidance
+        self._heed_manifest()
+
+    def _heed_manifest(self) -> None:
+        """What the model's maker recommends goes before what is usual in the family."""
+        said = self.manifest
+        self.default_steps = said.num_inference_steps or self.default_steps
+        if said.guidance_scale is not None:
+            self.default_guidance = said.guidance_scale
+        for width, height in said.sizes:
+            if width % self.size_multiple or height % self.size_multiple:
+                raise ModelLoadError(
+                    f"{FILE}: sizes: this model draws multiples of {self.size_multiple} pixels "
+                    f"(got {width}x{height}); correct the file",
+                    code="corrupt_file",
+                )
+        if said.sizes:
+            self.width, self.height = said.sizes[0]
 
     @property
     def supports_negative_prompt(self) -> bool:
@@ -90,13 +110,15 @@ class PipelineProfile:
         self._add_guidance(spec, arguments, warnings)
         self._add_negative_prompt(spec, arguments, warnings)
         self._add_text_length(spec, arguments, warnings)
+        if unknown := self.manifest.warning(spec.prompt):
+            warnings.append(unknown)
         arguments.update(spec.extra)
         return {name: value for name, value in arguments.items() if self._takes(name)}, warnings
 
     def size(self, spec: ImageSpec) -> Size:
         """Width and height of the picture that `spec` makes."""
         own = self.width, self.height
-        if not spec.images:
+        if not spec.images or self.manifest.sizes:
             return spec.width or own[0], spec.height or own[1]
         return output_size(spec.images[0], spec.width, spec.height, own=own, multiple=self.size_multiple)
 
@@ -137,6 +159,14 @@ class PipelineProfile:
                 raise InvalidRequestError(
                     f"{name} must be {rule} (got {echo(size)})", code="out_of_range", param=name
                 )
+        size = self.size(spec)
+        if self.manifest.sizes and size not in self.manifest.sizes:
+            raise InvalidRequestError(
+                f"width x height must be {sizes_text(self.manifest.sizes)} for this model "
+                f"(got {sizes_text([size])})",
+                code="out_of_range",
+                param="height" if spec.width is None else "width",
+            )
         if spec.seed is not None and not 0 <= spec.seed <= MAX_SEED:
             raise InvalidRequestError(
                 f"seed must be between 0 and 2**63-1 (got {echo(spec.seed)})",
@@ -157,7 +187,7 @@ class PipelineProfile:
             if spec.guidance_scale is not None:
                 warnings.append("guidance_scale had no effect: this model does not use it")
             return
-        guidance = self.family.default_guidance if spec.guidance_scale is None else spec.guidance_scale
+        guidance = self.default_guidance if spec.guidance_scale is None else spec.guidance_scale
         if guidance is not None:
             assert self.family.guidance_argument is not None, "effective guidance has an argument"
             arguments[self.family.guidance_argument] = float(guidance)

@@ -51,7 +51,8 @@ class Editing:
         if not spec.images or cls is None:
             return self._words
         if cls not in self._made:
-            self._made[cls] = PipelineProfile(_over_the_same(cls, self._words.pipe), self._words.family)
+            pipe = _over_the_same(cls, self._words.pipe)
+            self._made[cls] = PipelineProfile(pipe, self._words.family, self._words.manifest)
         return self._made[cls]
 
     def filled(self, spec: ImageSpec) -> tuple[ImageSpec, list[str]]:

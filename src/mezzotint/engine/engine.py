@@ -31,6 +31,7 @@ from mezzotint.engine.calibration import (
 )
 from mezzotint.engine.editing import Editing
 from mezzotint.engine.lora.bank import AdapterBank, BankStats
+from mezzotint.engine.manifest import EMPTY, Manifest
 from mezzotint.engine.models.loading import DEFAULTS, Loaded, load
 from mezzotint.engine.models.sources import OnProgress, ignore_progress
 from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
@@ -66,14 +67,16 @@ class Engine:
         max_wait_s: float = 20.0,
         max_merge_pixels: int | None = None,
         adapter_bytes: int = 512 * 1024 * 1024,
+        manifest: Manifest = EMPTY,
     ) -> None:
         """Takes a loaded pipeline as it is; `rows` are those of every merged forward in `exact` mode.
 
+        `manifest` is what the model's folder says of it; `load` reads it.
         `max_merge_pixels`: in `exact` mode larger pictures are never merged; None is no limit. It is part
         of what the bytes depend on, as `rows` is.
         """
         self.pipe = pipe
-        self.profile = PipelineProfile(pipe)
+        self.profile = PipelineProfile(pipe, manifest=manifest)
         self.editing = Editing(self.profile)
         self.max_rows = max_rows
         self.max_jobs = max_jobs
@@ -127,6 +130,7 @@ class Engine:
             max_jobs=settings.max_jobs,
             max_wait_s=settings.max_wait_s,
             adapter_bytes=settings.adapter_bytes,
+            manifest=loaded.manifest,
         )
         engine.loaded = loaded
         engine.max_merge_pixels = engine.profile.width * engine.profile.height
@@ -478,7 +482,7 @@ class Engine:
             height=self.profile.height,
             size_multiple=self.profile.size_multiple,
             default_steps=self.profile.default_steps,
-            default_guidance=self.profile.family.default_guidance,
+            default_guidance=self.profile.default_guidance,
             guidance_effective=self.profile.guidance_effective,
             supports_negative_prompt=self.profile.supports_negative_prompt,
             max_prompt_tokens=self.profile.max_prompt_tokens,
@@ -496,4 +500,6 @@ class Engine:
                 for each in self.measured
             ],
             step_s=self.measured[0].forward_s if self.measured else 0.0,
+            sizes=list(self.profile.manifest.sizes),
+            examples=list(self.profile.manifest.examples),
         )

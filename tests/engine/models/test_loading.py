@@ -158,12 +158,14 @@ def test_only_what_the_pipeline_needs_is_fetched(hub: fake_hub.FakeHub, folder: 
         shutil.copy(weights, weights.with_name(name))
     shutil.copy(weights, folder / "everything_in_one.safetensors")
     (folder / "transformer" / "evil.py").write_text("raise SystemExit")
+    (folder / "mezzotint.json").write_text('{"examples": ["a cat"]}')
     hub.folders[REPOSITORY] = folder
     path = loading.pull(REPOSITORY)
     names = {file.name for file in path.rglob("*") if file.is_file()}
     assert weights.name in names
     assert not {name for name in names if "fp16" in name or name.endswith((".bin", ".py", ".msgpack"))}
     assert "everything_in_one.safetensors" not in names
+    assert "mezzotint.json" in names
 
 
 def test_a_download_that_was_cut_goes_on_where_it_stopped(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mezzotint import images
+from mezzotint.fake_worker import EXAMPLES
 from mezzotint.server.api.openai import KNOWN
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
@@ -173,6 +174,7 @@ def test_models_are_endpoints_and_their_adapters(host: Host, ai: openai.OpenAI) 
     assert [model.id for model in ai.models.list()] == ["one", "one:glow", "two"]
     facts = ai.models.retrieve("two").mezzotint  # type: ignore[attr-defined]
     assert (facts["width"], facts["size_multiple"], facts["default_steps"]) == (16, 8, 5)
+    assert (facts["sizes"], facts["examples"]) == ([], list(EXAMPLES))
     with host.new_client(endpoints=("two",)) as http:
         assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["two"]
         assert http.get("/v1/models/one").status_code == 403

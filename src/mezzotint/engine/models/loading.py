@@ -24,6 +24,7 @@ import transformers
 from diffusers.loaders import single_file_utils
 from safetensors import SafetensorError
 
+from mezzotint.engine import manifest
 from mezzotint.engine.models import checks, hardware, sources
 from mezzotint.errors import ModelLoadError
 from mezzotint.families import family
@@ -55,6 +56,7 @@ class Loaded:
     performance: Performance
     num_parameters: int
     load_s: float
+    manifest: manifest.Manifest = manifest.EMPTY
 
 
 def load(
@@ -71,6 +73,7 @@ def load(
     start = time.perf_counter()
     threads = hardware.set_threads(settings.num_threads)
     device = hardware.choose_device(settings.device)
+    said = manifest.EMPTY
     if isinstance(source, diffusers.DiffusionPipeline):
         checks.check_text_to_image(type(source))
         pipe = source
@@ -84,6 +87,7 @@ def load(
         path = sources.locate(
             str(source), settings.revision, progress=progress, code=settings.allow_remote_code
         )
+        said = manifest.read(path)
         progress("loading weights", None)
         pipe = _read(
             path,
@@ -104,6 +108,7 @@ def load(
             parameter.numel() for module in _modules(pipe) for parameter in module.parameters()
         ),
         load_s=time.perf_counter() - start,
+        manifest=said,
     )
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from tqdm.auto import tqdm
 
 from mezzotint import hub
+from mezzotint.engine import manifest
 from mezzotint.errors import ModelLoadError, echo
 
 OnProgress = Callable[[str, float | None], None]
@@ -126,7 +127,7 @@ def choose_files(
         folder, _, name = file.rpartition("/")
         match = WEIGHTS.fullmatch(name)
         if folder.partition("/")[0] not in parts:
-            if code and name.endswith(".py"):
+            if file == manifest.FILE or (code and name.endswith(".py")):
                 chosen.append(file)
         elif match is not None:
             if weights and (match["variant"] or match["index_variant"]) in (wanted, None):

@@ -428,6 +428,8 @@ def _abilities(endpoint: Endpoint) -> dict[str, Any]:
         "height": size[1] if size else None,
         "size_multiple": info.size_multiple if info else None,
         "max_pixels": spec.max_pixels or (4 * info.width * info.height if info else None),
+        "sizes": info.sizes if info else None,
+        "examples": info.examples if info else None,
     }
 
 

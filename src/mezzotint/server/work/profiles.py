@@ -12,7 +12,7 @@ from mezzotint.config import EndpointSettings
 from mezzotint.errors import InvalidRequestError
 from mezzotint.input_pictures import output_size, require_pictures
 from mezzotint.messages import LoadModel, ModelInfo
-from mezzotint.spec import ImageSpec, default_strength
+from mezzotint.spec import ImageSpec, default_strength, sizes_text
 
 GUESSED_STEP_S = 0.05
 """Seconds per step until the model has been measured."""
@@ -135,8 +135,16 @@ class Profile:
                     code="out_of_range",
                     param=name,
                 )
-        limit = self.max_pixels
         size = self.size(spec.width, spec.height)
+        sizes = [(width, height) for width, height in self.info.sizes]
+        if size and sizes and size not in sizes:
+            raise InvalidRequestError(
+                f"width x height must be {sizes_text(sizes)} for endpoint {self.spec.id} "
+                f"(got {sizes_text([size])})",
+                code="out_of_range",
+                param="width" if spec.width else "height",
+            )
+        limit = self.max_pixels
         if size and limit and size[0] * size[1] > limit:
             raise InvalidRequestError(
                 f"width x height must be at most {limit} pixels for endpoint {self.spec.id} "

@@ -1,7 +1,7 @@
 // The page: wires the parts to each other.
 
 import { Refused, Unreachable, key, pictureName, read } from "./api.js";
-import { knowsEndpoint, readForm, setModels, wireForm, writeForm } from "./form.js";
+import { examples, isStarting, knowsEndpoint, readForm, setModels, wireForm, writeForm } from "./form.js";
 import * as gallery from "./gallery.js";
 import { readSettings } from "./png.js";
 import { recipes } from "./recipes.js";
@@ -9,7 +9,7 @@ import { cancel, follow, keptRun, newRun } from "./run.js";
 import * as stage from "./stage.js";
 
 const $ = (id) => document.getElementById(id);
-const EXAMPLES = ["an owl on a yellow background", "a red apple on a teal background", "a rocket"];
+const LEARN_MS = 1000;
 let running = null;
 
 // ---------------------------------------------------------------- what is said
@@ -60,11 +60,35 @@ async function enter() {
   if (!models) return;
   if ($("key-dialog").open) $("key-dialog").close();
   $("forget-key").hidden = !key.get();
-  setModels(models.data);
+  learn(models.data);
   if (!models.data.length) note("This key may use no endpoint of this server.");
   await guarded(() => gallery.load());
   const kept = keptRun();
   if (kept && !running) await watch(kept);
+}
+
+/** Takes up what the endpoints say of themselves; one that is still loading is asked again. */
+function learn(data) {
+  setModels(data);
+  showExamples();
+  if (isStarting()) setTimeout(() => guarded(async () => learn((await read("v1/models")).data)), LEARN_MS);
+}
+
+function showExamples() {
+  const texts = examples();
+  $("begin").hidden = !texts.length;
+  $("examples").replaceChildren(...texts.map(exampleItem));
+}
+
+function exampleItem(text) {
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+  button.addEventListener("click", () => {
+    $("prompt").value = text;
+    $("form").requestSubmit();
+  });
+  const item = document.createElement("li");
+  item.append(button);
+  return item;
 }
 
 // ---------------------------------------------------------------- making pictures
@@ -122,7 +146,7 @@ async function showMade(answer) {
   say("Done");
   note(answer.warnings.join(" "));
   await guarded(async () => {
-    if (!knowsEndpoint()) setModels((await read("v1/models")).data); // it had not been loaded before
+    if (!knowsEndpoint()) learn((await read("v1/models")).data); // it had not been loaded before
     await gallery.load();
   });
   gallery.pointAt(pictureName(answer.data[0].url));
@@ -209,18 +233,7 @@ function wire() {
     gallery.pointAt(print.name);
     document.querySelector(".sheet").scrollIntoView({ block: "nearest" });
   });
-  $("examples").replaceChildren(
-    ...EXAMPLES.map((text) => {
-      const button = Object.assign(document.createElement("button"), { type: "button", textContent: text });
-      button.addEventListener("click", () => {
-        $("prompt").value = text;
-        $("form").requestSubmit();
-      });
-      const item = document.createElement("li");
-      item.append(button);
-      return item;
-    }),
-  );
+  $("endpoint").addEventListener("change", showExamples);
   $("cancel").addEventListener("click", () => guarded(() => cancel(running)));
   $("use").addEventListener("click", () => restore(stage.shown().fields));
   $("delete").addEventListener("click", () => guarded(remove));

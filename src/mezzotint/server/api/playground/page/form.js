@@ -11,17 +11,24 @@ const number = (id) => ($(id).value === "" ? null : Number($(id).value));
 
 /** Fills the choices from the answer of /v1/models. */
 export function setModels(data) {
-  models = data;
   const before = model();
+  const untouched = number("steps") === chosen()?.default_steps;
+  models = data;
   const endpoints = data.filter((model) => !model.mezzotint.adapter);
   $("endpoint").replaceChildren(...endpoints.map((model) => new Option(model.id, model.id)));
   const kept = restoreKept();
   choose(before || kept?.model || endpoints[0]?.id);
-  if (!before && !kept) useDefaults();
+  if (before ? untouched : !kept) useDefaults();
 }
 
 /** Whether the chosen endpoint has ever been loaded, so that it is known what it can be asked. */
 export const knowsEndpoint = () => chosen()?.width != null;
+
+/** Whether it is about to be known. */
+export const isStarting = () => chosen()?.status === "starting" && !knowsEndpoint();
+
+/** Prompts that the chosen endpoint's model draws well. */
+export const examples = () => chosen()?.examples ?? [];
 
 function choose(name = "") {
   const [endpoint, route = ""] = name.split(":");
@@ -46,12 +53,14 @@ function adapt() {
 }
 
 function adaptSize(can) {
-  const several = can?.width && can.max_pixels >= (can.width + can.size_multiple) * can.height;
+  const named = can?.sizes?.length ? can.sizes.map((size) => size.join("\u00a0×\u00a0")) : null;
+  const several = named ? named.length > 1 : can?.width && can.max_pixels >= (can.width + can.size_multiple) * can.height;
   $("size-row").hidden = !several;
   if (!several) return;
   for (const side of ["width", "height"]) {
     Object.assign($(side), { min: can.size_multiple, step: can.size_multiple, placeholder: can[side] });
   }
+  if (named) return ($("size-note").textContent = `One of ${named.join(", ")}.`);
   const most = Math.floor(Math.sqrt(can.max_pixels));
   $("size-note").textContent = `Multiples of ${can.size_multiple}, up to ${most}\u00a0×\u00a0${most} in all.`;
 }
