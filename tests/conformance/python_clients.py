@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import openai
 import webuiapi
-from friendli import SyncFriendli
+from friendli import AsyncFriendli, SyncFriendli
 from friendli.core.models import DedicatedImageGenerateSuccess
 from PIL import Image
 from together import Together
@@ -277,15 +277,104 @@ def size_of(server: Server) -> str:
     return f"{width}x{height}"
 
 
+# ---------------------------------------------------------------- edits
+
+
+def red_square() -> Image.Image:
+    image = Image.new("RGB", (128, 128), "white")
+    image.paste((255, 0, 0), (32, 32, 96, 96))
+    return image
+
+
+def file_of(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def hole(mode: str) -> Image.Image:
+    """The middle: white for `L`, transparent for `RGBA`."""
+    image = Image.new(mode, (128, 128), 0 if mode == "L" else (0, 0, 0, 255))
+    image.paste(255 if mode == "L" else (0, 0, 0, 0), (40, 40, 88, 88))
+    return image
+
+
+def check_outside(made: Image.Image) -> None:
+    """Only the middle differs from the red square."""
+    before, after = red_square(), made.copy()
+    for image in (before, after):
+        image.paste((0, 0, 0), (40, 40, 88, 88))
+    assert all(abs(a - b) <= 2 for a, b in zip(before.tobytes(), after.tobytes(), strict=True))
+    assert made.tobytes() != red_square().tobytes()
+
+
+def friendli_edits(server: Server) -> None:
+    data = base64.b64encode(file_of(red_square())).decode()
+    arguments: dict[str, Any] = {
+        "model": server.model, "prompt": PROMPT, "image": {"image": data}, "timeout_ms": TIMEOUT_S * 1000
+    }  # fmt: skip
+    with SyncFriendli(token=server.key, server_url=server.url) as client:
+        made = client.dedicated.image.edit(**arguments)  # with the client's own defaults: 20 steps, url
+        assert isinstance(made, DedicatedImageGenerateSuccess)
+        drawn = picture(server.fetch(made.data[0].url))
+        again = client.dedicated.image.edit(**arguments, seed=made.data[0].seed, response_format="raw")
+        assert base64.b64decode(again.data[0].b64_json) == drawn.tobytes()
+
+    async def main() -> Any:
+        async with AsyncFriendli(token=server.key, server_url=server.url) as client:
+            listed = arguments | {"image": [{"image": f"data:image/png;base64,{data}"}]}
+            return await client.dedicated.image.edit(**listed, seed=made.data[0].seed, response_format="png")
+
+    assert picture(base64.b64decode(asyncio.run(main()).data[0].b64_json)).tobytes() == drawn.tobytes()
+
+
+def openai_edits(server: Server) -> None:
+    client, red = server.openai(), file_of(red_square())
+    plain = client.images.edit(model=server.model, image=red, prompt=PROMPT)
+    assert plain.data[0].b64_json
+    masked = client.images.edit(model=server.model, image=red, mask=file_of(hole("RGBA")), prompt="a cat")
+    check_outside(picture(base64.b64decode(masked.data[0].b64_json)))
+    streamed = client.images.edit(
+        model=server.model, image=[red], prompt=PROMPT, stream=True, partial_images=1
+    )
+    assert [event.type for event in streamed][-1] == "image_edit.completed"
+    code = ""
+    try:
+        client.images.create_variation(image=red)
+    except openai.BadRequestError as error:
+        code = str(error.code)
+    assert code == "not_supported"
+
+
+def web_ui_edits(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    api = webuiapi.WebUIApi(host=host, port=int(port), username="anyone", password=server.key)
+    common = {
+        "images": [red_square()],
+        "prompt": PROMPT,
+        "steps": 20,
+        "seed": SEED,
+        "width": 128,
+        "height": 128,
+    }
+    little = api.img2img(**common, denoising_strength=0.2)
+    assert little.image.size == (128, 128)
+    masked = api.img2img(**common, mask_image=hole("L"))
+    check_outside(masked.image.convert("RGB"))
+
+
 CHECKS: tuple[tuple[str, str, str, Callable[[Server], None]], ...] = (
     ("friendli", "friendli", "dedicated: url, png, jpeg, jpg, raw; null seed", friendli_dedicated),
     ("friendli", "friendli", "container: raw, jpeg", friendli_container),
+    ("friendli", "friendli", "dedicated edits, sync and async", friendli_edits),
     ("openai (Python)", "openai", "base64, url, n, models", openai_sync),
     ("openai (Python)", "openai", "async", openai_async),
     ("openai (Python)", "openai", "stream with partial images", openai_stream),
     ("openai (Python)", "openai", "errors in the server's words", openai_errors),
+    ("openai (Python)", "openai", "edits: picture, mask, stream; a variation is refused", openai_edits),
     ("together", "together", "width, height, steps, seed; base64 and url", together_images),
     ("webuiapi", "webuiapi", "txt2img, options, lists, progress, interrupt, png-info", web_ui_api),
+    ("webuiapi", "webuiapi", "img2img with and without a mask", web_ui_edits),
     ("Open WebUI", "", "its requests, both engines", open_web_ui),
     ("SillyTavern", "", "its requests", silly_tavern),
     ("LibreChat", "", "its requests", libre_chat),
