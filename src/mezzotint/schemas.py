@@ -17,7 +17,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    JsonValue,
     ValidationError,
     ValidatorFunctionWrapHandler,
     field_validator,
@@ -26,6 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from mezzotint.errors import MAX_ECHO, InvalidRequestError, MezzotintError, echo, error_type, nearest
+from mezzotint.schema_examples import ANSWER_EXAMPLE, ERROR_EXAMPLE, REQUEST_EXAMPLES
 from mezzotint.spec import ID_PATTERN, LIMITS, MAX_SEED, AdapterUse, ImageSpec, between
 
 MAX_PROMPT = 10_000
@@ -79,45 +79,6 @@ def _not_empty(text: str) -> str:
 _NegativePrompt = Annotated[str, _plain_text(MAX_PROMPT)]
 _Prompt = Annotated[_NegativePrompt, AfterValidator(_not_empty)]
 
-_REQUEST_EXAMPLES: list[JsonValue] = [
-    {"model": "emoji", "num_inference_steps": 8, "prompt": "a smiling cat", "response_format": "png"},
-    {
-        "model": "emoji",
-        "num_inference_steps": 20,
-        "prompt": "a red apple",
-        "guidance_scale": 4.0,
-        "response_format": "url",
-        "seed": 123,
-    },
-]
-_ANSWER_EXAMPLE: JsonValue = {
-    "created": 1795300000,
-    "id": "req_01jd8k3v9w2m5x7q",
-    "data": [
-        {
-            "seed": 123,
-            "response_format": "png",
-            "b64_json": "iVBORw0KGgo=",
-            "width": 128,
-            "height": 128,
-            "mime_type": "image/png",
-            "timings": {"queue_ms": 3.1, "generate_ms": 81.2, "encode_ms": 1.4},
-        }
-    ],
-    "usage": {"images": 1, "steps": 8},
-    "warnings": [],
-}
-_ERROR_EXAMPLE: JsonValue = {
-    "error": {
-        "message": "num_inference_steps must be between 1 and 50 (got 99)",
-        "type": "invalid_request_error",
-        "param": "num_inference_steps",
-        "code": "out_of_range",
-    },
-    "detail": "num_inference_steps must be between 1 and 50 (got 99)",
-    "request_id": "req_01jd8k3v9w2m5x7q",
-}
-
 
 _SPEC_FIELDS = set(ImageSpec.__dataclass_fields__) - {"images", "mask", "strength"}
 """Fields of a request in words that a spec has by the same name."""
@@ -127,7 +88,7 @@ class DedicatedImageGenerationBody(BaseModel):
     """Body of `POST /dedicated/v1/images/generations`."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, json_schema_extra={"examples": _REQUEST_EXAMPLES}
+        extra="forbid", strict=True, frozen=True, json_schema_extra={"examples": REQUEST_EXAMPLES}
     )
 
     model: str = Field(
@@ -302,7 +263,7 @@ class Usage(_Answer):
 class ImageGenerationAnswer(_Answer):
     """Answer of `POST /dedicated/v1/images/generations`."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [_ANSWER_EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra={"examples": [ANSWER_EXAMPLE]})
 
     created: int | MISSING = Field(default=MISSING, description="Unix time in seconds.")
     id: str | MISSING = MISSING
@@ -325,7 +286,7 @@ class ErrorDetail(BaseModel):
 class ErrorBody(BaseModel):
     """The one error body."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [_ERROR_EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra={"examples": [ERROR_EXAMPLE]})
 
     error: ErrorDetail
     detail: str

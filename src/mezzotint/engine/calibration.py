@@ -12,7 +12,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,10 @@ class Measurement:
     @property
     def rows_per_s(self) -> float:
         return self.rows / self.forward_s
+
+    def facts(self) -> dict[str, float]:
+        """As ModelInfo reports it."""
+        return asdict(self) | {"rows_per_s": self.rows_per_s}
 
 
 def choose_rows(measured: Sequence[Measurement], *, min_gain: float, max_stretch: float) -> int:

@@ -490,15 +490,7 @@ class Engine:
             max_pictures=self.editing.max_pictures,
             masks=self.editing.masks,
             strength=self.editing.strength,
-            calibration=[
-                {
-                    "rows": each.rows,
-                    "forward_s": each.forward_s,
-                    "rows_per_s": each.rows_per_s,
-                    "uncertainty": each.uncertainty,
-                }
-                for each in self.measured
-            ],
+            calibration=[each.facts() for each in self.measured],
             step_s=self.measured[0].forward_s if self.measured else 0.0,
             sizes=list(self.profile.manifest.sizes),
             examples=list(self.profile.manifest.examples),
