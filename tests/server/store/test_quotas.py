@@ -27,32 +27,32 @@ def engine(database_url: str) -> Iterator[sa.Engine]:
 def test_requests_per_minute_refill_with_time(engine: sa.Engine) -> None:
     quotas, key = Quotas(engine), Key("k", "k", limits=Limits(requests_per_minute=3))
     for _ in range(3):
-        quotas.require(key, 100.0)
+        quotas.spend_request(key, 100.0)
     with pytest.raises(RateLimitError) as caught:
-        quotas.require(key, 105.0)
+        quotas.spend_request(key, 105.0)
     assert caught.value.retry_after == pytest.approx(15.0)
     with pytest.raises(RateLimitError):
-        quotas.require(key, 119.0)
-    quotas.require(key, 120.1)
-    quotas.require(Key("other", "other", limits=Limits(requests_per_minute=3)), 120.1)
+        quotas.spend_request(key, 119.0)
+    quotas.spend_request(key, 120.1)
+    quotas.spend_request(Key("other", "other", limits=Limits(requests_per_minute=3)), 120.1)
 
 
 def test_step_seconds_of_a_day_are_counted_and_kept(engine: sa.Engine) -> None:
     key = Key("k", "k", limits=Limits(step_seconds_per_day=10))
     quotas = Quotas(engine)
     quotas.load(key)
-    quotas.used(key, step_seconds=6.0, images=1)
-    quotas.require(key, 0.0)
+    quotas.book(key, step_seconds=6.0, images=1)
+    quotas.spend_request(key, 0.0)
     quotas.store()
-    quotas.used(key, step_seconds=3.0, images=1)
-    assert quotas.today(key) == pytest.approx(9.0)
+    quotas.book(key, step_seconds=3.0, images=1)
+    assert quotas.used_today(key) == pytest.approx(9.0)
     quotas.store()
     again = Quotas(engine)
     again.load(key)
-    assert again.today(key) == pytest.approx(9.0)
-    again.used(key, step_seconds=1.0, images=1)
+    assert again.used_today(key) == pytest.approx(9.0)
+    again.book(key, step_seconds=1.0, images=1)
     with pytest.raises(RateLimitError) as caught:
-        again.require(key, 0.0)
+        again.spend_request(key, 0.0)
     assert caught.value.code == "quota_exceeded"
     assert 0 < (caught.value.retry_after or 0) <= 86_400
 
@@ -60,17 +60,17 @@ def test_step_seconds_of_a_day_are_counted_and_kept(engine: sa.Engine) -> None:
 def test_what_is_used_while_it_is_written_is_not_forgotten(engine: sa.Engine) -> None:
     key, quotas = Key("k", "k", limits=Limits(step_seconds_per_day=10)), Quotas(engine)
     for _ in range(5):
-        quotas.used(key, step_seconds=1.0, images=1)
+        quotas.book(key, step_seconds=1.0, images=1)
         quotas.store()
     again = Quotas(engine)
     again.load(key)
-    assert again.today(key) == pytest.approx(5.0)
+    assert again.used_today(key) == pytest.approx(5.0)
 
 
 def test_two_who_write_at_once_write_it_once(engine: sa.Engine) -> None:
     """The writing of each minute may still be under way when the server ends and writes for the last time."""
     key, quotas = Key("k", "k", limits=Limits(step_seconds_per_day=10)), Quotas(engine)
-    quotas.used(key, step_seconds=1.0, images=1)
+    quotas.book(key, step_seconds=1.0, images=1)
     other = threading.Thread(target=quotas.store)
 
     def meanwhile(_: sa.Connection) -> None:
@@ -88,10 +88,10 @@ def test_two_who_write_at_once_write_it_once(engine: sa.Engine) -> None:
 def test_past_days_are_not_kept_in_memory(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     key, quotas = Key("k", "k", limits=Limits(step_seconds_per_day=10)), Quotas(engine)
     for day in ("2026-11-21", "2026-11-22", "2026-11-23"):
-        monkeypatch.setattr("mezzotint.server.store.quotas.today", lambda day=day: day)
-        quotas.used(key, step_seconds=1.0, images=1)
+        monkeypatch.setattr("mezzotint.server.store.quotas.utc_day", lambda day=day: day)
+        quotas.book(key, step_seconds=1.0, images=1)
         quotas.store()
-        assert quotas.today(key) == pytest.approx(1.0)
+        assert quotas.used_today(key) == pytest.approx(1.0)
     assert len(quotas._stored) == 1
 
 

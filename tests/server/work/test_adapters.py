@@ -483,6 +483,23 @@ def test_one_copy_is_kept_by_its_content(tmp_path: Path) -> None:
     assert [entry for entry in folder.iterdir() if entry.name.startswith(".")] == []
 
 
+def test_a_copy_that_another_thread_has_just_made_is_never_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(write(tmp_path / "a.safetensors"))
+    first = copy_source(source, tmp_path / "kept", MAX_BYTES)
+    made = first.path.stat().st_ino
+    is_file, unseen = Path.is_file, [first.path]
+
+    def look(path: Path) -> bool:
+        """As if the other thread's copy had come just after the first look."""
+        return is_file(path) and not (path in unseen and unseen.pop())
+
+    monkeypatch.setattr(Path, "is_file", look)
+    assert copy_source(source, tmp_path / "kept", MAX_BYTES) == first
+    assert (unseen, first.path.stat().st_ino) == ([], made)
+
+
 def test_a_peft_folder_keeps_its_configuration_beside_the_weights(tmp_path: Path) -> None:
     folder = tmp_path / "peft"
     write(folder / "adapter_model.safetensors")

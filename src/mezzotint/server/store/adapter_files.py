@@ -1,9 +1,9 @@
-"""Where an adapter comes from, and the copy that is kept: `data_dir/adapters/CHECKSUM/`.
+"""The server's own copies of adapters' files, in `data_dir/adapters/SHA256/`.
 
-A source is a safetensors file, a folder with one, or a Hub repository `owner/name[:file][@revision]`. Every
-source is copied once and found again by the SHA-256 of its content, so that a source that vanishes or changes
-loses nothing. Everything here blocks: call it from a thread. What the file means is the worker's business;
-here only its frame is checked, so that a torn file is told before anything is stored.
+A source is a safetensors file, a folder with one, or a Hub repository `owner/name[:file][@revision]`. Each
+content is copied once and named by its SHA-256, so that an adapter outlives its source. Only the header is
+checked here, so that a damaged file is refused before anything is stored; the worker checks the tensors.
+Everything here blocks: call it from a thread.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WEIGHTS = "adapter.safetensors"
 PREFERRED = (hub.DIFFUSERS_WEIGHTS, hub.PEFT_WEIGHTS)
 """Names of the file to take where there are several."""
 UNUSED_S = 3600.0
-"""A copy younger than this may be one that is just being registered."""
+"""A younger copy may belong to an adapter that is being registered at this moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class AdapterFile:
 
 
 def copy_source(source: str, folder: Path, max_bytes: int) -> AdapterFile:
-    """Fetches `source`, checks its frame and copies it below `folder`; InvalidRequestError says why not."""
+    """Copies the file that `source` names below `folder`; InvalidRequestError says what is wrong with it."""
     try:
         weights = _locate(source, max_bytes)
-    except (OSError, RuntimeError) as error:  # a name too long, a folder that is not ours, nobody's home
+    except (OSError, RuntimeError) as error:  # a name too long, a folder without permission, ~ of nobody
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise _refusal(
             f"source {echo(source)} cannot be looked at: {why}", "adapter_source_not_found"
@@ -70,11 +70,11 @@ def copy_source(source: str, folder: Path, max_bytes: int) -> AdapterFile:
 
 
 def remove_unused(folder: Path, used: set[Path]) -> None:
-    """Deletes the copies that no adapter points to any more, and what broken-off copying left."""
-    homes = {path.parent for path in used}
+    """Deletes copies that no adapter uses, and the remains of copying that was interrupted."""
+    folders = {path.parent for path in used}
     with contextlib.suppress(FileNotFoundError):
         for entry in folder.iterdir():
-            if entry not in homes and entry.stat().st_mtime < time.time() - UNUSED_S:
+            if entry not in folders and entry.stat().st_mtime < time.time() - UNUSED_S:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -127,7 +127,7 @@ def _download(reference: hub.Reference, max_bytes: int) -> Path:
 
 
 def _choose(names: list[str], where: str) -> str:
-    """The file to take when none was named."""
+    """The name of the weights among a folder's files; a refusal where that is not clear."""
     found = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
     for name in PREFERRED:
         if name in found:
@@ -141,10 +141,7 @@ def _choose(names: list[str], where: str) -> str:
         )
     pickled = next((name for name in names if Path(name).suffix in hub.PICKLES), None)
     if pickled:
-        raise _refusal(
-            f"{where} holds only {pickled}, {hub.PICKLE_RISK}; convert it",
-            "adapter_unsupported",
-        )
+        raise _refusal(f"{where} holds only {pickled}, {hub.PICKLE_RISK}; convert it", "adapter_unsupported")
     raise _refusal(f"{where} holds no safetensors file", "adapter_source_not_found")
 
 
@@ -158,20 +155,24 @@ def _copy(weights: Path, config: bytes, folder: Path, rank: int | None) -> Adapt
     with _scratch(folder) as scratch:
         copy = scratch / (hub.PEFT_WEIGHTS if config else WEIGHTS)
         digest = hashlib.sha256()
-        with weights.open("rb") as source, copy.open("wb") as target:
+        with weights.open("rb") as source, copy.open("wb") as written:
             while block := source.read(1 << 20):
                 digest.update(block)
-                target.write(block)
+                written.write(block)
         checksum = digest.hexdigest()
         if config:
             (scratch / hub.PEFT_CONFIG).write_bytes(config)
             digest.update(config)
-        home = folder / digest.hexdigest()
-        if not (home / copy.name).is_file():
-            shutil.rmtree(home, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process was first, with the same content
-                scratch.rename(home)
-        return AdapterFile(home / copy.name, checksum, (home / copy.name).stat().st_size, rank)
+        target_folder = folder / digest.hexdigest()
+        kept = target_folder / copy.name
+        if not kept.is_file():
+            try:
+                scratch.rename(target_folder)
+            except OSError:
+                if not kept.is_file():  # else another thread was first, with the same content
+                    shutil.rmtree(target_folder, ignore_errors=True)
+                    scratch.rename(target_folder)
+        return AdapterFile(kept, checksum, kept.stat().st_size, rank)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""API keys: made, listed, revoked and checked against the database. Only their SHA-256 is stored.
+"""API keys: made, listed, revoked and checked against the database, which holds only their SHA-256.
 
-The command line calls these functions on the data folder directly; a running server sees the change with
-the next request, because every request asks the database.
+The command line calls these functions on the data folder directly. A running server sees a change with the
+next request, because every request asks the database.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _TABLE = database.keys
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one key may use; None is no limit."""
+    """The limits of one key; None is no limit."""
 
     requests_per_minute: float | None = None
     step_seconds_per_day: float | None = None
     weight: float = 1.0
     """Share of a busy endpoint relative to other keys of the same priority."""
     priority: int = 0
-    """Keys of higher priority go first; what has waited `max_wait_s` goes in turn with them all the same."""
+    """Keys of higher priority go first, but requests that have waited `max_wait_s` take turns with them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Who is calling. `endpoints` empty: every endpoint."""
+    """An API key without its secret. An empty `endpoints` means every endpoint."""
 
     id: str
     name: str
@@ -76,7 +76,7 @@ def create_key(
     endpoints: Sequence[str] = (),
     limits: Limits | None = None,
 ) -> tuple[Key, str]:
-    """A new key and its secret, which is stored nowhere and can never be shown again."""
+    """A new key and its secret, which is not stored and cannot be shown again."""
     secret = PREFIX + secrets.token_urlsafe(32)
     key = Key(f"key_{secrets.token_hex(6)}", name, admin, tuple(endpoints), limits or Limits(), time.time())
     with engine.begin() as connection:
@@ -102,7 +102,7 @@ def create_key(
 
 
 def create_first_key(engine: sa.Engine) -> tuple[Key, str] | None:
-    """On a database that never had a key: an admin key for its owner, to be printed once. Otherwise None."""
+    """Makes an admin key, to be printed once, on a database that never had a key; None on any other."""
     with engine.begin() as connection:
         if connection.scalar(sa.select(sa.func.count()).select_from(_TABLE)):
             return None
@@ -117,7 +117,7 @@ def list_keys(engine: sa.Engine) -> list[Key]:
 
 
 def revoke_key(engine: sa.Engine, name_or_id: str) -> Key:
-    """Ends a key at once; NotFoundError lists the names there are."""
+    """Ends a key at once; NotFoundError lists the names of the live keys."""
     with engine.begin() as connection:
         rows = connection.execute(
             sa.select(_TABLE).where(
@@ -135,7 +135,7 @@ def revoke_key(engine: sa.Engine, name_or_id: str) -> Key:
 
 
 def delete_key(engine: sa.Engine, key_id: str) -> None:
-    """Ends a key and forgets that it was there; for keys that one command made for itself."""
+    """Ends a key and removes its row, for a key that a command made for its own use."""
     with engine.begin() as connection:
         connection.execute(_TABLE.delete().where(_TABLE.c.id == key_id))
 
@@ -145,7 +145,7 @@ def authenticate(engine: sa.Engine, secret: str) -> Key:
     digest = _hash(secret)
     with engine.connect() as connection:
         row = connection.execute(sa.select(_TABLE).where(_TABLE.c.hash == digest)).mappings().first()
-    # The index compares hashes of 256 random bits, which tells a guesser nothing; this line decides.
+    # The index's comparison takes a time that depends on the hash, which tells nothing of 256 random bits.
     if row is None or not hmac.compare_digest(row["hash"], digest) or row["revoked"] is not None:
         raise AuthenticationError(
             "this API key is unknown or has been revoked; ask the server's owner for another"

@@ -1,10 +1,10 @@
-"""What each key has used, and where its limits are.
+"""The accounts of the keys: what each has used, and the limits it must keep.
 
-Work counts as it is done, whatever becomes of it: limits protect the machine. Images count when a request has
-its answer: nobody is charged for what failed, was cancelled or could not be stored.
+Work counts as it is done, even if its picture is never delivered, because limits protect the machine. Images
+count when a request has been answered, so nobody is charged for a request that failed or was cancelled.
 
-Requests per minute are a token bucket in memory. Step-seconds per day (UTC) stand in the database: read once,
-counted in memory, written now and then, so a crash forgets at most the last minute.
+Requests per minute are a token bucket in memory. Step-seconds per day (UTC) are read from the database once,
+counted in memory and written every minute, so a crash forgets at most the last minute.
 """
 
 from __future__ import annotations
@@ -25,32 +25,37 @@ _USAGE = database.usage
 
 @dataclass(slots=True)
 class _Bucket:
+    """The requests that one key may send; `spend_request` fills and empties it."""
+
     tokens: float
     filled_at: float
+    """Seconds of the event loop's clock."""
 
 
 @dataclass(slots=True)
-class _Use:
+class _Usage:
     step_seconds: float = 0.0
     images: int = 0
 
 
 class Quotas:
-    """The accounts of all keys. `load` and `store` block on the database; the rest is quick."""
+    """The accounts of all keys. `load` and `store` block on the database; the other methods do not."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
         self._buckets: dict[str, _Bucket] = {}
         self._stored: dict[tuple[str, str], float] = {}
-        """Step-seconds in the database, by key and day."""
-        self._fresh: dict[tuple[str, str], _Use] = {}
-        """Use that has not been written yet."""
+        """Step-seconds in the database, by key and day; `load` and `store` fill it."""
+        self._fresh: dict[tuple[str, str], _Usage] = {}
+        """What is not yet in the database, by key and day; `book` adds to it, `store` takes from it."""
         self._lock = threading.Lock()
+        """Guards `_stored` and `_fresh`, because `load` and `store` run in threads."""
         self._writing = threading.Lock()
+        """Held by the one thread that writes to the database."""
 
     def load(self, key: Key) -> None:
-        """Reads today's use of a key that has a daily limit; does nothing the second time."""
-        account = (key.id, today())
+        """Reads what a key with a daily limit has used today; later calls on the same day do nothing."""
+        account = (key.id, utc_day())
         if key.limits.step_seconds_per_day is None or account in self._stored:
             return
         query = sa.select(_USAGE.c.step_seconds).where(
@@ -61,8 +66,8 @@ class Quotas:
         with self._lock:
             self._stored.setdefault(account, found)
 
-    def require(self, key: Key, now: float) -> None:
-        """Counts one request of this key; RateLimitError says when the next one is welcome."""
+    def spend_request(self, key: Key, now: float) -> None:
+        """Counts one request of this key; RateLimitError says when the next one may come."""
         self._require_daily(key)
         limit = key.limits.requests_per_minute
         if limit is None:
@@ -77,23 +82,23 @@ class Quotas:
             )
         bucket.tokens -= 1
 
-    def used(self, key: Key, *, step_seconds: float = 0.0, images: int = 0) -> None:
-        """Books work done for this key, or images it was answered with."""
+    def book(self, key: Key, *, step_seconds: float = 0.0, images: int = 0) -> None:
+        """Adds work done for this key, or images that it was sent, to its account."""
         if step_seconds or images:
             with self._lock:
-                use = self._fresh.setdefault((key.id, today()), _Use())
+                use = self._fresh.setdefault((key.id, utc_day()), _Usage())
                 use.step_seconds += step_seconds
                 use.images += images
 
-    def today(self, key: Key) -> float:
-        """Step-seconds that this key has used today, as far as known here."""
-        account = (key.id, today())
+    def used_today(self, key: Key) -> float:
+        """Step-seconds that this key has used today, without what other servers have not written."""
+        account = (key.id, utc_day())
         with self._lock:
             fresh = self._fresh.get(account)
             return self._stored.get(account, 0.0) + (fresh.step_seconds if fresh else 0.0)
 
     def store(self) -> None:
-        """Writes what was used since the last time; on an error it stays for the next time."""
+        """Writes what was booked since the last time; after an error the next call writes it."""
         with self._writing:
             self._store()
 
@@ -113,12 +118,12 @@ class Quotas:
                 self._stored[account] = self._stored.get(account, 0.0) + use.step_seconds
                 if not unwritten.images and unwritten.step_seconds <= 1e-9:
                     del self._fresh[account]
-            for account in [account for account in self._stored if account[1] != today()]:
+            for account in [account for account in self._stored if account[1] != utc_day()]:
                 del self._stored[account]
 
     def _require_daily(self, key: Key) -> None:
         limit = key.limits.step_seconds_per_day
-        if limit is not None and self.today(key) >= limit:
+        if limit is not None and self.used_today(key) >= limit:
             raise RateLimitError(
                 f"this key has used its {limit:g} step-seconds of today; the next day begins at midnight UTC",
                 code="quota_exceeded",
@@ -126,11 +131,11 @@ class Quotas:
             )
 
 
-def today() -> str:
+def utc_day() -> str:
     return time.strftime("%Y-%m-%d", time.gmtime())
 
 
-def _add(connection: sa.Connection, key_id: str, day: str, use: _Use) -> None:
+def _add(connection: sa.Connection, key_id: str, day: str, use: _Usage) -> None:
     account = (_USAGE.c.key_id == key_id) & (_USAGE.c.day == day)
     change = _USAGE.update().where(account).values(
         step_seconds=_USAGE.c.step_seconds + use.step_seconds, images=_USAGE.c.images + use.images

@@ -66,13 +66,13 @@ class AdapterRegistry:
         creation, and whoever removes one has removed it.
         """
         known = {adapter.route: adapter for adapter in self.table.list(spec.id)}
-        mine = (Origin.API,) if from_file else (Origin.API, Origin.CONFIGURATION)
+        own_origins = (Origin.API,) if from_file else (Origin.API, Origin.CONFIGURATION)
         named = {each.route: (Origin.CONFIGURATION, each) for each in spec.adapters if from_file}
         for each in built_in_adapters(spec.model):
-            if each.route not in known or known[each.route].origin not in mine:
+            if each.route not in known or known[each.route].origin not in own_origins:
                 named.setdefault(each.route, (Origin.BUILT_IN, each))
         for route, earlier in known.items():
-            if earlier.origin not in mine and route not in named:
+            if earlier.origin not in own_origins and route not in named:
                 self.table.delete(earlier)
         for route, (origin, settings) in named.items():
             self._adopt_one(spec, settings, origin, known.get(route))

@@ -86,7 +86,7 @@ class Admission:
         for job in ticket.jobs:
             endpoint.profile.check(job.spec)
         self.tickets.require_room(key.id, now)
-        self._quotas.require(key, now)
+        self._quotas.spend_request(key, now)
         estimate = Estimate.of(
             [job.work_s for job in ticket.jobs],
             endpoint.dispatcher.speed,
@@ -209,7 +209,7 @@ class Admission:
 
     def _job_ended(self, ticket: Ticket, job: Job, outcome: Done | MezzotintError) -> None:
         done = job.step / job.spec.num_steps
-        self._quotas.used(ticket.key, step_seconds=job.work_s * done)
+        self._quotas.book(ticket.key, step_seconds=job.work_s * done)
         if ticket.ended:
             return
         if isinstance(outcome, MezzotintError):
@@ -276,7 +276,7 @@ class Admission:
             return
         if isinstance(outcome, Answer):
             ticket.status, ticket.answer = "done", outcome
-            self._quotas.used(ticket.key, images=len(ticket.jobs))
+            self._quotas.book(ticket.key, images=len(ticket.jobs))
         else:
             cancelled = isinstance(outcome, RequestCancelledError)
             ticket.status, ticket.error = "cancelled" if cancelled else "failed", outcome
