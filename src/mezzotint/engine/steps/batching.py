@@ -37,8 +37,6 @@ class Rule:
     """For a list of tensors: the model pads each to a multiple of this; lengths that pad alike are equal."""
     dimensions: Mapping[str, int] = field(default_factory=dict)
     """Where the row is not dimension 0 of a tensor: which it is."""
-    proven: bool = True
-    """False: inferred, so that `fast` compares the first merged forward of each shape with forwards alone."""
 
 
 class NotMergeable(Exception):

@@ -142,7 +142,7 @@ def infer(single: Sequence[Mapping[str, Any]], double: Sequence[Mapping[str, Any
             _compare(name, one[name], two[name], guess)
     if not {"row", "list"} & set(guess.arguments.values()):
         raise NotMergeable("no argument grows with the number of prompts")
-    return Rule(guess.arguments, dimensions=guess.dimensions, proven=False)
+    return Rule(guess.arguments, dimensions=guess.dimensions)
 
 
 def _compare(name: str, one: Any, two: Any, guess: _Guess) -> None:
