@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.calibration import busy_loops
+from mezzotint.engine import Engine, EngineSettings
 from mezzotint.engine.calibration import (
     MAX_S,
     MIN_ROUNDS,
@@ -156,6 +158,8 @@ def test_several_threads_without_cores_of_their_own_are_measured_as_one(two_thre
     assert seconds(found) == {1: 0.010, 2: 0.012, 4: 0.016, 8: 0.030}
     assert min(each.uncertainty for each in found) > SURE
     assert torch.get_num_threads() == 2
+    late = {rows: [0.005] * 3 + times if rows == 1 else times for rows, times in noise.items()}
+    assert seconds(TwoThreads(late).measure(1, 2)) == {1: 0.010, 2: 0.012}, "noise that begins later is seen"
     quiet = TwoThreads({rows: [times[0] / 2] for rows, times in QUIET.items()}).measure(1, 2)
     assert seconds(quiet) == {1: 0.005, 2: 0.006}, "quiet threads count as they are"
 
@@ -184,3 +188,20 @@ def test_a_merged_forward_tells_what_a_lone_one_would_take() -> None:
     assert [stretch(found, rows) for rows in (1, 2, 3, 4)] == pytest.approx([1.0, 1.2, 1.4, 1.6])
     assert stretch(found, 8) == pytest.approx(3.2)
     assert stretch(found[:1], 1) == stretch([], 4) == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+def test_busy_programs_beside_a_first_load_change_no_rows_and_no_figure_unsaid() -> None:
+    def first_load() -> tuple[int, Measurement]:
+        engine = Engine.load("emoji", EngineSettings(num_threads=1))
+        engine.close()
+        return engine.runner.num_rows, engine.measured[0]
+
+    rows, alone = first_load()
+    with busy_loops(4):
+        busy_rows, busy = first_load()
+    assert rows == busy_rows > 1
+    ratio = busy.forward_s / alone.forward_s
+    assert 1 / 1.5 <= ratio <= 1.5 or max(busy.uncertainty, alone.uncertainty) > SURE, (alone, busy)
+    assert ratio < 4, "the processor's clock does not count the time that others had it"

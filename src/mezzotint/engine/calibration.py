@@ -29,8 +29,8 @@ NEAR_BEST = 0.9
 """The smallest row count with this share of the best throughput is enough."""
 SLOW_FORWARD_S = 2.0
 """A model whose single forward takes longer is not measured further: merging gains it nothing."""
-WARM_S = 0.5
-"""How long the pictures made at load may take, once a preview can be drawn."""
+WARM_S, MAX_WARM_S = 0.5, 3.0
+"""How long the pictures made at load may take, once a preview can be drawn and at most."""
 SURE = 0.1
 """A measurement as uncertain as this, or less, is taken for true."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
@@ -183,16 +183,32 @@ def measure(
     Several threads on a machine without as many free cores are slower than one, many times so. Where that
     shows, what one thread measures is the better estimate, though an uncertain one.
     """
-    measured = _measure(call, counts, max_stretch, stopwatch)
-    compiled = hasattr(call.run, "_torchdynamo_orig_callable")  # another thread count would compile anew
-    unsure = max(each.uncertainty for each in measured)
-    if unsure <= SURE or compiled or stopwatch.device.type != "cpu" or torch.get_num_threads() == 1:
+    threads = torch.get_num_threads() if stopwatch.device.type == "cpu" else 1
+    compiled = hasattr(call.run, "_torchdynamo_orig_callable")  # for this number of threads
+    if threads == 1 or compiled:
+        return _measure(call, counts, max_stretch, stopwatch)
+    measured = None if _is_crowded(call, stopwatch) else _measure(call, counts, max_stretch, stopwatch)
+    if measured is not None and all(each.uncertainty <= SURE for each in measured):
         return measured
     with _one_thread():
         single = _measure(call, counts, max_stretch, stopwatch)
-    if single[0].forward_s >= measured[0].forward_s:
+    if measured is not None and measured[0].forward_s <= single[0].forward_s:
         return measured
-    return [Measurement(each.rows, each.forward_s, max(unsure, each.uncertainty)) for each in single]
+    return [Measurement(each.rows, each.forward_s, max(threads - 1, each.uncertainty)) for each in single]
+
+
+def _is_crowded(call: Call, stopwatch: Stopwatch) -> bool:
+    """Whether one thread is faster than all of them."""
+
+    def best() -> float:
+        runs = _Runs()
+        for _ in range(MIN_ROUNDS):
+            runs.add(stopwatch.time(call.alone))
+        return runs.best
+
+    together = best()
+    with _one_thread():
+        return best() < together
 
 
 def _measure(
@@ -253,10 +269,10 @@ def stretch(measured: Sequence[Measurement], rows: int) -> float:
 
 
 def warm_up(draw: Callable[[ImageSpec], object], preview: LatentPreview) -> None:
-    """Draws a few pictures of two steps, for at most WARM_S or until `preview` has learned from them."""
+    """Draws a few pictures of two steps, until `preview` has learned from them or the time is up."""
     start = time.perf_counter()
     for seed, prompt in enumerate(_PROMPTS):
         draw(ImageSpec(prompt=prompt, num_inference_steps=2, seed=seed))
-        late = time.perf_counter() - start > WARM_S
-        if preview.learned or (preview.ready and late):
+        seconds = time.perf_counter() - start
+        if preview.learned or seconds > (WARM_S if preview.ready else MAX_WARM_S):
             return
