@@ -1,8 +1,8 @@
 """Trains a style adapter (LoRA) on the built-in model.
 
-`python -m training.adapters --data FOLDER --model FOLDER --style flat --out FOLDER --minutes 25`
+`python -m training.adapters --data FOLDER --pool POOL --model FOLDER --style pixel --out FOLDER --minutes 8`
 
-The same subjects are shown in another hand: Fluent flat, Fluent high contrast ("mono") or Noto. The file
+POOL holds scenes with that finish over every drawing (`python -m training.pool --finish pixel`). The file
 that comes out is what `FluxPipeline.load_lora_weights` reads. `--init FILE` goes on from such a file.
 """
 
@@ -19,12 +19,13 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from training.data import STYLES, load_pictures, read_subjects, shuffled
+from training.captions import Captions
+from training.data import load_pictures, read_subjects
 from training.device import Setup, set_up
-from training.latents import LatentTable, load_table
 from training.model import Model, load_folder
 from training.optim import rate_at, set_rate
-from training.text import draw_captions
+from training.pool import Pool
+from training.scenes import FINISHES
 from training.train import descend, flow_loss, speed_up
 
 RANK = 24
@@ -57,8 +58,7 @@ def add_adapter(
 
 def train_adapter(
     model: Model,
-    table: LatentTable,
-    keywords: dict[str, list[str]],
+    pool: Pool,
     minutes: float,
     batch: int,
     lr: float,
@@ -73,13 +73,12 @@ def train_adapter(
     adamw.add_param_group({"params": up, "factor": B_FACTOR})
     optimizers: list[torch.optim.Optimizer] = [adamw]
     rng = random.Random(2)
-    batches = shuffled(rng, list(range(len(table.subjects))), batch)
+    batches = pool.batches(rng, batch)
     start, step = time.process_time(), 0
     while (fraction := (time.process_time() - start) / (60 * minutes)) < 1:
-        rows = next(batches)
-        captions, colours = draw_captions(rng, table.subjects, keywords, rows)
-        wanted = table.batch(rows, colours).to(setup.device).float()
-        guidance = torch.empty(len(rows), device=setup.device).uniform_(LOWEST, HIGHEST)
+        wanted, captions = next(batches)
+        wanted = wanted.to(setup.device)
+        guidance = torch.empty(len(wanted), device=setup.device).uniform_(LOWEST, HIGHEST)
         loss = flow_loss(model, wanted, captions, setup, guidance)
         set_rate(optimizers, lr * rate_at(fraction, step, decay_from=0.5))
         descend(loss, optimizers, [model.denoiser])
@@ -99,11 +98,12 @@ def save_adapter(model: Model, folder: Path, name: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--pool", type=Path, required=True, help="scenes with this finish")
     parser.add_argument("--model", type=Path, required=True, help="the finished model's folder")
-    parser.add_argument("--style", choices=STYLES[1:], required=True)
+    parser.add_argument("--style", choices=FINISHES, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="an adapter's file to go on from")
-    parser.add_argument("--minutes", type=float, default=25, help="of one core")
+    parser.add_argument("--minutes", type=float, default=8, help="of one core")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
@@ -112,10 +112,9 @@ def main() -> None:
     setup = set_up(a.threads)
     pictures = load_pictures(a.data)
     a.out.mkdir(parents=True, exist_ok=True)
-    cache = a.out / f"latents_{a.style}.pt"
-    table = load_table(a.model / "vae", pictures, read_subjects(), a.style, setup, cache)
+    pool = Pool(a.pool, Captions(pictures, read_subjects()))
     model = load_folder(a.model, setup)
-    train_adapter(model, table, pictures.keywords, a.minutes, a.batch, a.lr, setup, not a.eager, a.init)
+    train_adapter(model, pool, a.minutes, a.batch, a.lr, setup, not a.eager, a.init)
     print(save_adapter(model, a.out, a.style))
 
 

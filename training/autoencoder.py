@@ -14,6 +14,7 @@ from training.data import STYLES, Pictures, composite, load_pictures, random_col
 from training.device import Setup, set_up
 from training.optim import build_optimizers, rate_at, set_rate
 from training.palette import BACKGROUNDS
+from training.scenes import FINISHES, draw_scene, render, scenes_as_batch
 
 WIDTHS = (16, 32, 64, 96, 192)
 LATENT_CHANNELS = 32
@@ -109,10 +110,10 @@ def set_latent_statistics(model: AutoencoderKL, pictures: Pictures, rows: list[i
 def train(data: Path, out: Path, minutes: float, setup: Setup, decoder_only: bool, lr: float) -> None:
     """Trains for that long; with `decoder_only` it refines the decoder in `out` and leaves latents alone."""
     pictures = load_pictures(data)
-    listed = {subject.name for subject in read_subjects()}
-    kept = listed if decoder_only else set(pictures.keywords)  # at the end: only what the model draws
-    solid = [row for name, row in pictures.rows["3d"].items() if name in kept]
-    drawn = [row for style in STYLES[1:] for name, row in pictures.rows[style].items() if name in kept]
+    subjects = read_subjects()
+    listed = {subject.name for subject in subjects}
+    solid = list(pictures.rows["3d"].values())
+    drawn = [row for style in STYLES[1:] for row in pictures.rows[style].values()]
     checked = [row for name, row in pictures.rows["3d"].items() if name in listed][::10]
     model = AutoencoderKL.from_pretrained(out) if decoder_only else build_autoencoder()
     model = model.to(setup.device, memory_format=torch.channels_last)
@@ -125,9 +126,15 @@ def train(data: Path, out: Path, minutes: float, setup: Setup, decoder_only: boo
     start = time.monotonic()
     step, last_report = 0, start
     while (fraction := (time.monotonic() - start) / (60 * minutes)) < 1:
-        size, count = (64, 16) if fraction < 0.6 and not decoder_only else (128, 6)
-        rows = [next(batches_drawn if rng.random() < 0.35 else batches_solid)[0] for _ in range(count)]
-        batch = crop(composite(pictures.pixels[rows], random_colours(rng, count, palette)), size, rng)
+        if decoder_only:  # at the end: what the model draws
+            finishes = [rng.choice(list(FINISHES)) if rng.random() < 0.2 else None for _ in range(6)]
+            batch = scenes_as_batch(
+                [render(draw_scene(rng, pictures, subjects), pictures, finish) for finish in finishes]
+            )
+        else:
+            size, count = (64, 16) if fraction < 0.6 else (128, 6)
+            rows = [next(batches_drawn if rng.random() < 0.35 else batches_solid)[0] for _ in range(count)]
+            batch = crop(composite(pictures.pixels[rows], random_colours(rng, count, palette)), size, rng)
         batch = batch.to(setup.device, memory_format=torch.channels_last)
         set_rate(optimizers, lr * rate_at(fraction, step, decay_from=0.3))
         loss = train_loss(model, batch, setup, encode=not decoder_only)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 SIZE = 128
-STYLES = ("3d", "flat", "mono", "noto")
+STYLES = ("3d", "flat", "mono", "noto", "twemoji")
 SUBJECTS_FILE = Path(__file__).with_name("subjects.txt")
 
 
@@ -44,6 +44,8 @@ class Pictures:
     pixels: np.ndarray[Any, np.dtype[np.uint8]]
     rows: dict[str, dict[str, int]]
     keywords: dict[str, list[str]]
+    translations: dict[str, dict[str, list[str]]]
+    """Names in another language by language and English name, the most usual first."""
 
     def row(self, style: str, name: str) -> int | None:
         """The row of a subject in a style, or None where that style has no such picture."""
@@ -54,7 +56,7 @@ def load_pictures(folder: Path) -> Pictures:
     """Opens what `python -m training.prepare` wrote."""
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     pixels = np.load(folder / "pictures.npy", mmap_mode="r")
-    return Pictures(pixels, index["rows"], index["keywords"])
+    return Pictures(pixels, index["rows"], index["keywords"], index["translations"])
 
 
 def composite(rgba: np.ndarray[Any, np.dtype[np.uint8]], colours: torch.Tensor) -> torch.Tensor:

@@ -16,12 +16,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional
 
-from training.data import load_pictures, read_subjects, shuffled
+from training.captions import Captions
+from training.data import load_pictures, read_subjects
 from training.device import Setup, set_up
-from training.latents import LatentTable, load_table
 from training.model import Model, load_folder, save_folder
 from training.optim import build_optimizers, rate_at, set_rate
-from training.text import draw_captions
+from training.pool import Pool
 from training.train import UNGUIDED, descend, draw_times, speed_up
 
 LOWEST, HIGHEST = 1.0, 8.0
@@ -69,8 +69,7 @@ def distil_loss(
 def distil(
     teacher: Model,
     student: Model,
-    table: LatentTable,
-    keywords: dict[str, list[str]],
+    pool: Pool,
     minutes: float,
     batch: int,
     lr: float,
@@ -84,13 +83,11 @@ def distil(
     optimizers = build_optimizers([student.denoiser.transformer], lr)
     average = student.frozen_copy()
     rng = random.Random(1)
-    batches = shuffled(rng, list(range(len(table.subjects))), batch)
+    batches = pool.batches(rng, batch)
     start, step = time.monotonic(), 0
     while (fraction := (time.monotonic() - start) / (60 * minutes)) < 1:
-        rows = next(batches)
-        captions, colours = draw_captions(rng, table.subjects, keywords, rows)
-        wanted = table.batch(rows, colours).to(setup.device).float()
-        loss = distil_loss(student, teacher, wanted, captions, setup)
+        wanted, captions = next(batches)
+        loss = distil_loss(student, teacher, wanted.to(setup.device), captions, setup)
         set_rate(optimizers, lr * rate_at(fraction, step, decay_from=0.4))
         descend(loss, optimizers, [student.denoiser])
         step += 1
@@ -104,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--from", dest="source", type=Path, required=True, help="the trained folder")
+    parser.add_argument("--pool", type=Path, required=True, help="what training.pool wrote")
     parser.add_argument("--out", type=Path, required=True, help="where the distilled folder goes")
     parser.add_argument("--student", type=Path, help="go on with this distilled folder")
     parser.add_argument("--minutes", type=float, default=12)
@@ -116,11 +114,10 @@ def main() -> None:
     setup = set_up(a.threads)
     pictures = load_pictures(a.data)
     vae = AutoencoderKL.from_pretrained(a.source / "vae")
-    cache = a.out.parent / "latents_distil.pt"
-    table = load_table(a.source / "vae", pictures, read_subjects(), "3d", setup, cache)
+    pool = Pool(a.pool, Captions(pictures, read_subjects()))
     teacher = load_folder(a.source, setup)
     pupil = load_folder(a.student, setup) if a.student else teacher.frozen_copy()
-    student = distil(teacher, pupil, table, pictures.keywords, a.minutes, a.batch, a.lr, setup, not a.eager)
+    student = distil(teacher, pupil, pool, a.minutes, a.batch, a.lr, setup, not a.eager)
     save_folder(student, vae, a.out, a.shift)
 
 

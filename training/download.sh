@@ -10,4 +10,6 @@ npm install --no-audit --no-fund --ignore-scripts --no-save --prefix . \
     @iconify-json/noto@1.2.9 \
     fluentui-emoji@1.3.0 \
     unicode-emoji-json@0.9.0 \
-    emojilib@4.0.3
+    emojilib@4.0.3 \
+    emojibase-data@17.0.0 \
+    @iconify-json/twemoji@1.2.5

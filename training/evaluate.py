@@ -1,4 +1,9 @@
-"""Prints what the built-in model can do: `python -m training.evaluate --data D --model M --sheets OUT`."""
+"""Prints what the built-in model can do: `python -m training.evaluate --data D --model M --sheets OUT`.
+
+Pictures are compared as 32x32 RGB (L2) with every drawing that the training has shown of every subject: all
+hands, several sizes, mirrored or not. *Top-1* means that the nearest of them all is of the named subject.
+Colours are asked for on pairs of subject and colour that the training has never shown.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +21,22 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from training.data import Pictures, Subject, composite, load_pictures, read_subjects
+from training.captions import plural, short_names
+from training.data import Pictures, Subject, load_pictures, read_subjects
 from training.device import set_up
-from training.palette import BACKGROUNDS, WHITE
+from training.palette import BACKGROUNDS
+from training.scenes import OBJECT_COLOURS, Item, Scene, held_out, render
 from training.sheets import sheet
 
 STEPS, GUIDANCE, BATCH = 8, 3.5, 20
-SETTINGS = {
-    "": (STEPS, GUIDANCE),
-    "_guidance_1": (STEPS, 1.0),
-    "_guidance_4": (STEPS, 4.0),
-    "_guidance_8": (STEPS, 8.0),
-    "_steps_4": (4, GUIDANCE),
-    "_steps_20": (20, GUIDANCE),
-}
+HANDS = ("3d", "flat", "noto", "twemoji")
+SIZES_SHOWN = (0.88, 0.95, 1.0)
+PAIR_SIZE = 0.53
+STRANGERS = Path(__file__).with_name("strangers.txt")
 SHOWN = (
-    "cat face", "pizza", "rocket", "red heart", "dog face", "sunflower", "robot", "penguin", "strawberry",
-    "automobile", "grinning face", "rainbow", "ghost", "owl", "birthday cake", "snowman", "octopus", "crown",
-    "guitar", "fire",
-)  # fmt: skip
-BEYOND = (
-    "a happy cat on a teal background", "green apple", "blue apple", "sad dog",
-    "a dog on a pink background", "purple heart on a yellow background", "love", "halloween", "summer",
-    "music", "winter", "birthday party", "wizard", "angry cat", "red car on a light blue background",
-    "kitten", "dinosaur", "coffee", "a smiling sun", "pirate", "ice cream on a purple background",
-    "two cats", "cat and dog", "a robot eating pizza", "spaceship", "green frog on a red background",
-    "blue bird", "scary face", "sleepy panda", "rainbow unicorn",
+    "a cat", "pizza", "rocket", "a red heart", "a blue dog", "sunflower", "robot", "three stars",
+    "a strawberry", "two owls", "a cat and a pizza", "rainbow", "a purple ghost", "a crown on a dog",
+    "birthday cake", "snowman", "a flat guitar", "gelber Stern", "un chien", "犬",
 )  # fmt: skip
 
 
@@ -86,27 +81,112 @@ def small(pictures: list[Image.Image]) -> torch.Tensor:
     )
 
 
-def originals(
-    pictures: Pictures, subjects: list[Subject], background: tuple[int, int, int], style: str = "3d"
-) -> list[Image.Image]:
-    """The subjects' own pictures on that background."""
-    rows = [pictures.rows[style][subject.name] for subject in subjects]
-    colours = torch.tensor([background] * len(rows), dtype=torch.float32)
-    pixels = ((composite(pictures.pixels[rows], colours) + 1) * 127.5).round().clamp(0, 255).byte()
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Drawings to compare with: `vectors` is (n, 3072), `owners` names the subject or colour of each."""
+
+    vectors: torch.Tensor
+    owners: list[str]
+
+    def nearest(self, made: list[Image.Image], places: int = 1) -> list[list[str]]:
+        """For each picture the owners of its nearest drawings, nearest first, each once."""
+        order = torch.cdist(small(made), self.vectors).argsort(dim=1)
+        return [
+            list(dict.fromkeys(self.owners[index] for index in row[:60].tolist()))[:places] for row in order
+        ]
 
 
-def ranks(made: list[Image.Image], wanted: list[int], known: torch.Tensor) -> list[int]:
-    """How many originals are nearer to each picture than the one it should show."""
-    distances = torch.cdist(small(made), known)
-    own = distances.gather(1, torch.tensor(wanted)[:, None])
-    return [int(nearer) for nearer in (distances < own).sum(dim=1)]
+def all_drawings(
+    pictures: Pictures,
+    subjects: list[Subject],
+    sizes: tuple[float, ...] = SIZES_SHOWN,
+    finish: str | None = None,
+) -> Known:
+    """Every subject in every hand on white."""
+    vectors, owners = [], []
+    for hand in HANDS:
+        for subject in subjects:
+            if subject.name not in pictures.rows[hand]:
+                continue
+            for size in sizes:
+                drawn = render(Scene("single", (Item(subject.name, hand, None, size),)), pictures, finish)
+                for pixels in (drawn, drawn[:, ::-1]):
+                    vectors.append(small([Image.fromarray(pixels)]))
+                    owners.append(subject.name)
+    return Known(torch.cat(vectors), owners)
 
 
-def shares(places: list[int]) -> tuple[float, float]:
-    """Top-1 and top-5 in percent."""
-    count = len(places)
-    return 100 * sum(p < 1 for p in places) / count, 100 * sum(p < 5 for p in places) / count
+def held_out_pairs(rng: random.Random, subjects: list[Subject], count: int) -> list[tuple[str, str]]:
+    """Pairs of name and colour that were never drawn."""
+    pairs = [
+        (each.name, colour) for each in subjects for colour in OBJECT_COLOURS if held_out(each.name, colour)
+    ]
+    return rng.sample(pairs, min(count, len(pairs)))
+
+
+def colour_hits(paint: Painter, pictures: Pictures, pairs: list[tuple[str, str]], guidance: float) -> float:
+    """Percent of 'a COLOUR NAME' whose nearest drawing, of all colours of that subject, has the named one."""
+    made = paint([f"a {colour} {name}" for name, colour in pairs], guidance=guidance, first_seed=7000)
+    hits = 0
+    for picture, (name, wanted) in zip(made, pairs, strict=True):
+        vectors, owners = [], []
+        for colour in OBJECT_COLOURS:
+            for hand in HANDS:
+                if name in pictures.rows[hand]:
+                    drawn = render(Scene("coloured", (Item(name, hand, colour, 0.92),)), pictures)
+                    vectors += [small([Image.fromarray(pixels)]) for pixels in (drawn, drawn[:, ::-1])]
+                    owners += [colour, colour]
+        hits += Known(torch.cat(vectors), owners).nearest([picture])[0][0] == wanted
+    return 100 * hits / len(pairs)
+
+
+def pair_hits(paint: Painter, tiles: Known, pairs: list[tuple[str, str]], guidance: float) -> float:
+    """Percent of 'a NAME and a NAME' in which both are among the five nearest subjects of a half."""
+    made = paint([f"a {first} and a {second}" for first, second in pairs], guidance=guidance, first_seed=8000)
+    hits = 0
+    for picture, names in zip(made, pairs, strict=True):
+        halves = [picture.crop(box) for box in ((0, 29, 69, 98), (59, 29, 128, 98))]
+        found = {name for names_found in tiles.nearest(halves, 5) for name in names_found}
+        hits += set(names) <= found
+    return 100 * hits / len(pairs)
+
+
+def num_blobs(picture: Image.Image) -> int:
+    """How many separate things of at least 1.5 % of the area stand on the white ground."""
+    pixels = np.asarray(picture.resize((64, 64), Image.Resampling.BOX), np.int16)
+    left = np.abs(pixels - 255).max(-1) > 45
+    count = 0
+    while left.any():
+        grown = np.zeros_like(left)
+        grown[tuple(np.argwhere(left)[0])] = True
+        area = 0
+        while grown.sum() != area:
+            area = int(grown.sum())
+            wide = np.pad(grown, 1)
+            grown = left & (
+                wide[1:-1, 1:-1] | wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
+            )
+        count += area > 0.015 * left.size
+        left &= ~grown
+    return count
+
+
+def count_hits(paint: Painter, pictures: Pictures, subjects: list[Subject], number: int, words: str) -> float:
+    """Percent of 'two NAMES' with two things in them, over subjects that are drawn in one piece."""
+    whole = [
+        each
+        for each in subjects
+        if num_blobs(Image.fromarray(render(Scene("single", (Item(each.name, "3d"),)), pictures))) == 1
+    ]
+    chosen = random.Random(9).sample(whole, 60)
+    made = paint([f"{words} {plural(short_names(each)[-1])}" for each in chosen], first_seed=9000 * number)
+    return 100 * sum(num_blobs(picture) == number for picture in made) / len(made)
+
+
+def seed_difference(paint: Painter, names: list[str]) -> float:
+    """Mean difference in levels of 255 between two seeds of one prompt."""
+    first, second = (small(paint(names, first_seed=seed)) for seed in (100, 200_000))
+    return float((first - second).abs().mean())
 
 
 def border(picture: Image.Image, width: int = 4) -> torch.Tensor:
@@ -173,33 +253,35 @@ def sizes(folder: Path, pipeline: FluxPipeline) -> dict[str, float]:
     return facts
 
 
-def evaluate(data: Path, folder: Path, sheets: Path, num_names: int, shift: float | None) -> dict[str, float]:
+def evaluate(data: Path, folder: Path, sheets: Path, num_names: int) -> dict[str, float]:
     """Measures everything and writes the sheets."""
     sheets.mkdir(parents=True, exist_ok=True)
     pictures = load_pictures(data)
     subjects = [subject for subject in read_subjects() if subject.name in pictures.rows["3d"]]
     pipeline = load_pipeline(folder, torch.bfloat16)
-    if shift is not None:
-        pipeline.scheduler.register_to_config(shift=shift)
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     paint = Painter(pipeline)
-    known = small(originals(pictures, subjects, WHITE))
     rng = random.Random(3)
-    chosen = sorted(rng.sample(range(len(subjects)), min(num_names, len(subjects))))
-    names = [subjects[index].name for index in chosen]
+    names = [each.name for each in rng.sample(subjects, num_names)]
+    known = all_drawings(pictures, subjects)
     facts: dict[str, float] = {"subjects": len(subjects), "names": len(names)}
-
-    shrunk = {}
-    for label, (steps, guidance) in SETTINGS.items():
-        made = paint(names, steps, guidance)
-        shrunk[label] = small(made)
-        facts[f"top1{label}"], facts[f"top5{label}"] = shares(ranks(made, chosen, known))
-        if label == "":
-            sheet(made[::3], names[::3], 10).save(sheets / "names.png")
-    facts["guidance_1_to_8_difference"] = float((shrunk["_guidance_8"] - shrunk["_guidance_1"]).abs().mean())
-
-    twenty = [subjects[index].name for index in chosen[:: max(1, len(chosen) // 20)][:20]]
-    facts["colour_obeyed"], made, labels = colour_share(paint, twenty)
+    for steps in (4, 8, 20):
+        found = known.nearest(paint(names, steps), 5)
+        facts[f"top1_steps_{steps}"] = percent(
+            [near[0] == name for near, name in zip(found, names, strict=True)]
+        )
+        facts[f"top5_steps_{steps}"] = percent(
+            [name in near for near, name in zip(found, names, strict=True)]
+        )
+    pairs = held_out_pairs(rng, subjects, 120)
+    tiles = all_drawings(pictures, subjects, (1.0,))
+    both = [(a.name, b.name) for a, b in (rng.sample(subjects, 2) for _ in range(80))]
+    for guidance in (1.0, 4.0, 8.0):
+        facts[f"held_out_colour_guidance_{guidance:g}"] = colour_hits(paint, pictures, pairs, guidance)
+        facts[f"pairs_guidance_{guidance:g}"] = pair_hits(paint, tiles, both, guidance)
+    facts["two"] = count_hits(paint, pictures, subjects, 2, "two")
+    facts["three"] = count_hits(paint, pictures, subjects, 3, "three")
+    facts["seed_difference_levels"] = seed_difference(paint, names[:60])
+    facts["background_obeyed"], made, labels = colour_share(paint, names[:20])
     sheet(made[::7], labels[::7], 10).save(sheets / "colours.png")
     show_sheets(paint, sheets)
     facts.update(sizes(folder, pipeline))
@@ -209,22 +291,35 @@ def evaluate(data: Path, folder: Path, sheets: Path, num_names: int, shift: floa
     return facts
 
 
+def percent(hits: list[bool]) -> float:
+    """The share of True."""
+    return 100 * sum(hits) / len(hits)
+
+
+def read_strangers() -> list[str]:
+    """The prompts that nobody trained on."""
+    lines = STRANGERS.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
 def show_sheets(paint: Painter, sheets: Path) -> None:
     """The sheets that are looked at rather than counted."""
     shown = list(SHOWN)
     sheet(paint(shown), shown, 10).save(sheets / "shown.png")
+    strangers = read_strangers()
+    made = [paint(strangers, first_seed=10_000 * seed) for seed in range(1, 5)]
+    four = [picture for row in zip(*made, strict=True) for picture in row]
+    sheet(four, [prompt for prompt in strangers for _ in range(4)], 16).save(sheets / "strangers.png")
     few = shown[:10]
     for kind, settings in (
         ("guidance", [(STEPS, guidance) for guidance in (1.0, 2.0, 4.0, 8.0)]),
         ("steps", [(steps, GUIDANCE) for steps in (1, 2, 4, 8, 20)]),
     ):
-        made = [picture for steps, guidance in settings for picture in paint(few, steps, guidance)]
+        made_few = [picture for steps, guidance in settings for picture in paint(few, steps, guidance)]
         values = [steps if kind == "steps" else guidance for steps, guidance in settings]
-        labels = [f"{kind} {value:g}: {name}" for value in values for name in few]
-        sheet(made, labels, 10).save(sheets / f"{kind}.png")
-    sheet(paint(list(BEYOND)), list(BEYOND), 10).save(sheets / "beyond.png")
-    repeated = [prompt for prompt in ("cat face", "love", "a flower") for _ in range(10)]
-    sheet(paint(repeated), repeated, 10).save(sheets / "seeds.png")
+        sheet(made_few, [f"{kind} {value:g}: {name}" for value in values for name in few], 10).save(
+            sheets / f"{kind}.png"
+        )
 
 
 def main() -> None:
@@ -232,12 +327,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--sheets", type=Path, required=True)
-    parser.add_argument("--names", type=int, default=300)
-    parser.add_argument("--shift", type=float, help="try another scheduler shift than the folder's")
+    parser.add_argument("--names", type=int, default=200)
+    parser.add_argument("--only-sheets", action="store_true", help="draw the sheets and measure nothing")
     parser.add_argument("--threads", type=int, default=1)
     a = parser.parse_args()
     set_up(a.threads)
-    facts = evaluate(a.data, a.model, a.sheets, a.names, a.shift)
+    if a.only_sheets:
+        a.sheets.mkdir(parents=True, exist_ok=True)
+        show_sheets(Painter(load_pipeline(a.model, torch.bfloat16)), a.sheets)
+        return
+    facts = evaluate(a.data, a.model, a.sheets, a.names)
     print(json.dumps({name: round(value, 2) for name, value in facts.items()}, indent=1))
 
 

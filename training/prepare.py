@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ import resvg_py
 from PIL import Image
 
 from training.data import SIZE, STYLES
+
+LANGUAGES = ("de", "fr", "es", "zh", "ja")
+RARE, COMMON = 4, 20
+"""A tag of at most RARE emoji names each of them; one that is part of the name, of at most COMMON."""
 
 
 def slug(name: str) -> str:
@@ -52,7 +57,7 @@ def fluent_svg(packages: Path, kind: str, name: str) -> Image.Image | None:
     return None
 
 
-def noto_svg(icons: dict[str, Any], name: str) -> Image.Image | None:
+def icon_svg(icons: dict[str, Any], name: str) -> Image.Image | None:
     key = slug(name)
     key = icons.get("aliases", {}).get(key, {}).get("parent", key)
     icon = icons["icons"].get(key)
@@ -63,17 +68,39 @@ def noto_svg(icons: dict[str, Any], name: str) -> Image.Image | None:
     return draw_svg(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>')
 
 
+def translate(packages: Path, emoji: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """By language and English name: the CLDR name, then the tags that tell the emoji from most others."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for language in LANGUAGES:
+        path = packages / "emojibase-data" / language / "data.json"
+        entries = {entry["emoji"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))}
+        shared = Counter(tag for entry in entries.values() for tag in entry.get("tags", []))
+        found[language] = {}
+        for character, facts in emoji.items():
+            entry = entries.get(character) or entries.get(character + "\ufe0f")
+            if entry is not None:
+                label, tags = entry["label"].lower(), entry.get("tags", [])
+                inside = [tag for tag in tags if tag in label and shared[tag] <= COMMON]
+                rare = [tag for tag in tags if shared[tag] <= RARE]
+                found[language][facts["name"]] = list(dict.fromkeys([label, *inside, *rare[:3]]))
+    return found
+
+
 def prepare(data: Path) -> None:
     """Writes pictures.npy and index.json into the data folder."""
     packages = data / "node_modules"
     emoji = json.loads((packages / "unicode-emoji-json/data-by-emoji.json").read_text(encoding="utf-8"))
     words = json.loads((packages / "emojilib/dist/emoji-en-US.json").read_text(encoding="utf-8"))
-    icons = json.loads((packages / "@iconify-json/noto/icons.json").read_text(encoding="utf-8"))
+    noto, twemoji = (
+        json.loads((packages / f"@iconify-json/{name}/icons.json").read_text(encoding="utf-8"))
+        for name in ("noto", "twemoji")
+    )
     drawers: dict[str, Callable[[str, str], Image.Image | None]] = {
         "3d": lambda character, name: open_3d(packages, character),
         "flat": lambda character, name: fluent_svg(packages, "flat", name),
         "mono": lambda character, name: fluent_svg(packages, "high-contrast", name),
-        "noto": lambda character, name: noto_svg(icons, name),
+        "noto": lambda character, name: icon_svg(noto, name),
+        "twemoji": lambda character, name: icon_svg(twemoji, name),
     }
     pictures: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     rows: dict[str, dict[str, int]] = {style: {} for style in STYLES}
@@ -89,7 +116,7 @@ def prepare(data: Path) -> None:
                 rows[style][name] = len(pictures)
                 pictures.append(np.asarray(picture))
     np.save(data / "pictures.npy", np.stack(pictures))
-    index = {"rows": rows, "keywords": keywords}
+    index = {"rows": rows, "keywords": keywords, "translations": translate(packages, emoji)}
     (data / "index.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
 
 

@@ -7,9 +7,6 @@ what to draw, and where.
 
 from __future__ import annotations
 
-import random
-import re
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +15,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from training.captions import compose, usable_keywords, words_of_forms
-from training.data import Subject
-from training.palette import BACKGROUNDS
+from training.captions import FOREIGN_COLOURS, plural, short_names, usable_keywords, words_of_captions
+from training.data import Pictures, Subject
 
 SLOTS = 8
 TEXT_LENGTH = 24
@@ -28,18 +24,26 @@ POOLED_LENGTH = 16
 WIDTH = 256
 SPECIAL = ("<pad>", "</s>", "<unk>", *(f"<slot{i}>" for i in range(SLOTS)))
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.!?'-"
+UNSPACED_FROM = 0x2E80
+"""Words from this letter on (Chinese, Japanese) stand in sentences without spaces."""
 ENDINGS = ("s", "es", "ies", "y", "ing", "ed", "er", "ly", "like", "ish", "man", "-", "'s")
 
 
-def vocabulary(subjects: list[Subject], keywords: dict[str, list[str]]) -> list[tuple[str, float]]:
-    """Whole words that captions use, then letters and endings, with unigram scores (log shares)."""
-    words: Counter[str] = Counter()
+def texts_of(pictures: Pictures, subjects: list[Subject]) -> list[str]:
+    """Everything that captions may say, in all languages."""
+    texts = words_of_captions()
     for subject in subjects:
-        texts = [subject.name, *subject.aliases, *usable_keywords(subject, keywords[subject.name])]
-        for text in texts:
-            words.update(re.findall(r"\S+", text.lower().replace(",", " , ")))
-    words.update(word for text in (*words_of_forms(), *BACKGROUNDS) for word in text.split())
-    pieces: dict[str, float] = {"▁" + word: -8.0 for word in sorted(words)}
+        names = short_names(subject)
+        texts += [*names, *map(plural, names), *usable_keywords(subject, pictures.keywords[subject.name])]
+        for names_in in pictures.translations.values():
+            texts += names_in.get(subject.name, [])
+    return [text.lower().replace(",", " , ") for text in texts]
+
+
+def vocabulary(pictures: Pictures, subjects: list[Subject]) -> list[tuple[str, float]]:
+    """Whole words that captions use, then letters and endings, with unigram scores (log shares)."""
+    words = {word for text in texts_of(pictures, subjects) for word in text.split()}
+    pieces = {word if ord(word[0]) >= UNSPACED_FROM else "▁" + word: -8.0 for word in sorted(words)}
     pieces.setdefault("▁", -12.0)
     for letter in sorted({letter for word in words for letter in word} | set(LETTERS)):
         pieces.setdefault(letter, -13.0)
@@ -47,6 +51,19 @@ def vocabulary(subjects: list[Subject], keywords: dict[str, list[str]]) -> list[
         pieces.setdefault(ending, -10.0)
     pieces[","] = -9.0
     return [(token, 0.0) for token in SPECIAL] + list(pieces.items())
+
+
+def meanings(pictures: Pictures, subjects: list[Subject]) -> dict[str, list[str]]:
+    """English texts for each word of another language: the subjects and colours that it stands for."""
+    found: dict[str, list[str]] = {}
+    for names in pictures.translations.values():
+        for subject in subjects:
+            for word in {word for name in names.get(subject.name, []) for word in name.split()}:
+                found.setdefault(word, []).append(short_names(subject)[-1])
+    for colour, by_language in FOREIGN_COLOURS.items():
+        for word in (word for words in by_language.values() for word in words):
+            found[word] = [colour]
+    return found
 
 
 def build_tokenizer(vocab: list[tuple[str, float]], slots: int, length: int) -> PreTrainedTokenizerFast:
@@ -136,15 +153,45 @@ class TextSide:
         return torch.tensor(encoded.input_ids)
 
 
-def build_text_side(subjects: list[Subject], keywords: dict[str, list[str]]) -> TextSide:
+def build_text_side(pictures: Pictures, subjects: list[Subject]) -> TextSide:
     """Fresh tokenizers and encoders for those subjects."""
-    vocab = vocabulary(subjects, keywords)
+    vocab = vocabulary(pictures, subjects)
     return TextSide(
         build_tokenizer(vocab, 0, POOLED_LENGTH),
         build_tokenizer(vocab, SLOTS, TEXT_LENGTH),
         build_clip(len(vocab)),
         build_t5(len(vocab)),
     )
+
+
+@torch.no_grad()
+def carry_over(old: TextSide, pictures: Pictures, subjects: list[Subject]) -> TextSide:
+    """The old encoders with today's vocabulary: known words keep their vectors, new ones begin near theirs.
+
+    A new English word begins as the mean of its pieces, a foreign one as the mean of what it stands for.
+    """
+    new = build_text_side(pictures, subjects)
+    known = old.tokenizer.get_vocab()
+    stands_for = meanings(pictures, subjects)
+    first = [(old.clip.get_input_embeddings(), new.clip.get_input_embeddings()),
+             (old.t5.get_input_embeddings(), new.t5.get_input_embeddings())]  # fmt: skip
+    for module, before in ((new.clip, old.clip), (new.t5, old.t5)):
+        kept = {name: value for name, value in before.state_dict().items() if not _is_table(name)}
+        module.load_state_dict(kept, strict=False)
+    for token, row in new.tokenizer.get_vocab().items():
+        if token in known:
+            rows = [known[token]]
+        else:
+            texts = stands_for.get(token.removeprefix("▁"), [token.removeprefix("▁")])
+            pieces = old.tokenizer(texts, add_special_tokens=False).input_ids
+            rows = [piece for ids in pieces for piece in ids] or [SPECIAL.index("<unk>")]
+        for source, target in first:
+            target.weight[row] = source.weight[rows].mean(0)
+    return new
+
+
+def _is_table(name: str) -> bool:
+    return "token_embedding" in name or name in ("shared.weight", "encoder.embed_tokens.weight")
 
 
 class PictureHeads(nn.Module):
@@ -163,16 +210,3 @@ class PictureHeads(nn.Module):
         from_slots = torch.einsum("nsw,swo->nso", states[:, :SLOTS], self.slots) + self.slot_bias
         from_pooled = self.pooled(pooled).view_as(wanted)
         return functional.mse_loss(from_slots, regions) + functional.mse_loss(from_pooled, wanted)
-
-
-def draw_captions(
-    rng: random.Random, subjects: list[Subject], keywords: dict[str, list[str]], rows: list[int]
-) -> tuple[list[str], list[int]]:
-    """A caption for each subject index, and which background each one asks for."""
-    names = list(BACKGROUNDS)
-    chosen = [0 if rng.random() < 0.3 else rng.randrange(len(names)) for _ in rows]
-    texts = [
-        compose(rng, subjects[row], keywords[subjects[row].name], names[colour])
-        for row, colour in zip(rows, chosen, strict=True)
-    ]
-    return texts, chosen

@@ -16,12 +16,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional
 
-from training.data import load_pictures, read_subjects, shuffled
+from training.captions import Captions
+from training.data import Pictures, load_pictures, read_subjects
 from training.device import Setup, set_up
-from training.latents import LatentTable, load_table
 from training.model import Denoiser, Model, build_transformer, load_folder, save_folder
 from training.optim import build_optimizers, rate_at, set_rate
-from training.text import PictureHeads, build_text_side, draw_captions
+from training.pool import Pool
+from training.text import PictureHeads, build_text_side, carry_over
 
 TIME_MEAN, TIME_DEVIATION = 0.6, 1.0
 EMA = 0.998
@@ -59,22 +60,18 @@ def flow_loss(
     return functional.mse_loss(velocity.float(), noise - wanted)
 
 
-def train_text(
-    model: Model, table: LatentTable, keywords: dict[str, list[str]], setup: Setup, minutes: float, batch: int
-) -> None:
+def train_text(model: Model, pool: Pool, setup: Setup, minutes: float, batch: int) -> None:
     """Teaches the text encoders to name the picture, before the denoiser listens to them."""
-    _, _, tokens, channels = table.latents.shape
+    _, tokens, channels = pool.latents.shape
     heads = PictureHeads(tokens, channels).to(setup.device)
     modules = [model.text.t5, model.text.clip]
     optimizers = build_optimizers(modules, 2e-3, words_factor=5.0)  # each word is in few batches
     optimizers.append(torch.optim.AdamW(heads.parameters(), 2e-3, weight_decay=0.0))
-    rng = random.Random(0)
-    batches = shuffled(rng, list(range(len(table.subjects))), batch)
+    batches = pool.batches(random.Random(0), batch)
     start, step = time.monotonic(), 0
     while (fraction := (time.monotonic() - start) / (60 * minutes)) < 1:
-        rows = next(batches)
-        captions, colours = draw_captions(rng, table.subjects, keywords, rows)
-        wanted = table.batch(rows, colours).to(setup.device).float()
+        wanted, captions = next(batches)
+        wanted = wanted.to(setup.device)
         with setup.autocast():
             states, pooled = model.text(captions, setup.device)
         loss = heads(states.float(), pooled.float(), wanted)
@@ -146,15 +143,21 @@ class Plan:
     freeze_text: bool
 
 
-def build_model(table: LatentTable, keywords: dict[str, list[str]], setup: Setup) -> Model:
+def build_model(pictures: Pictures, channels: int, setup: Setup, init: Path | None) -> Model:
+    """A fresh model, or the one in `init` with today's vocabulary."""
     torch.manual_seed(0)
-    text = build_text_side(table.subjects, keywords)
-    return Model(Denoiser(build_transformer(table.latents.shape[-1])), text).to(setup.device)
+    subjects = read_subjects()
+    if init is None:
+        return Model(Denoiser(build_transformer(channels)), build_text_side(pictures, subjects)).to(
+            setup.device
+        )
+    model = load_folder(init, setup)
+    return Model(model.denoiser, carry_over(model.text, pictures, subjects)).to(setup.device)
 
 
 def train(
-    table: LatentTable,
-    keywords: dict[str, list[str]],
+    pool: Pool,
+    pictures: Pictures,
     vae: AutoencoderKL,
     out: Path,
     plan: Plan,
@@ -163,9 +166,12 @@ def train(
     init: Path | None,
 ) -> Progress:
     """Trains for the plan's hours and leaves a checkpoint and a loadable folder in `out`."""
-    model = load_folder(init, setup) if init else build_model(table, keywords, setup)
+    if resume:  # with the vocabulary that it began with
+        model = load_folder(out / "export", setup)
+    else:
+        model = build_model(pictures, pool.latents.shape[-1], setup, init)
     if not resume and init is None and plan.text_minutes > 0:
-        train_text(model, table, keywords, setup, plan.text_minutes, plan.batch)
+        train_text(model, pool, setup, plan.text_minutes, plan.batch)
     average = model.frozen_copy()
     trained = list(model.modules().values())
     if plan.freeze_text:
@@ -178,13 +184,12 @@ def train(
     progress = load_checkpoint(checkpoint, model, average, optimizers) if resume else Progress()
     speed_up(model, plan.compiled)
     rng = random.Random(progress.step)
-    batches = shuffled(rng, list(range(len(table.subjects))), plan.batch)
+    batches = pool.batches(rng, plan.batch)
     start = last_save = time.monotonic()
     before, first_step, losses = progress.seconds, progress.step, 0.0
     while (fraction := (time.monotonic() - start) / (3600 * plan.hours)) < 1:
-        rows = next(batches)
-        captions, colours = draw_captions(rng, table.subjects, keywords, rows)
-        wanted = table.batch(rows, colours).to(setup.device).float()
+        wanted, captions = next(batches)
+        wanted = wanted.to(setup.device)
         loss = flow_loss(model, wanted, captions, setup)
         warm = progress.step - first_step
         set_rate(optimizers, plan.lr * rate_at(fraction if plan.decay else 0.0, warm))
@@ -211,6 +216,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae", type=Path, help="the autoencoder's folder (OUT/vae)")
+    parser.add_argument("--pool", type=Path, help="the pool's folder (OUT/pool)")
     parser.add_argument("--hours", type=float, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=64)
@@ -226,12 +232,12 @@ def main() -> None:
     setup = set_up(a.threads)
     pictures = load_pictures(a.data)
     vae_folder = a.vae or a.out / "vae"
-    table = load_table(vae_folder, pictures, read_subjects(), "3d", setup, a.out / "latents_3d.pt")
+    pool = Pool(a.pool or a.out / "pool", Captions(pictures, read_subjects()))
     vae = AutoencoderKL.from_pretrained(vae_folder)
     plan = Plan(
         a.hours, a.batch, a.lr, a.text_minutes, a.save_minutes, not a.eager, not a.keep_rate, a.freeze_text
     )
-    train(table, pictures.keywords, vae, a.out, plan, setup, a.resume, a.init)
+    train(pool, pictures, vae, a.out, plan, setup, a.resume, a.init)
 
 
 if __name__ == "__main__":

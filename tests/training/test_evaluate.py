@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image, ImageDraw
 
-from training.evaluate import border, ranks, shares, small
+from training.evaluate import Known, border, num_blobs, percent, small
 from training.sheets import sheet
 
 
@@ -16,12 +16,20 @@ def disc(colour: str, background: str = "white") -> Image.Image:
 
 
 def test_a_picture_is_named_by_the_nearest_original() -> None:
-    known = small([disc("red"), disc("green"), disc("blue")])
-    assert ranks([disc("#e01010"), disc("blue")], [0, 1], known) == [0, 1]
+    known = Known(small([disc("red"), disc("green"), disc("blue")]), ["apple", "leaf", "sea"])
+    assert known.nearest([disc("#e01010"), disc("blue")]) == [["apple"], ["sea"]]
 
 
-def test_top_1_and_top_5_are_percentages() -> None:
-    assert shares([0, 3, 7, 0]) == (50.0, 75.0)
+def test_shares_are_percentages() -> None:
+    assert percent([True, False, True, True]) == 75.0
+
+
+def test_separate_things_are_counted() -> None:
+    two = disc("white")
+    draw = ImageDraw.Draw(two)
+    draw.ellipse((5, 40, 55, 90), fill="red")
+    draw.ellipse((70, 40, 120, 90), fill="blue")
+    assert [num_blobs(picture) for picture in (disc("white"), disc("red"), two)] == [0, 1, 2]
 
 
 def test_the_border_is_the_background_and_not_the_subject() -> None:

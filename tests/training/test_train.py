@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
 
 from training.autoencoder import build_autoencoder
-from training.data import read_subjects
+from training.captions import Captions
+from training.data import Pictures, read_subjects
 from training.device import set_up
 from training.distil import guided_velocity
-from training.latents import LatentTable
 from training.optim import orthogonalised, rate_at
+from training.pool import Pool
+from training.scenes import Item, Scene
 from training.train import Plan, train
 
 PLAN = Plan(
@@ -29,16 +33,24 @@ PLAN = Plan(
 )
 
 
+def tiny_pool(folder: Path, pictures: Pictures, names: list[str]) -> Pool:
+    """One shard of random latents, a scene for each name."""
+    folder.mkdir()
+    scenes = [asdict(Scene("single", (Item(name, "3d"),))) for name in names]
+    torch.save({"scenes": scenes, "latents": torch.randn(len(names), 16, 128).half()}, folder / "000.pt")
+    return Pool(folder, Captions(pictures, read_subjects()))
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_a_resumed_training_goes_on_and_its_folder_makes_a_picture(tmp_path: Path) -> None:
     setup = set_up(1)
-    subjects = read_subjects()[:4]
-    table = LatentTable(subjects, torch.randn(4, 13, 16, 128).half())
-    keywords: dict[str, list[str]] = {subject.name: ["thing"] for subject in subjects}
+    names = [subject.name for subject in read_subjects()]
+    pictures = Pictures(np.zeros((1, 128, 128, 4), np.uint8), {}, {name: [] for name in names}, {})
+    pool = tiny_pool(tmp_path / "pool", pictures, names[:4])
     vae = build_autoencoder()
     vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
-    first = train(table, keywords, vae, tmp_path, PLAN, setup, resume=False, init=None)
-    second = train(table, keywords, vae, tmp_path, PLAN, setup, resume=True, init=None)
+    first = train(pool, pictures, vae, tmp_path, PLAN, setup, resume=False, init=None)
+    second = train(pool, pictures, vae, tmp_path, PLAN, setup, resume=True, init=None)
     assert 0 < first.step < second.step
     assert second.seconds > first.seconds
 
@@ -53,7 +65,7 @@ def test_a_resumed_training_goes_on_and_its_folder_makes_a_picture(tmp_path: Pat
     assert picture.size == (128, 128)
 
     third = train(
-        table, keywords, vae, tmp_path / "other", PLAN, setup, resume=False, init=tmp_path / "export"
+        pool, pictures, vae, tmp_path / "other", PLAN, setup, resume=False, init=tmp_path / "export"
     )
     assert third.step > 0
 
