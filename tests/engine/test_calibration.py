@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.calibration import busy_loops
-from mezzotint.engine import Engine, EngineSettings
 from mezzotint.engine.calibration import (
     MAX_S,
     MIN_ROUNDS,
@@ -188,20 +186,3 @@ def test_a_merged_forward_tells_what_a_lone_one_would_take() -> None:
     assert [stretch(found, rows) for rows in (1, 2, 3, 4)] == pytest.approx([1.0, 1.2, 1.4, 1.6])
     assert stretch(found, 8) == pytest.approx(3.2)
     assert stretch(found[:1], 1) == stretch([], 4) == 1.0
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
-def test_busy_programs_beside_a_first_load_change_no_rows_and_no_figure_unsaid() -> None:
-    def first_load() -> tuple[int, Measurement]:
-        engine = Engine.load("emoji", EngineSettings(num_threads=1))
-        engine.close()
-        return engine.runner.num_rows, engine.measured[0]
-
-    rows, alone = first_load()
-    with busy_loops(4):
-        busy_rows, busy = first_load()
-    assert rows == busy_rows > 1
-    ratio = busy.forward_s / alone.forward_s
-    assert 1 / 1.5 <= ratio <= 1.5 or max(busy.uncertainty, alone.uncertainty) > SURE, (alone, busy)
-    assert ratio < 4, "the processor's clock does not count the time that others had it"
