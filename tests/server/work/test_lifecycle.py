@@ -161,9 +161,11 @@ class Stage:
             assert self.carrier.alive[0].load.source == GOOD
 
 
-async def with_stage(act: Callable[[Stage], Awaitable[None]], exit_s: float = 0.001) -> None:
+async def with_stage(
+    act: Callable[[Stage], Awaitable[None]], exit_s: float = 0.001, max_restarts: int = 2
+) -> None:
     carrier = FakeCarrier(exit_s)
-    workers = WorkerSettings(carrier, heartbeat_s=30, load_timeout_s=30, max_restarts=2)
+    workers = WorkerSettings(carrier, heartbeat_s=30, load_timeout_s=30, max_restarts=max_restarts)
     given_up: list[int] = []
     endpoint = Endpoint(
         settings_of(GOOD), workers, METRICS, on_given_up=lambda _, version: given_up.append(version)
@@ -218,7 +220,10 @@ def test_every_triple_of_commands_ends_in_what_the_last_one_wants(first: Event, 
     async def all_triples() -> None:
         for second, third in itertools.product(Event, Event):
             try:
-                await with_stage(lambda stage: triple(stage, (first, second, third), TIMINGS[timing]))  # noqa: B023
+                await with_stage(
+                    lambda stage: triple(stage, (first, second, third), TIMINGS[timing]),  # noqa: B023
+                    max_restarts=3,  # three kills are no crash loop, however early they come
+                )
             except (AssertionError, TimeoutError) as error:
                 raise AssertionError(f"{first} / {second} / {third}, {timing}: {error!r}") from error
 
