@@ -8,13 +8,6 @@ from dataclasses import dataclass
 import pytest
 
 from mezzotint.config import EndpointSettings, Settings
-from mezzotint.server import logs
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_log_lines_on_stdout() -> None:
-    """Where no test has set logging up yet, structlog would print among a command's results."""
-    logs.configure("error", "console")
 
 
 @dataclass(frozen=True)

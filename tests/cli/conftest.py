@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mezzotint.cli import main
+from mezzotint.server import logs
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,12 @@ def _empty_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("MEZZOTINT_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_log_lines_on_stdout() -> None:
+    """A server runs in this process; a test of logging may have left structlog printing to stdout."""
+    logs.configure("error", "console")
 
 
 @dataclass(frozen=True)
