@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import math
 import socket
@@ -27,6 +28,7 @@ from mezzotint.server.work.lifecycle import Command, State
 FAKE = "mezzotint.fake_worker:run"
 GENERATE = "/dedicated/v1/images/generations"
 PATIENCE_S = 20.0
+_KEY_NUMBERS = itertools.count(1)
 """How long a test waits for something that should happen at once; only a failure ever takes that long."""
 
 Result = TypeVar("Result")
@@ -91,7 +93,7 @@ class Host:
 
     def new_client(self, **key_fields: Any) -> httpx2.Client:
         """A client with a key of its own."""
-        name = f"key-{len(self.service.engine.url.database or '')}-{threading.get_ident()}-{id(key_fields)}"
+        name = f"key-{next(_KEY_NUMBERS)}"
         _, secret = create_key(self.service.engine, name, **key_fields)
         return client(self.url, secret)
 
