@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Endpoint IDs and adapter routes."""
+CODE_PERMISSION = r"^\S[^@]*@([0-9a-f]{40}|sha256:[0-9a-f]{64})$"
+"""A source and the version of its code."""
 MAX_STEPS = 50
 MAX_SEED = 2**63 - 1
 MAX_PICTURES = 16
@@ -183,7 +185,19 @@ class EngineSettings(Table):
     )
     max_wait_s: Seconds = Field(20.0, description="A job that waited longer than this for a step goes first.")
     offload: bool = Field(False, description="Keep idle modules in host memory (slower; for small GPUs).")
-    allow_remote_code: bool = Field(
-        False, description="Run Python code that comes with the model's repository."
+    allow_remote_code: Annotated[str, Field(pattern=CODE_PERMISSION)] | None = Field(
+        None,
+        description="The one source whose own Python code may run, in one version: `owner/name@COMMIT` or "
+        "`FOLDER@sha256:HASH`. The refusal of such a model says what to write.",
     )
     adapter_bytes: Bytes = Field(512 * 2**20, description="Byte budget for resident adapters in one worker.")
+
+    @field_validator("allow_remote_code", mode="before")
+    @classmethod
+    def _names_its_source(cls, value: object) -> object:
+        if value is True:
+            raise ValueError(
+                "must name what may run, as owner/name@COMMIT or FOLDER@sha256:HASH; without it, the refusal "
+                "of the model says what to write"
+            )
+        return None if value is False else value

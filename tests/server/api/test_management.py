@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
-from mezzotint.server.work.lifecycle import State
+from mezzotint.server.store import database
+from mezzotint.server.work.lifecycle import Command, State
+from tests.attacks import attack
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 BASE = "/dedicated/beta/endpoint"
@@ -160,6 +163,63 @@ def test_an_endpoint_whose_adapter_cannot_be_had_is_not_made(tmp_path: Path) -> 
 
 def test_an_endpoint_cannot_be_renamed(host: Host) -> None:
     assert host.client.put(f"{BASE}/one", json={"name": "two"}).json()["error"]["param"] == "name"
+
+
+PERMISSION = "studio/own@" + "0" * 40
+
+
+@attack(
+    "An admin key changes the model of an endpoint whose file permits remote code",
+    outcome="the permission ends with the change, and no key can give it",
+)
+@pytest.mark.parametrize(
+    "body",
+    [{"settings": {"model": "fake:size=24"}}, {"hfModelRepo": "fake"}, {"hfModelRepoRevision": "v2"}],
+)
+def test_another_model_does_not_keep_the_permission_for_remote_code(
+    tmp_path: Path, body: dict[str, Any]
+) -> None:
+    with hosting(
+        settings_for(tmp_path, endpoint("fake:size=16", allow_remote_code=PERMISSION)), ready=False
+    ) as host:
+        same = host.client.put(f"{BASE}/one", json={"settings": {"max_rows": 3}}).json()["mezzotint"]
+        assert same["settings"]["allow_remote_code"] == PERMISSION
+        host.wait_for(State.READY)
+        other = host.client.put(f"{BASE}/one", json=body).json()["mezzotint"]
+        assert other["settings"]["allow_remote_code"] is None
+        host.until(lambda: host.endpoint().next is None)
+        back = {"settings": {"model": "fake:size=16", "revision": None}}
+        answer = host.client.put(f"{BASE}/one", json=back).json()["mezzotint"]
+        assert answer["settings"]["allow_remote_code"] is None, "naming the first model again does not help"
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_stored_permission_that_names_nothing_ends(tmp_path: Path, stored: bool) -> None:
+    settings = settings_for(tmp_path)
+    with hosting(settings) as host:
+        key = host.first_key
+        url = database.database_url(settings.data_dir, None)
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        for table, column in ((database.endpoints, "from_file"), (database.endpoint_versions, "spec")):
+            values = connection.scalar(sa.select(table.c[column])) | {"allow_remote_code": stored}
+            connection.execute(table.update().values({column: values}))
+    engine.dispose()
+    with hosting(settings, key=key) as host:
+        assert host.endpoint().spec.allow_remote_code is None
+        version = host.endpoint().current.version
+        assert version == (2 if stored else 1), "a file that has not changed makes no version"
+
+
+@attack("Two admins update a sleeping endpoint at once", outcome="both changes count, one after the other")
+def test_of_two_updates_at_once_none_undoes_the_other(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path)) as host:
+        host.command(Command.SLEEP)
+        bodies = [{"settings": {"max_rows": 3}}, {"settings": {"default_steps": 7}}]
+        answers = list(host.pool.map(lambda body: host.client.put(f"{BASE}/one", json=body), bodies))
+        assert [answer.status_code for answer in answers] == [200, 200]
+        settings = host.client.get(f"{BASE}/one").json()["mezzotint"]["settings"]
+        assert (settings["max_rows"], settings["default_steps"]) == (3, 7)
 
 
 def test_a_failed_endpoint_says_why_to_its_admin(tmp_path: Path) -> None:

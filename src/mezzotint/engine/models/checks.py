@@ -16,7 +16,7 @@ import diffusers
 import torch
 
 from mezzotint import hub
-from mezzotint.engine.models import sources
+from mezzotint.engine.models import remote_code, sources
 from mezzotint.errors import ModelLoadError, echo
 
 LIBRARIES = ("diffusers", "transformers")
@@ -41,12 +41,16 @@ class ModelFiles:
     """Safetensors files by component."""
 
 
-def check_folder(folder: Path, *, allow_remote_code: bool = False) -> ModelFiles:
-    """Whether `folder` is a whole text-to-image pipeline with safetensors weights."""
+def check_folder(folder: Path, *, source: str = "", allow_remote_code: bool = False) -> ModelFiles:
+    """Whether `folder` is a whole text-to-image pipeline with safetensors weights.
+
+    `source` is what the model was called, where that is not the folder.
+    """
+    source = source or str(folder)
     if not (folder / sources.INDEX).is_file():
         raise ModelLoadError(_not_a_pipeline(folder), code="not_a_pipeline")
     index = sources.read_index(folder)
-    name = _class_name(folder, index, allow_remote_code)
+    name = _class_name(folder, source, index, allow_remote_code)
     parts = sources.components(index)
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     variant = sources.choose_variant(file for file in files if file.partition("/")[0] in parts)
@@ -59,9 +63,7 @@ def check_folder(folder: Path, *, allow_remote_code: bool = False) -> ModelFiles
                 code="missing_file",
             )
         if library not in LIBRARIES and not _is_diffusers_module(library) and not allow_remote_code:
-            raise ModelLoadError(
-                _remote(folder, f"its {component} comes from {echo(library)}"), code="remote_code"
-            )
+            raise _remote(folder, source, f"its {component} comes from {echo(library)}")
         if found := _weights(place, variant):
             weights[component] = found
     return ModelFiles(name, variant, weights)
@@ -137,13 +139,11 @@ def read_header(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _class_name(folder: Path, index: dict[str, Any], allow_remote_code: bool) -> str:
+def _class_name(folder: Path, source: str, index: dict[str, Any], allow_remote_code: bool) -> str:
     name = index.get("_class_name")
     if isinstance(name, list) and len(name) == 2:
         if not allow_remote_code:
-            raise ModelLoadError(
-                _remote(folder, f"its pipeline is defined in {echo(name[0])}"), code="remote_code"
-            )
+            raise _remote(folder, source, f"its pipeline is defined in {echo(name[0])}")
         return str(name[1])
     if not isinstance(name, str):
         raise ModelLoadError(f"{folder / sources.INDEX} names no pipeline class", code="not_a_pipeline")
@@ -223,8 +223,13 @@ def _not_a_pipeline(folder: Path) -> str:
     return f"{folder} is not a diffusers pipeline: it has no {sources.INDEX}"
 
 
-def _remote(folder: Path, reason: str) -> str:
-    return f"{folder} needs Python code of its own: {reason}; set allow_remote_code if you trust its author"
+def _remote(folder: Path, source: str, reason: str) -> ModelLoadError:
+    permission = remote_code.permission_for(source, folder)
+    return ModelLoadError(
+        f"{folder} needs Python code of its own: {reason}; if you have read it and trust its author, write "
+        f"allow_remote_code = {json.dumps(permission)} in the configuration file",
+        code="remote_code",
+    )
 
 
 def _gigabytes(count: int) -> str:

@@ -25,7 +25,7 @@ from diffusers.loaders import single_file_utils
 from safetensors import SafetensorError
 
 from mezzotint.engine import manifest
-from mezzotint.engine.models import checks, hardware, sources
+from mezzotint.engine.models import checks, hardware, remote_code, sources
 from mezzotint.errors import ModelLoadError
 from mezzotint.families import family
 from mezzotint.spec import EngineSettings
@@ -84,18 +84,13 @@ def load(
             pipe.to(chosen)
     else:
         chosen, _ = hardware.choose_dtype(settings.dtype, device)
-        path = sources.locate(
-            str(source), settings.revision, progress=progress, code=settings.allow_remote_code
-        )
+        name, permission = str(source), settings.allow_remote_code
+        code = remote_code.may_need_code(permission, name)
+        path = sources.locate(name, settings.revision, progress=progress, code=code)
         said = manifest.read(path)
         progress("loading weights", None)
-        pipe = _read(
-            path,
-            chosen,
-            device,
-            offload=settings.offload,
-            allow_remote_code=settings.allow_remote_code,
-        )
+        permitted = remote_code.is_permitted(permission, name, path)
+        pipe = _read(path, name, chosen, device, offload=settings.offload, allow_remote_code=permitted)
     _move(pipe, device, offload=settings.offload)
     tune(pipe, settings.performance)
     return Loaded(
@@ -173,13 +168,19 @@ def _packed_forward(packed: torch.Tensor, bias: torch.Tensor | None, x: torch.Te
 
 
 def _read(
-    path: Path, dtype: torch.dtype, device: torch.device, *, offload: bool, allow_remote_code: bool
+    path: Path,
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    offload: bool,
+    allow_remote_code: bool,
 ) -> Any:
     free, total = hardware.memory(device)
     try:
         if path.is_file():
             return _read_file(path, dtype, free, total, offload=offload)
-        files = checks.check_folder(path, allow_remote_code=allow_remote_code)
+        files = checks.check_folder(path, source=source, allow_remote_code=allow_remote_code)
         checks.check_memory(files, dtype, free, total, offload=offload)
         with _no_progress_bars():
             return diffusers.DiffusionPipeline.from_pretrained(

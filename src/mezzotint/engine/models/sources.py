@@ -111,7 +111,10 @@ def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {
         name: (value[0], value[1])
         for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(entry, str) for entry in value)
+        if not name.startswith("_")  # `_class_name` has this form where the pipeline has a class of its own
+        and isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(entry, str) for entry in value)
     }
 
 

@@ -37,7 +37,9 @@ Phase = Literal["DOWNLOADING_MODEL", "ENGINE_INITIALIZING"]
 OWNER = "default"
 """Project and team of everything: this server knows neither."""
 OPERATOR_ONLY = ("allow_remote_code",)
-"""Settings that only the configuration file may change: they let a repository run code on the server."""
+"""Settings that only the configuration file may change: they let a repository run code on the server.
+
+They are for the model that the file names, so they end where another model is named."""
 
 
 class _Body(BaseModel):
@@ -182,8 +184,8 @@ async def update(
             code="not_supported",
             param="settings.adapters",
         )
-    spec = _changed((endpoint.next or endpoint.current).spec, body)
-    await context.registry.update(endpoint, spec, admin.name, body.new_version_comment or "")
+    comment = body.new_version_comment or ""
+    await context.registry.update(endpoint, lambda spec: _changed(spec, body), admin.name, comment)
     history = await context.registry.history(endpoint.id)
     return _live_spec(endpoint, history[0])
 
@@ -363,6 +365,8 @@ def _changed(spec: EndpointSettings, body: EndpointUpdate) -> EndpointSettings:
                 param=f"settings.{name}",
             )
         values[name] = value
+    if (values["model"], values["revision"]) != (spec.model, spec.revision):
+        values |= dict.fromkeys(OPERATOR_ONLY)
     try:
         return EndpointSettings.model_validate(values)
     except ValidationError as error:

@@ -112,7 +112,7 @@ class Registry:
                 row = known.get(spec.id)
                 if row is None:
                     self._insert(connection, spec, "from the configuration file", CONFIGURATION, values)
-                elif row["from_file"] != values:
+                elif _as_now(row["from_file"]) != values:
                     self._add_version(connection, spec, "the configuration file changed", CONFIGURATION)
                     connection.execute(
                         _ENDPOINTS.update()
@@ -156,9 +156,19 @@ class Registry:
         endpoint.obey(Command.START)
         return endpoint
 
-    async def update(self, endpoint: Endpoint, spec: EndpointSettings, by: str, comment: str = "") -> int:
-        """Records a new version and begins to bring it up; answers its number."""
+    async def update(
+        self,
+        endpoint: Endpoint,
+        change: Callable[[EndpointSettings], EndpointSettings],
+        by: str,
+        comment: str = "",
+    ) -> int:
+        """Records a new version and begins to bring it up; answers its number.
+
+        `change` is given the newest settings when its turn has come, so of two updates none undoes the other.
+        """
         async with self._change(endpoint, Command.UPDATE):
+            spec = change((endpoint.next or endpoint.current).spec)
             version: int = await asyncio.to_thread(
                 self._transact, lambda c: self._add_version(c, spec, comment, by)
             )
@@ -322,6 +332,14 @@ class Registry:
         task = asyncio.get_running_loop().create_task(write())
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
+
+
+def _as_now(stored: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Stored settings with the fields that this program has; None if it cannot read them."""
+    try:
+        return EndpointSettings.model_validate(stored).model_dump(mode="json")
+    except ValidationError:
+        return None
 
 
 def _delete(connection: sa.Connection, endpoint_id: str) -> None:
