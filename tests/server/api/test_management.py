@@ -202,8 +202,9 @@ def test_a_stored_permission_that_names_nothing_ends(tmp_path: Path, stored: boo
     engine = sa.create_engine(url)
     with engine.begin() as connection:
         for table, column in ((database.endpoints, "from_file"), (database.endpoint_versions, "spec")):
-            values = connection.scalar(sa.select(table.c[column])) | {"allow_remote_code": stored}
-            connection.execute(table.update().values({column: values}))
+            values = connection.execute(sa.select(table.c[column])).scalar_one()
+            changed = values | {"allow_remote_code": stored}
+            connection.execute(table.update().values({column: changed}))
     engine.dispose()
     with hosting(settings, key=key) as host:
         assert host.endpoint().spec.allow_remote_code is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,12 @@ def registry(host: Host) -> Registry:
 
 
 def update(host: Host, spec: EndpointSettings) -> int:
-    return host.run(registry(host).update(host.endpoint(spec.id), lambda _: spec, "test"))
+    return host.run(registry(host).update(host.endpoint(spec.id), to(spec), "test"))
+
+
+def to(spec: EndpointSettings) -> Callable[[EndpointSettings], EndpointSettings]:
+    """The change of an update that gives these settings."""
+    return lambda _: spec
 
 
 def test_a_sleeping_endpoint_has_no_worker_and_a_request_wakes_it(host: Host) -> None:
@@ -64,7 +69,7 @@ def test_of_two_updates_at_once_one_is_recorded_and_goes_live(host: Host) -> Non
     specs = [endpoint("fake:step_s=0.005", default_guidance=value) for value in (3.0, 4.0)]
 
     async def both() -> list[int | BaseException]:
-        updates = (registry(host).update(host.endpoint(), lambda _, new=spec: new, "test") for spec in specs)
+        updates = (registry(host).update(host.endpoint(), to(spec), "test") for spec in specs)
         return await asyncio.gather(*updates, return_exceptions=True)
 
     before = host.run(registry(host).history("one"))[0].version
