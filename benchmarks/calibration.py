@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.serving import report
 from mezzotint.engine import Engine, EngineSettings
+from mezzotint.messages import MEASURING
 
 
 @contextlib.contextmanager
@@ -40,7 +41,7 @@ def first_start(model: str, threads: int) -> dict[str, float]:
     engine = Engine.load(
         model,
         EngineSettings(num_threads=threads),
-        progress=lambda stage, _: began.append(time.perf_counter()) if stage == "calibrating" else None,
+        progress=lambda stage, _: began.append(time.perf_counter()) if stage == MEASURING else None,
     )
     end = time.perf_counter()
     info = engine.info()

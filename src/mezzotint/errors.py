@@ -8,6 +8,7 @@ into the error. docs/generate.py writes the tables of codes from these classes.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
@@ -222,6 +223,11 @@ def echo(value: object) -> str:
     """A caller's value for a message: cut to MAX_ECHO characters."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= MAX_ECHO else text[: MAX_ECHO - 1] + "…"
+
+
+def without_folders(text: str) -> str:
+    """A message of this machine for people elsewhere: of each absolute path only the last part."""
+    return re.sub(r"(?<![\w.:/])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\":;,]+[/\\])*(?=[^\s/\\'\":;,])", "", text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from mezzotint.messages import (
     EXIT_PERMANENT,
+    LOADING,
     AdapterAdded,
     AdapterFailed,
     AddAdapter,
@@ -88,7 +89,7 @@ def run(connection: Connection) -> None:
         load = decode(connection.recv_bytes())
         assert isinstance(load, LoadModel)
         options = parse_source(load.source)
-        connection.send_bytes(encode(Loading("loading weights", 0.0)))
+        connection.send_bytes(encode(Loading(LOADING, 0.0)))
         _start_faults(connection, options)
         began = time.monotonic()
         time.sleep(float(options["load_s"]))

@@ -16,7 +16,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from mezzotint.spec import AdapterSpec, EngineSettings, ImageSpec
+from mezzotint.spec import AdapterSpec, EngineSettings, ImageSpec, loading_text
+
+DOWNLOADING, LOADING, MEASURING = "downloading the model", "loading the model", "measuring the model's speed"
+"""The stages of a worker that is not ready, in the words that people read."""
+
 
 # ---------------------------------------------------------------- server -> worker
 
@@ -87,8 +91,14 @@ class Shutdown:
 @dataclass(frozen=True, slots=True)
 class Loading:
     stage: str
-    """A plain phrase: `downloading`, `loading weights`, `calibrating`."""
+    """What people are told, such as DOWNLOADING."""
     fraction: float | None = None
+    """How much of the stage is done, 0 to 1, if the worker knows."""
+
+    @property
+    def text(self) -> str:
+        """For people: `loading the model (40 %)`."""
+        return loading_text(self.stage, self.fraction)
 
 
 @dataclass(frozen=True, slots=True)

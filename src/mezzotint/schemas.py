@@ -301,6 +301,15 @@ class ErrorBody(BaseModel):
         return cls(error=detail, detail=error.message, request_id=request_id or error.request_id)
 
 
+class LoadingState(_Answer):
+    """What a request's endpoint does before it can begin."""
+
+    stage: str = Field(description="In words for people: `loading the model`.")
+    fraction: float | MISSING = Field(
+        default=MISSING, description="How much of it is done, 0 to 1, if known."
+    )
+
+
 class RequestState(_Answer):
     """Where a request stands: the answer of `GET /dedicated/v1/requests/{id}`.
 
@@ -315,6 +324,13 @@ class RequestState(_Answer):
     position: int | MISSING = Field(default=MISSING, description="While queued: how many requests go first.")
     step: int | MISSING = Field(default=MISSING, description="Denoising steps done, over all pictures.")
     num_steps: int | MISSING = Field(default=MISSING, description="Denoising steps to do, over all pictures.")
+    picture: int | MISSING = Field(default=MISSING, description="Which picture is being made, from 1.")
+    num_pictures: int | MISSING = Field(default=MISSING, description="Pictures of the request.")
+    picture_step: int | MISSING = Field(default=MISSING, description="Denoising steps done of that picture.")
+    num_picture_steps: int | MISSING = Field(default=MISSING, description="Denoising steps of one picture.")
+    loading: LoadingState | MISSING = Field(
+        default=MISSING, description="Only while the endpoint's model is not ready."
+    )
     seconds_left: float | MISSING = Field(default=MISSING, description="Estimate until the answer is there.")
     result: ImageGenerationAnswer | MISSING = Field(default=MISSING, description="Once done.")
     error: ErrorDetail | MISSING = Field(default=MISSING, description="Once failed.")

@@ -48,6 +48,11 @@ def sizes_text(sizes: Iterable[tuple[int, int]]) -> str:
     return " or ".join(f"{width}x{height}" for width, height in sizes)
 
 
+def loading_text(stage: str, fraction: float | None) -> str:
+    """What a model does before it is ready, for people: `loading the model (40 %)`."""
+    return stage if fraction is None else f"{stage} ({round(fraction * 100)} %)"
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
     """One LoRA adapter as a request uses it; a `scale` of None is the adapter's own."""

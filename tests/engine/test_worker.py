@@ -20,6 +20,7 @@ from mezzotint.engine import Engine, Request, worker
 from mezzotint.engine.worker import MAX_BACKLOG, Outbox
 from mezzotint.messages import (
     EXIT_PERMANENT,
+    MEASURING,
     AdapterAdded,
     AdapterFailed,
     AddAdapter,
@@ -143,7 +144,7 @@ def ready(process: Process, folder: Path) -> Process:
 def test_a_model_loads_and_says_what_it_is(process: Process, folder: Path) -> None:
     process.send(load_model(folder, rows=None))
     info = process.wait_for(Ready).info
-    assert [message.stage for message in process.seen if isinstance(message, Loading)][-1] == "calibrating"
+    assert [message.stage for message in process.seen if isinstance(message, Loading)][-1] == MEASURING
     assert (info.pipeline_class, info.model_class) == ("FluxPipeline", "FluxTransformer2DModel")
     assert (info.dtype, info.device, info.num_threads, info.batching) == ("fp32", "cpu", 1, "exact")
     assert (info.width, info.height, info.size_multiple) == (32, 32, 8)

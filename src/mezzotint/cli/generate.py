@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from mezzotint.cli.reach import passing_key, running_server
 from mezzotint.errors import InternalError, InvalidRequestError
 
 if TYPE_CHECKING:
-    from mezzotint.client import Client, Generation
+    from mezzotint.client import Client, Generation, Progress
     from mezzotint.config import Settings
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "raw": ".rgb"}
@@ -163,7 +164,8 @@ def save(result: Generation, path: Path) -> list[Path]:
 def with_progress(client: Client, fields: dict[str, Any]) -> Generation:
     """The result, with a bar on stderr while it is made if that is a terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
 
     from mezzotint import client as sdk
 
@@ -171,21 +173,34 @@ def with_progress(client: Client, fields: dict[str, Any]) -> Generation:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[steps]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None, steps="")
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None, left="")
         for event in client.images.stream(**fields):
             if isinstance(event, sdk.Completed):
                 return event.result
             if isinstance(event, sdk.Progress):
-                described = event.status if not event.position else f"{event.status}, {event.position} before"
-                steps = f"{event.step}/{event.num_steps}" if event.num_steps else ""
+                total, completed = extent(event)
                 bar.update(
-                    task, description=described, total=event.num_steps, completed=event.step or 0, steps=steps
+                    task, description=event.text, left=time_left(event), total=total, completed=completed
                 )
     raise InternalError("the server ended the request without an answer", code="invalid_answer")
+
+
+def extent(event: Progress) -> tuple[float | None, float]:
+    """How long the bar is and how much of it is filled: steps, or while the model loads, its fraction."""
+    if event.loading is not None:
+        return (None if event.loading_fraction is None else 1), event.loading_fraction or 0
+    return event.num_steps, event.step or 0
+
+
+def time_left(event: Progress) -> str:
+    """The server's estimate for the whole request; empty while nobody can know it."""
+    if event.seconds_left is None or event.loading is not None:
+        return ""
+    minutes, seconds = divmod(math.ceil(event.seconds_left), 60)
+    return f"{minutes} min {seconds} s left" if minutes else f"{seconds} s left"
 
 
 @contextlib.contextmanager

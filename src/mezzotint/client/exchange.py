@@ -366,14 +366,23 @@ def error_from_detail(detail: ErrorDetail, request_id: str) -> MezzotintError:
     return cls(detail.message, code=detail.code, param=detail.param, request_id=request_id)
 
 
+_TOLD = (
+    "position", "step", "num_steps", "seconds_left", "picture", "num_pictures", "picture_step",
+    "num_picture_steps",
+)  # fmt: skip
+"""The fields that Progress has under the name that RequestState gives them."""
+
+
 def read_event(
     options: Options, request_id: str, sse: httpx2.ServerSentEvent
 ) -> Event | MezzotintError | None:
     """What to hand on for one server-sent event, the error that ends the request, or None: unknown name."""
     if sse.event == "progress":
         state = _read(RequestState, sse.data)
-        said = (state.position, state.step, state.num_steps, state.seconds_left)
-        return Progress(state.status, *(or_none(value) for value in said))
+        said = {name: or_none(getattr(state, name)) for name in _TOLD}
+        if (loading := or_none(state.loading)) is not None:
+            said |= {"loading": loading.stage, "loading_fraction": or_none(loading.fraction)}
+        return Progress(state.status, **said)
     if sse.event == "preview":
         preview = _read(PreviewEvent, sse.data)
         return Preview(preview.index, preview.step, base64.b64decode(preview.b64_json))

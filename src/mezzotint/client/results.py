@@ -15,6 +15,7 @@ from pydantic import MISSING
 from mezzotint.errors import InternalError, MezzotintError
 from mezzotint.images import FORMATS, decode
 from mezzotint.schemas import ImageItem, ImageTimings, Usage
+from mezzotint.spec import loading_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -125,6 +126,30 @@ class Progress:
     step: int | None = None
     num_steps: int | None = None
     seconds_left: float | None = None
+    picture: int | None = None
+    """Which picture is being made, from 1."""
+    num_pictures: int | None = None
+    picture_step: int | None = None
+    num_picture_steps: int | None = None
+    loading: str | None = None
+    """What the endpoint does before it can begin, such as `loading the model`."""
+    loading_fraction: float | None = None
+
+    @property
+    def text(self) -> str:
+        """In words: `loading the model (40 %)`, `queued, 2 go first`, `picture 3 of 8, step 12 of 50`."""
+        if self.loading:
+            return loading_text(self.loading, self.loading_fraction)
+        if self.status == "queued" and self.position is not None:
+            verb = "goes" if self.position == 1 else "go"
+            return f"queued, {self.position} {verb} first" if self.position else "queued, next in line"
+        if self.status != "running" or self.num_steps is None:
+            return self.status
+        if self.num_picture_steps is None:  # a server of an earlier version
+            return f"step {self.step} of {self.num_steps}"
+        step = f"step {self.picture_step} of {self.num_picture_steps}"
+        several = self.num_pictures is not None and self.num_pictures > 1
+        return f"picture {self.picture} of {self.num_pictures}, {step}" if several else step
 
 
 @dataclass(frozen=True)

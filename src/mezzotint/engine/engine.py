@@ -44,7 +44,7 @@ from mezzotint.engine.steps.runner import Forward, Mode, Runner
 from mezzotint.engine.steps.scheduler import FairShares, StepTimes, pick
 from mezzotint.engine.steps.shared_state import AttentionState
 from mezzotint.errors import GenerationError, MezzotintError
-from mezzotint.messages import Cancelled, Done, Failed, ModelInfo, Preview, Progress
+from mezzotint.messages import MEASURING, Cancelled, Done, Failed, ModelInfo, Preview, Progress
 from mezzotint.spec import EngineSettings, ImageSpec
 
 Event = Progress | Preview | Done | Failed | Cancelled
@@ -122,7 +122,7 @@ class Engine:
         cannot load.
         """
         loaded = load(source, settings, progress=progress)
-        progress("calibrating", None)
+        progress(MEASURING, None)
         engine = cls(
             loaded.pipe,
             batching=settings.batching,

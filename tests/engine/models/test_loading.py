@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from mezzotint.engine.models import checks, doctor, hardware, host, loading, sources
 from mezzotint.errors import ModelLoadError
+from mezzotint.messages import DOWNLOADING, LOADING
 from mezzotint.spec import EngineSettings
 from tests.engine import fake_hub, tiny
 from tests.engine.tiny import single_file
@@ -139,10 +140,10 @@ def test_a_repository_is_fetched_once_and_then_needs_no_network(
     said: list[tuple[str, float | None]] = []
     first = picture(load(REPOSITORY, progress=lambda *step: said.append(step)).pipe)
     assert {name.partition("/")[0] for name in hub.downloads()} >= {"model_index.json", "transformer", "vae"}
-    fractions = [fraction for stage, fraction in said if stage == "downloading" and fraction is not None]
+    fractions = [fraction for stage, fraction in said if stage == DOWNLOADING and fraction is not None]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1
-    assert said[-1][0] == "loading weights"
+    assert said[-1][0] == LOADING
 
     point_at(monkeypatch, "http://127.0.0.1:9")  # the discard port: nobody listens
     assert np.array_equal(picture(load(REPOSITORY).pipe), first)

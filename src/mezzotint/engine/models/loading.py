@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from mezzotint.engine import manifest
 from mezzotint.engine.models import checks, hardware, remote_code, sources
+from mezzotint.engine.models.watch import LoadWatch
 from mezzotint.errors import ModelLoadError
 from mezzotint.families import family
 from mezzotint.spec import EngineSettings
@@ -73,7 +74,7 @@ def load(
     start = time.perf_counter()
     threads = hardware.set_threads(settings.num_threads)
     device = hardware.choose_device(settings.device)
-    said = manifest.EMPTY
+    said, path = manifest.EMPTY, None
     if isinstance(source, diffusers.DiffusionPipeline):
         checks.check_text_to_image(type(source))
         pipe = source
@@ -84,15 +85,18 @@ def load(
             pipe.to(chosen)
     else:
         chosen, _ = hardware.choose_dtype(settings.dtype, device)
-        name, permission = str(source), settings.allow_remote_code
-        code = remote_code.may_need_code(permission, name)
+        name = str(source)
+        code = remote_code.may_need_code(settings.allow_remote_code, name)
         path = sources.locate(name, settings.revision, progress=progress, code=code)
         said = manifest.read(path)
-        progress("loading weights", None)
-        permitted = remote_code.is_permitted(permission, name, path)
-        pipe = _read(path, name, chosen, device, offload=settings.offload, allow_remote_code=permitted)
-    _move(pipe, device, offload=settings.offload)
-    tune(pipe, settings.performance)
+    with LoadWatch(progress) as watch:
+        if path is not None:
+            permitted = remote_code.is_permitted(settings.allow_remote_code, name, path)
+            pipe = _read(
+                path, name, chosen, device, watch, offload=settings.offload, allow_remote_code=permitted
+            )
+        _move(pipe, device, offload=settings.offload)
+        tune(pipe, settings.performance)
     return Loaded(
         pipe=pipe,
         dtype=next(name for name, value in hardware.DTYPES.items() if value == chosen),
@@ -172,6 +176,7 @@ def _read(
     source: str,
     dtype: torch.dtype,
     device: torch.device,
+    watch: LoadWatch,
     *,
     offload: bool,
     allow_remote_code: bool,
@@ -181,7 +186,7 @@ def _read(
         if path.is_file():
             return _read_file(path, dtype, free, total, offload=offload)
         files = checks.check_folder(path, source=source, allow_remote_code=allow_remote_code)
-        checks.check_memory(files, dtype, free, total, offload=offload)
+        watch.expected_bytes = checks.check_memory(files, dtype, free, total, offload=offload)
         with _no_progress_bars():
             return diffusers.DiffusionPipeline.from_pretrained(
                 str(path),

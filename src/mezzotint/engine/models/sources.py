@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from mezzotint import hub
 from mezzotint.engine import manifest
 from mezzotint.errors import ModelLoadError, echo
+from mezzotint.messages import DOWNLOADING
 
 OnProgress = Callable[[str, float | None], None]
-"""Called with a plain phrase (`downloading`) and the fraction done, where known."""
+"""Called with the stage of a Loading message and the fraction done, where known."""
 
 INDEX = "model_index.json"
 WEIGHTS = re.compile(
@@ -76,7 +77,7 @@ def fetch(
     weights: bool = True,
 ) -> Path:
     """The folder of a repository in the Hub's cache; an interrupted download goes on where it stopped."""
-    progress("downloading", None)
+    progress(DOWNLOADING, None)
     folder = _snapshot(repository, revision, [INDEX])
     if not (folder / INDEX).is_file():
         raise ModelLoadError(
@@ -194,7 +195,7 @@ def _bar(progress: OnProgress, num_bytes: int) -> type[Any]:
             if self._counts and num_bytes:
                 with lock:  # files arrive in several threads
                     self._done += int(n or 0)
-                    progress("downloading", min(1.0, self._done / num_bytes))
+                    progress(DOWNLOADING, min(1.0, self._done / num_bytes))
             return None
 
     return Bar

@@ -23,6 +23,7 @@ from mezzotint.schemas import (
     ImageGenerationAnswer,
     ImageItem,
     ImageTimings,
+    LoadingState,
     PreviewEvent,
     RequestState,
     Usage,
@@ -292,8 +293,14 @@ def _full_state(context: Context, ticket: Ticket) -> Response:
 def _state_json(ticket: Ticket) -> bytes:
     values: dict[str, Any] = {"id": ticket.id, "status": ticket.status}
     values |= {"step": ticket.step, "num_steps": ticket.num_steps}
+    values |= {"picture": ticket.picture, "num_pictures": len(ticket.jobs)}
+    values |= {"picture_step": ticket.picture_step, "num_picture_steps": ticket.jobs[-1].spec.num_steps}
     if not ticket.ended:
         waiting = [job for job in ticket.jobs if job.queued]
+        loading = ticket.endpoint.current.loading(asyncio.get_running_loop().time()) if waiting else None
+        if loading is not None:
+            fraction = MISSING if loading.fraction is None else round(loading.fraction, 2)
+            values["loading"] = LoadingState(stage=loading.stage, fraction=fraction)
         if ticket.status == "queued" and waiting:
             values["position"] = min(len(ticket.endpoint.dispatcher.queue.ahead(job)) for job in waiting)
         values["seconds_left"] = seconds_left(ticket)

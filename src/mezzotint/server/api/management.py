@@ -16,6 +16,7 @@ from pydantic.alias_generators import to_camel
 
 from mezzotint.config import EndpointSettings
 from mezzotint.errors import ConfigError, ConflictError, InvalidRequestError, echo
+from mezzotint.messages import DOWNLOADING
 from mezzotint.server.api.answers import ERRORS
 from mezzotint.server.api.context import AdminKey, CurrentContext, admin_of
 from mezzotint.server.work.endpoints import Endpoint
@@ -245,10 +246,10 @@ async def terminate(endpoint: PathEndpoint, context: CurrentContext) -> Endpoint
 def status_of(endpoint: Endpoint) -> EndpointStatus:
     """The status in the official words."""
     status = _status(endpoint)
-    stage = next((replica.stage for replica in endpoint.current.replicas), "")
+    loading = endpoint.current.replicas[0].loading
     phase: Phase | None = None
     if status in ("INITIALIZING", "AWAKING"):
-        phase = "DOWNLOADING_MODEL" if stage.startswith("download") else "ENGINE_INITIALIZING"
+        phase = "DOWNLOADING_MODEL" if loading and loading.stage == DOWNLOADING else "ENGINE_INITIALIZING"
     return EndpointStatus(
         id=endpoint.id,
         status=status,
@@ -322,7 +323,8 @@ def _live_spec(endpoint: Endpoint, version: Version) -> EndpointSpec:
             "speed": round(endpoint.dispatcher.speed, 3),
         },
         "replicas": [
-            {"name": replica.name, "state": str(replica.state), "stage": replica.stage, "pid": replica.pid}
+            {"name": replica.name, "state": str(replica.state), "pid": replica.pid}
+            | {"stage": replica.loading.stage if replica.loading else ""}
             | {"restarts": replica.num_restarts, "load_s": round(replica.load_s, 3)}
             for replica in endpoint.current.replicas
         ],

@@ -418,6 +418,7 @@ def _abilities(endpoint: Endpoint) -> dict[str, Any]:
     size = endpoint.profile.size(None, None)
     return {
         "status": str(endpoint.state),
+        "not_ready_because": endpoint.not_ready_because or None,
         "default_steps": default_steps(endpoint),
         "default_guidance": info.default_guidance
         if spec.default_guidance is None and info

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, FastAPI
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Header
 from fastapi.responses import JSONResponse, Response
 
+from mezzotint.errors import AuthenticationError
 from mezzotint.server.api import answers
-from mezzotint.server.api.context import AdminKey, CurrentContext
+from mezzotint.server.api.context import AdminKey, Context, CurrentContext
 from mezzotint.server.metrics import CONTENT_TYPE
+from mezzotint.server.store.keys import Key
 from mezzotint.server.work.lifecycle import Desired, State
 
 router = APIRouter()
@@ -29,11 +33,27 @@ async def healthz(context: CurrentContext, challenge: str | None = None) -> dict
     tags=["Operations"],
     responses={503: {"description": "Some endpoint is not ready."}},
 )
-async def readyz(context: CurrentContext) -> JSONResponse:
+async def readyz(
+    context: CurrentContext, authorization: Annotated[str | None, Header()] = None
+) -> JSONResponse:
+    """With a key it also names the endpoints that are not ready, of those that the key may use, and why."""
     missing = [e for e in context.registry if e.desired is Desired.RUNNING and e.state is not State.READY]
-    return JSONResponse(
-        {"status": "starting" if missing else "ready", "not_ready": len(missing)}, 503 if missing else 200
-    )
+    told: dict[str, Any] = {"status": "starting" if missing else "ready", "not_ready": len(missing)}
+    if missing and (key := await _known_key(context, authorization)) is not None:
+        told["endpoints"] = [
+            {"id": endpoint.id, "state": str(endpoint.state), "reason": endpoint.not_ready_because}
+            for endpoint in missing
+            if key.may_use(endpoint.id)
+        ]
+    return JSONResponse(told, 503 if missing else 200)
+
+
+async def _known_key(context: Context, authorization: str | None) -> Key | None:
+    """Who asks; None for a stranger, who is answered too."""
+    try:
+        return await context.authenticate(authorization)
+    except AuthenticationError:
+        return None
 
 
 @router.get(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from mezzotint.config import EndpointSettings
-from mezzotint.messages import FromWorker
+from mezzotint.messages import FromWorker, Loading
 from mezzotint.server.work.profiles import Calibration, load_message, settings_digest
 from mezzotint.server.workers.process import WorkerSettings
 from mezzotint.server.workers.replica import Replica, ReplicaState
+
+START_S = 0.5
+"""What the start of a process takes beside loading the model, about."""
 
 
 class Deployment:
@@ -55,6 +59,28 @@ class Deployment:
     @property
     def failure(self) -> str:
         return next((replica.failure for replica in self.replicas if replica.failure), "")
+
+    def loading(self, now: float) -> Loading | None:
+        """What the first of its workers that starts is doing; None while one is ready or none starts.
+
+        Where the worker does not know its fraction, that of the time which the last start took is told.
+        """
+        runs = [replica.run for replica in self.replicas if replica.run is not None]
+        if self.ready or not runs:
+            return None
+        first = min(runs, key=lambda run: run.started_at)
+        if first.loading is None or first.loading.fraction is not None or self.calibration is None:
+            return first.loading
+        spent = (now - first.started_at) / (self.calibration.load_s + START_S)
+        return replace(first.loading, fraction=min(spent, 0.99))
+
+    def start_left_s(self, now: float) -> float:
+        """Estimated seconds until one of its workers is ready; 0 when one is, and when nobody knows."""
+        if self.ready or self.calibration is None:
+            return 0.0
+        expected_s = self.calibration.load_s + START_S
+        started = [r.run.started_at for r in self.replicas if r.run and not r.is_ready]
+        return max(0.0, expected_s - (now - min(started))) if started else expected_s
 
     def start(self) -> None:
         """Starts the replicas that do not run."""

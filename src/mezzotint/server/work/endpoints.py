@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 import structlog
 
 from mezzotint.config import EndpointSettings
-from mezzotint.errors import ConflictError, RequestCancelledError, UnavailableError
+from mezzotint.errors import ConflictError, RequestCancelledError, UnavailableError, without_folders
 from mezzotint.messages import AdapterAdded, AdapterFailed, FromWorker, ModelInfo, Stats
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store.keys import Key
@@ -129,13 +129,19 @@ class Endpoint:
     def failure(self) -> str:
         return self.current.failure
 
+    @property
+    def not_ready_because(self) -> str:
+        """In words for users: what it does before it takes jobs, or why it takes none; empty when it does."""
+        loading = self.current.loading(asyncio.get_running_loop().time())
+        if self.state is State.FAILED:
+            return without_folders(self.failure)
+        if loading is not None:
+            return loading.text
+        return "" if self.state is State.READY else str(self.state)
+
     def start_left_s(self, now: float) -> float:
         """Estimated seconds until the endpoint takes jobs; 0 when it does, and when nobody knows."""
-        if self.current.ready or self.calibration is None:
-            return 0.0
-        expected = self.calibration.load_s + 0.5
-        starting = [r.run.started_at for r in self.current.replicas if r.run and not r.is_ready]
-        return max(0.0, expected - (now - min(starting))) if starting else expected
+        return self.current.start_left_s(now)
 
     def wait_s(self, key: Key, now: float) -> float:
         """Estimated seconds before a new job of this key would get its turn."""
@@ -165,7 +171,7 @@ class Endpoint:
 
     def _failed_error(self) -> UnavailableError:
         return UnavailableError(
-            f"endpoint {self.id} has failed; its owner finds the reason in its status and can restart it",
+            f"endpoint {self.id} has failed: {without_folders(self.failure)}; its owner can restart it",
             code="endpoint_failed",
             param="model",
             retry_after=FAILED_RETRY_S,

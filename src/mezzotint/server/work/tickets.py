@@ -207,6 +207,17 @@ class Ticket:
     def num_steps(self) -> int:
         return sum(job.spec.num_steps for job in self.jobs)
 
+    @property
+    def picture(self) -> int:
+        """The number, from 1, of the first picture that is not done; at the end, of the last one."""
+        return min(sum(job.ended for job in self.jobs) + 1, len(self.jobs))
+
+    @property
+    def picture_step(self) -> int:
+        """Steps done of the unfinished picture that has come furthest."""
+        unfinished = [job for job in self.jobs if not job.ended] or self.jobs[-1:]
+        return max(min(job.step, job.spec.num_steps) for job in unfinished)
+
     async def changed(self, seen: int) -> int:
         """Waits until `changes` differs from `seen` and answers it; several changes may come as one."""
         while self.changes == seen:

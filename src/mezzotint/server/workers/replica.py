@@ -67,8 +67,8 @@ class WorkerRun:
         loop = asyncio.get_running_loop()
         self.started_at = loop.time()
         self.ready_at: float | None = None
-        self.stage = "starting the process"
-        """What it does until it is ready, as it says itself."""
+        self.loading: Loading | None = Loading("starting a worker")
+        """What it does until it is ready, as it says itself; None once it is."""
         self.ended = asyncio.Event()
         self._log = log.bind(replica=name)
         self._settings = settings
@@ -140,8 +140,8 @@ class WorkerRun:
             case Busy(seconds):
                 if seconds > max(STUCK_BEATS * self._settings.heartbeat_s, self._slow_s):
                     self.kill(f"it was busy with one forward for {seconds:.0f} s and was killed")
-            case Loading(stage):
-                self.stage = stage
+            case Loading():
+                self.loading = message
             case Ready():
                 if not self._stopping:
                     self._became_ready(message)
@@ -155,7 +155,7 @@ class WorkerRun:
     def _became_ready(self, message: Ready) -> None:
         info, load_s = message.info, message.load_s
         self._log.info("worker ready", pid=self.pid, load_s=round(load_s, 3), rows=info.rows)
-        self._info, self.stage, self._failure = info, "", ""
+        self._info, self.loading, self._failure = info, None, ""
         self.ready_at = asyncio.get_running_loop().time()
         self._deadline = self.ready_at + self._patience_s
         self._timer.cancel()
@@ -188,9 +188,9 @@ class WorkerRun:
                 self.send(Ping(self._pings))
             self._schedule_check(now)
         elif self.ready_at is None:
-            limit_s = self._settings.load_timeout_s
+            limit_s, stage = self._settings.load_timeout_s, self.loading.stage if self.loading else ""
             self.kill(
-                f"the model was not loaded after {limit_s:g} s (stage: {self.stage}); "
+                f"the model was not loaded after {limit_s:g} s (stage: {stage}); "
                 "raise load_timeout_s if it needs longer"
             )
         else:
@@ -258,8 +258,9 @@ class Replica:
         return self.run.pid if self.run else None
 
     @property
-    def stage(self) -> str:
-        return self.run.stage if self.run else ""
+    def loading(self) -> Loading | None:
+        """What its worker does before it is ready; None without a worker, or once it is."""
+        return self.run.loading if self.run else None
 
     @property
     def is_ready(self) -> bool:
