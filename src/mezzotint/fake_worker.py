@@ -4,6 +4,7 @@ Server tests and examples run it in place of the engine's worker. What it does i
 
     fake                              ready at once, a step takes a millisecond
     fake:step_s=0.05,size=32          slower steps, smaller pictures
+    fake:pictures=0                   makes pictures from words only (2: works from up to two pictures)
     fake:load_s=0.5                   takes that long to load
     fake:fail_load=permanent          LoadFailed, exit EXIT_PERMANENT (`temporary`: LoadFailed, exit status 1)
     fake:die_at_start=1               exits before Ready, as a crash would
@@ -60,6 +61,7 @@ from mezzotint.spec import AdapterSpec, ImageSpec
 DEFAULTS = {
     "step_s": "0.001",
     "size": "16",
+    "pictures": "2",
     "load_s": "0",
     "fail_load": "",
     "die_at_start": "",
@@ -94,7 +96,7 @@ def run(connection: Connection) -> None:
         began = time.monotonic()
         time.sleep(float(options["load_s"]))
         size = int(options["size"])
-        info = model_info(load, size, float(options["step_s"]))
+        info = model_info(load, size, float(options["step_s"]), int(options["pictures"]))
         connection.send_bytes(encode(Ready(info, time.monotonic() - began)))
         _Worker(connection, size, float(options["step_s"])).loop()
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -113,7 +115,7 @@ def parse_source(source: str) -> dict[str, str]:
     return options
 
 
-def model_info(load: LoadModel, size: int, step_s: float) -> ModelInfo:
+def model_info(load: LoadModel, size: int, step_s: float, max_pictures: int = 2) -> ModelInfo:
     rows = load.rows or (4 if load.settings.batching == "exact" else 1)
     return ModelInfo(
         pipeline_class="FakePipeline",
@@ -134,9 +136,9 @@ def model_info(load: LoadModel, size: int, step_s: float) -> ModelInfo:
         supports_negative_prompt=True,
         max_prompt_tokens=64,
         num_parameters=1,
-        max_pictures=2,
-        masks=True,
-        strength=True,
+        max_pictures=max_pictures,
+        masks=max_pictures > 0,
+        strength=max_pictures > 0,
         calibration=[{"rows": 1, "forward_s": step_s, "rows_per_s": 1 / step_s if step_s else 0.0}],
         step_s=step_s,
         examples=list(EXAMPLES),

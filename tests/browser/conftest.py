@@ -69,14 +69,18 @@ def axe_source(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """Endpoint `one` is quick, `slow` can be watched, `still` stands still until it is cancelled."""
+    """Endpoint `one` is quick, `slow` can be watched, `still` stands still until it is cancelled.
+
+    `words` makes pictures from words only.
+    """
     folder = tmp_path_factory.mktemp("server")
     one = endpoint("fake:step_s=0.002,size=32")
     slow = endpoint("fake:step_s=0.05,size=32", id="slow")
     still = endpoint("fake:step_s=0.5,size=32", id="still", max_jobs=1)
     file = folder / "glow.safetensors"
     file.write_bytes(b"weights")
-    with hosting(settings_for(folder, one, slow, still)) as running:
+    words = endpoint("fake:size=32,pictures=0", id="words")
+    with hosting(settings_for(folder, one, slow, still, words)) as running:
         running.announce("one", "glow", file)
         yield running
 

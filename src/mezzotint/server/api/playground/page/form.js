@@ -1,11 +1,15 @@
 // The form: what is asked for, and what the chosen endpoint can be asked.
 
+import * as beginning from "./beginning.js";
+
 const $ = (id) => document.getElementById(id);
 const KEPT = "mezzotint-form";
-const FIELDS = ["prompt", "steps", "guidance", "seed", "width", "height", "count", "negative"];
+const FIELDS = ["prompt", "steps", "guidance", "seed", "width", "height", "count", "negative", "strength"];
+const DIALS = { steps: "default_steps", guidance: "default_guidance", strength: "" };
 let models = [];
 
-const chosen = () => models.find((m) => m.id === $("endpoint").value)?.mezzotint;
+/** What the chosen endpoint can be asked; undefined before it is known. */
+export const chosen = () => models.find((m) => m.id === $("endpoint").value)?.mezzotint;
 const model = () => ($("adapter").value ? `${$("endpoint").value}:${$("adapter").value}` : $("endpoint").value);
 const number = (id) => ($(id).value === "" ? null : Number($(id).value));
 
@@ -48,7 +52,8 @@ function adapt() {
   $("guidance").disabled = $("guidance-dial").disabled = ignored;
   $("guidance-note").hidden = !ignored;
   $("guidance").placeholder = can?.default_guidance ?? "auto";
-  $("guidance-dial").value = number("guidance") ?? can?.default_guidance ?? 4;
+  turnDial("guidance");
+  beginning.allow({ max_pictures: can?.max_pictures ?? 0, masks: can?.masks ?? false, strength: can?.strength ?? false });
   adaptSize(can);
 }
 
@@ -58,11 +63,17 @@ function adaptSize(can) {
   $("size-row").hidden = !several;
   if (!several) return;
   for (const side of ["width", "height"]) {
-    Object.assign($(side), { min: can.size_multiple, step: can.size_multiple, placeholder: can[side] });
+    Object.assign($(side), { min: can.size_multiple, step: can.size_multiple });
   }
   if (named) return ($("size-note").textContent = `One of ${named.join(", ")}.`);
   const most = Math.floor(Math.sqrt(can.max_pixels));
   $("size-note").textContent = `Multiples of ${can.size_multiple}, up to ${most}\u00a0×\u00a0${most} in all.`;
+}
+
+/** Shows what holds where a field is left empty, which depends on the picture that there is to begin from. */
+function showPlaceholders() {
+  for (const side of ["width", "height"]) $(side).placeholder = beginning.taken() ? "auto" : (chosen()?.[side] ?? "");
+  turnDial("strength");
 }
 
 function useDefaults() {
@@ -74,12 +85,16 @@ function useDefaults() {
 
 function setValue(id, value) {
   $(id).value = value ?? "";
-  const dial = document.getElementById(`${id}-dial`);
-  if (dial) dial.value = value || chosen()?.default_guidance || dial.value;
+  if (DIALS[id]) turnDial(id);
 }
 
-/** The request's fields as the form has them; a new seed unless it is locked. */
-export function readForm() {
+/** Turns a dial to what stands beside it, else to what the endpoint takes where nothing does. */
+function turnDial(id) {
+  $(`${id}-dial`).value = $(id).value || $(id).placeholder || chosen()?.[DIALS[id]] || $(`${id}-dial`).value;
+}
+
+/** The request's fields as the form has them, without pictures; a new seed unless it is locked. */
+export function readForm(from) {
   if ($("lock").getAttribute("aria-pressed") === "false" || $("seed").value === "") drawSeed();
   const can = chosen() ?? {};
   const fields = { model: model(), prompt: $("prompt").value.trim(), num_inference_steps: number("steps") };
@@ -87,9 +102,10 @@ export function readForm() {
   if (!$("negative-row").hidden && $("negative").value.trim()) fields.negative_prompt = $("negative").value.trim();
   if (!$("size-row").hidden) {
     for (const side of ["width", "height"]) {
-      if (number(side) !== null && number(side) !== can[side]) fields[side] = number(side);
+      if (number(side) !== null && (from || number(side) !== can[side])) fields[side] = number(side);
     }
   }
+  if (from && can.strength && number("strength") !== null) fields.strength = number("strength");
   if (number("count") > 1) fields.n = number("count");
   return { ...fields, response_format: "url", seed: BigInt($("seed").value).toString() };
 }
@@ -104,6 +120,7 @@ export function writeForm(fields) {
   setValue("seed", fields.seed);
   setValue("count", 1);
   setValue("negative", fields.negative_prompt);
+  setValue("strength", fields.strength);
   for (const side of ["width", "height"]) setValue(side, fields[side] === can[side] ? "" : fields[side]);
   lock(fields.seed !== undefined);
   keep();
@@ -134,6 +151,7 @@ function restoreKept() {
 }
 
 export function wireForm(onSubmit) {
+  beginning.wireBeginning(showPlaceholders);
   const form = $("form");
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -143,9 +161,9 @@ export function wireForm(onSubmit) {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
   form.addEventListener("input", keep);
-  for (const id of ["steps", "guidance"]) {
+  for (const id of Object.keys(DIALS)) {
     $(`${id}-dial`).addEventListener("input", () => ($(id).value = $(`${id}-dial`).value));
-    $(id).addEventListener("input", () => ($(`${id}-dial`).value = $(id).value || chosen()?.default_guidance || ""));
+    $(id).addEventListener("input", () => turnDial(id));
   }
   $("endpoint").addEventListener("change", () => {
     adapt();

@@ -1,6 +1,7 @@
 // The drawer: the pictures that the server keeps for this key, and two of them side by side.
 
 import { call, local, read } from "./api.js";
+import { known } from "./beginning.js";
 
 const $ = (id) => document.getElementById(id);
 const LABELS = {
@@ -21,7 +22,7 @@ export function wireGallery(show) {
 export async function load(before) {
   const query = before ? `?before=${encodeURIComponent(before)}` : "";
   const page = await read(`dedicated/v1/images${query}`);
-  const found = page.data.map(({ name, url, parameters }) => ({ name, src: local(url), fields: parameters }));
+  const found = page.data.map(({ name, url, parameters }) => ({ name, src: local(url), fields: parameters, from: known.get(name) }));
   prints = before ? [...prints, ...found] : found;
   marked = marked.filter((name) => prints.some((print) => print.name === name));
   $("older").hidden = !page.has_more;

@@ -1,68 +1,68 @@
 // The sheet in the middle: pictures that come out of the noise, and what is said about them.
+// A set is what lies there together: {pictures: [{src, fields, name, from}], at, grain}. `src` null has nothing to show
+// yet, `name` is the server's for a stored picture, `from` is what it began from where this page knows it.
 
-import { local } from "./api.js";
+import { local, pictureName } from "./api.js";
 
 const $ = (id) => document.getElementById(id);
-let pictures = [];
-let current = 0;
+let set = null;
+let onLay = () => {};
 
-export const shown = () => pictures[current];
+export const wireStage = (listener) => (onLay = listener);
 
-/** Pictures are {src, fields, name}: `src` null has nothing to show yet, `name` is the server's for a stored one. */
-export function show(list, at = 0) {
-  pictures = list;
-  current = at;
-  $("welcome").hidden = true;
-  $("print").hidden = false;
-  $("strip").hidden = list.length < 2;
-  $("strip").replaceChildren(...(list.length < 2 ? [] : list.map(thumbnail)));
-  draw();
-}
+/** The set that lies on the sheet, null for the welcome; and its picture in front. */
+export const lying = () => set;
+export const shown = () => set?.pictures[set.at];
 
-export function welcome() {
-  pictures = [];
-  $("welcome").hidden = false;
-  $("print").hidden = $("strip").hidden = $("actions").hidden = true;
-}
+export const setOf = (pictures, at = 0) => ({ pictures, at, grain: 0 });
 
 /** The plate as it is before the first step: as many as are asked for, all noise. */
-export function begin(fields) {
+export function noise(fields, from) {
   const seeds = Array.from({ length: fields.n ?? 1 }, (_, at) => (BigInt(fields.seed) + BigInt(at)).toString());
-  roughen();
-  grain(1);
-  show(seeds.map((seed) => ({ src: null, fields: single(fields, seed) })));
+  return { pictures: seeds.map((seed) => ({ src: null, fields: single(fields, seed), from })), at: 0, grain: 1 };
 }
 
-/** What lies on the sheet, to be put back when nothing comes of the next request. */
-export const lying = () => ({ pictures, current });
-export function putBack(before) {
-  grain(0);
-  if (before.pictures.length) show(before.pictures, before.current);
-  else welcome();
+/** Lays a set on the sheet; null clears it for the welcome. */
+export function lay(next) {
+  set = next;
+  const pictures = set?.pictures ?? [];
+  $("welcome").hidden = Boolean(set);
+  $("print").hidden = !set;
+  $("actions").hidden = true;
+  $("strip").hidden = pictures.length < 2;
+  $("strip").replaceChildren(...(pictures.length < 2 ? [] : pictures.map(thumbnail)));
+  if (set) {
+    if (set.grain) roughen();
+    grain(set, set.grain);
+    draw();
+  }
+  onLay();
 }
 
-/** How much of the noise is left, from 1 to 0. */
-export function grain(share) {
-  $("plate").style.setProperty("--grain", share);
+/** How much of the noise is left in a set, from 1 to 0. */
+export function grain(of, share) {
+  of.grain = share;
+  if (of === set) $("plate").style.setProperty("--grain", share);
 }
 
-export function preview(index, data) {
-  if (!pictures[index]) return;
-  pictures[index].src = `data:image/png;base64,${data}`;
-  refresh(index);
+export function preview(of, index, data) {
+  if (!of.pictures[index]) return;
+  of.pictures[index].src = `data:image/png;base64,${data}`;
+  refresh(of, index);
 }
 
 /** The finished pictures in the places of their previews. */
-export function finish(answer) {
+export function finish(of, answer) {
   answer.data.forEach((item, at) => {
-    if (!pictures[at]) return;
+    const picture = of.pictures[at];
+    if (!picture) return;
     const { width, height } = item;
-    const name = new URL(item.url).pathname.split("/").pop();
-    const fields = { ...pictures[at].fields, seed: item.seed, width, height };
-    pictures[at] = { src: local(item.url), fields, name };
-    refresh(at);
+    picture.src = local(item.url);
+    picture.name = pictureName(item.url);
+    picture.fields = { ...picture.fields, seed: item.seed, width, height };
+    refresh(of, at);
   });
-  grain(0);
+  grain(of, 0);
 }
 
 /** The fields of one picture of a request. */
@@ -70,28 +70,40 @@ function single({ n, ...fields }, seed) {
   return { ...fields, seed };
 }
 
-function refresh(at) {
+function refresh(of, at) {
+  if (of !== set) return;
   const image = $("strip").children[at]?.querySelector("img");
-  if (image) image.src = pictures[at].src;
-  if (at === current) draw();
+  if (image) image.src = set.pictures[at].src;
+  if (at === set.at) {
+    draw();
+    onLay();
+  }
+}
+
+/** The shape of a picture: its own, else that of what it begins from. */
+function shape({ fields, from }) {
+  if (fields.width && fields.height) return fields.width / fields.height;
+  const [first] = from?.pictures ?? [];
+  return first ? first.width / first.height : 1;
 }
 
 function draw() {
-  const { src, fields, name } = shown();
+  const picture = shown();
+  const { src, fields, name } = picture;
   const image = $("picture");
   if (src) image.src = src;
   else image.removeAttribute("src");
   image.alt = src ? fields.prompt : "";
-  $("plate").style.setProperty("--shape", (fields.width ?? 1) / (fields.height ?? fields.width ?? 1));
-  const edition = pictures.length > 1 ? `, ${current + 1}/${pictures.length}` : "";
+  $("plate").style.setProperty("--shape", shape(picture));
+  const edition = set.pictures.length > 1 ? `, ${set.at + 1}/${set.pictures.length}` : "";
   $("edition").textContent = `${fields.model}${edition}`;
   $("caption").textContent = fields.prompt;
   $("caption").title = fields.prompt;
   $("signature").textContent = `seed ${fields.seed}`;
   $("actions").hidden = !name;
-  if (name) Object.assign($("download"), { href: src, download: `${slug(fields.prompt)}-${fields.seed}.png` });
+  if (name) Object.assign($("download"), { href: src, download: fileName(picture) });
   for (const [at, item] of [...$("strip").children].entries()) {
-    item.firstChild.setAttribute("aria-current", String(at === current));
+    item.firstChild.setAttribute("aria-current", String(at === set.at));
   }
 }
 
@@ -104,8 +116,9 @@ function thumbnail(picture, at) {
   if (picture.src) image.src = picture.src;
   button.append(image);
   button.addEventListener("click", () => {
-    current = at;
+    set.at = at;
     draw();
+    onLay();
   });
   const item = document.createElement("li");
   item.append(button);
@@ -113,6 +126,11 @@ function thumbnail(picture, at) {
 }
 
 const slug = (text) => text.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40).replace(/^-|-$/g, "") || "picture";
+
+/** What a stored picture is called in a folder of downloads. */
+export function fileName({ name, fields }) {
+  return `${slug(fields.prompt)}-${fields.seed}${name.slice(name.lastIndexOf("."))}`;
+}
 
 /** Rocks the plate: dark ground with a burr of light specks, as a mezzotint begins. */
 function roughen() {

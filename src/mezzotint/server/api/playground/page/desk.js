@@ -1,0 +1,150 @@
+// The desk: lays what the queue makes on the sheet, and says how far it is.
+
+import { known } from "./beginning.js";
+import { complain, guarded, note, say, showError } from "./notice.js";
+import * as queue from "./queue.js";
+import * as stage from "./stage.js";
+
+const $ = (id) => document.getElementById(id);
+let said = "";
+let onMade = () => {};
+
+/** The run whose pictures lie on the sheet, else the one that will be done first. */
+const front = () => queue.all().find((run) => run.set === stage.lying()) ?? queue.all()[0];
+
+export function wireDesk(made) {
+  onMade = made;
+  queue.wireQueue((run, event, data) => HEARD[event](run, data));
+  $("cancel").addEventListener("click", () => stop(front()));
+  $("cancel-all").addEventListener("click", () => [...queue.all()].reverse().forEach(stop));
+}
+
+const stop = (run) => guarded(() => queue.stop(run));
+
+const HEARD = {
+  asked(run) {
+    showError(null);
+    note("");
+    if (queue.all().length === 1) lay(run);
+    said = "";
+    say(queue.all().length === 1 ? "Sent" : `In the queue, ${queue.all().length - 1} before it`);
+    draw();
+  },
+  begun: draw,
+  progress(run) {
+    if (run.progress.step > 0) turnTo(run);
+    draw();
+  },
+  preview(run) {
+    turnTo(run);
+    draw();
+  },
+  away(run) {
+    draw();
+    if (run === front()) say(run.away);
+  },
+  refused(run, error) {
+    draw();
+    complain(error);
+  },
+  cancelled(run) {
+    say("Cancelled");
+    putBack(run);
+    draw();
+  },
+  failed(run, error) {
+    putBack(run);
+    draw();
+    complain(error, queue.all().length ? run.fields.prompt : "");
+  },
+  done(run, answer) {
+    for (const { name, from } of run.set.pictures) if (from) known.set(name, from);
+    turnTo(run);
+    draw();
+    const left = queue.all().length;
+    say(left ? `Done, ${left} to go` : "Done");
+    note(answer.warnings.join(" "));
+    onMade(run, answer);
+  },
+};
+
+function lay(run) {
+  run.before = stage.lying();
+  stage.lay(run.set);
+}
+
+/** Lays a run's pictures where those of a run lie that has ended; whoever looks at a print is not disturbed. */
+function turnTo(run) {
+  const lies = stage.lying();
+  if (!lies?.ended || lies === run.set) return;
+  lay(run);
+}
+
+/** Takes away what came to nothing: the next run's pictures lie there instead, else what lay there before. */
+function putBack(run) {
+  if (run.set !== stage.lying()) return;
+  const [next] = queue.all();
+  if (next) lay(next);
+  else stage.lay(run.before?.pictures.some(({ name }) => name) ? run.before : null);
+}
+
+/** What a run waits for or does, in words. */
+function words(run) {
+  if (run.away) return run.away;
+  if (!run.sent) return "waits here";
+  if (!run.progress) return "sending";
+  const { status, step = 0, num_steps: steps = 1, position, seconds_left: left } = run.progress;
+  const waiting = position ? `queued, ${position} ${position === 1 ? "goes" : "go"} first` : "queued, next in line";
+  const text = status === "queued" ? waiting : `step ${step} of ${steps}`;
+  return left ? `${text}, about ${duration(left)} left` : text;
+}
+
+const duration = (seconds) => (seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.round(seconds / 60)} min`);
+
+function draw() {
+  const run = front();
+  $("running").hidden = !run;
+  $("make-text").textContent = run ? "Add to the queue" : "Make picture";
+  document.title = "Mezzotint";
+  drawWaiting(queue.all().filter((each) => each !== run));
+  if (!run) return;
+  const { status, step = 0, num_steps: steps = 1 } = run.progress ?? {};
+  $("progress").value = step / steps;
+  $("progress-text").textContent = words(run);
+  if (run.progress) document.title = `${status === "queued" ? "queued" : `${step}/${steps}`} · Mezzotint`;
+  if (status && said !== `${run.sender} ${status}`) {
+    said = `${run.sender} ${status}`;
+    say(status === "queued" ? words(run) : "Running");
+  }
+}
+
+function drawWaiting(others) {
+  $("waiting").hidden = !others.length;
+  $("cancel-all").hidden = !others.length;
+  const lines = [...$("waiting-list").children];
+  for (const line of lines) if (!others.some((run) => run.line === line)) line.remove();
+  for (const run of others) {
+    run.line ??= newLine(run);
+    if (run.line.parentElement !== $("waiting-list")) $("waiting-list").append(run.line);
+    run.line.querySelector("small").textContent = words(run);
+  }
+}
+
+function newLine(run) {
+  const line = document.createElement("li");
+  const show = Object.assign(document.createElement("button"), { type: "button", className: "show" });
+  const title = Object.assign(document.createElement("em"), { textContent: run.fields.prompt });
+  show.append(title, document.createElement("small"));
+  show.addEventListener("click", () => {
+    lay(run);
+    draw();
+  });
+  const drop = Object.assign(document.createElement("button"), { type: "button", className: "quiet", textContent: "Take back" });
+  drop.setAttribute("aria-label", `Take back: ${run.fields.prompt}`);
+  drop.addEventListener("click", () => stop(run));
+  line.append(show, drop);
+  return line;
+}
+
+/** Draws again what depends on what lies on the sheet. */
+export const refresh = draw;
