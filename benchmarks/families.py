@@ -166,7 +166,7 @@ def _plain(engine: Engine, request: Request) -> Image:
     generator = torch.Generator().manual_seed(request.seed or 0)
     torch.manual_seed(request.seed or 0)
     tap_free = engine.pipe  # outside a job a tap runs the module as always
-    return pixels(tap_free(generator=generator, **arguments))
+    return pixels(tap_free(generator=generator, **arguments))[0]
 
 
 def _pictures(engine: Engine, wanted: Sequence[Request], *, together: bool) -> list[Image]:

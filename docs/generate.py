@@ -68,6 +68,7 @@ def _type_name(annotation: Any) -> str:
         "float": "number",
         "bool": "`true` \\| `false`",
         "Path": "folder",
+        "dict": "table",
     }
     if type(None) in choices:
         return _type_name(choices[0])

@@ -155,11 +155,15 @@ def test_a_printed_configuration_loads_to_the_same_settings(comments: bool) -> N
         write(
             '[server]\nport = 0\npublic_url = "https://example.org/é"\ncors_origins = ["https://a.example"]\n'
             '[[endpoints]]\nid = "a"\nmodel = "back\\\\slash \\"and\\" \\u007f quote"\nwidth = 512\n'
+            'dtype = "torch.float16"\nscheduler_settings = { shift = 5.0, order = 2 }\n'
+            '[endpoints.arguments]\nclip_skip = 1\n"a b" = [1.5, [true, "é"]]\nnested = { x = 1 }\n'
             '[[endpoints.adapters]]\nroute = "r"\nsource = "s"\nscale = 0.5\n'
             '[[endpoints]]\nid = "b"\nidle_sleep_s = 60\n'
         ),
         environment={},
     )
+    assert settings.endpoints[0].dtype == "fp16"
+    assert settings.endpoints[0].arguments == {"clip_skip": 1, "a b": [1.5, [True, "é"]], "nested": {"x": 1}}
     text = as_toml(settings, comments=comments)
     assert load_settings(write(text, "again.toml"), environment={}) == settings
     assert ("# Port to listen on" in text) is comments

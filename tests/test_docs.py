@@ -74,7 +74,7 @@ def test_the_python_of_the_readme_saves_a_picture(fake: Fake, monkeypatch: pytes
 def test_the_library_example_of_the_readme_runs(tmp_path: Path) -> None:
     from tests.engine.tiny import save
 
-    save("flux", tmp_path / "model")
+    save("flux", tmp_path / "model", sizes=[(32, 32)])
     (block,) = (text for text in blocks("README.md", "python") if "Engine" in text)
     scope: dict[str, object] = {}
     exec(block.replace('"emoji"', repr(str(tmp_path / "model"))), scope)

@@ -52,7 +52,7 @@ def test_watching_tells_of_steps_and_previews(
 
 
 def test_the_engine_works_offline(tmp_path: Path) -> None:
-    save("flux", tmp_path / "model")
+    save("flux", tmp_path / "model", sizes=[(32, 32)])
     main_of("offline")(str(tmp_path / "model"), str(tmp_path))
     assert len(list(tmp_path.glob("*.png"))) == 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,9 +93,25 @@ def test_the_mime_type_is_that_of_the_bytes() -> None:
 def test_raw_is_the_bare_pixels_and_says_how_to_read_them() -> None:
     pixels = noise(17, 5)
     data = encode("raw", pixels, 17, 5, parameters=CAT)
-    says = FORMATS["raw"].item_fields
+    says = FORMATS["raw"].item_fields(3)
     assert data == pixels.tobytes()
     assert np.array_equal(np.frombuffer(data, says["dtype"]).reshape(5, 17, says["channels"]), pixels)
+
+
+def test_a_picture_with_alpha_keeps_it_where_the_format_can() -> None:
+    pixels = np.concatenate([noise(17, 5), np.full((5, 17, 1), 255, np.uint8)], axis=2)
+    pixels[:, 8:, 3] = 0
+    for name in ("png", "raw"):
+        shown = decode(name, encode(name, pixels, 17, 5, parameters=CAT), 17, 5)
+        assert shown.mode == "RGBA"
+        assert np.array_equal(np.asarray(shown), pixels)
+    webp = decode("webp", encode("webp", pixels, 17, 5))
+    assert np.array_equal(np.asarray(webp)[:, :, 3], pixels[:, :, 3])
+    jpeg = decode("jpeg", encode("jpeg", pixels, 17, 5, quality=100))
+    assert jpeg.mode == "RGB"
+    assert np.asarray(jpeg)[:, 12:].min() > 240, "shown on white"
+    assert FORMATS["raw"].item_fields(4)["channels"] == 4
+    assert FORMATS["png"].item_fields(4) == {}
 
 
 def test_raw_without_a_size_is_refused() -> None:
@@ -102,7 +119,7 @@ def test_raw_without_a_size_is_refused() -> None:
         decode("raw", bytes(12))
 
 
-@pytest.mark.parametrize(("width", "height"), [(0, 4), (4, 0), (3, 4), (-4, -4)])
+@pytest.mark.parametrize(("width", "height"), [(0, 4), (4, 0), (5, 2), (-4, -4)])
 def test_pixels_of_another_size_are_refused(width: int, height: int) -> None:
     with pytest.raises(ValueError, match="48 bytes are not"):
         encode("png", bytes(48), width, height)
@@ -275,3 +292,12 @@ def test_the_idat_is_plain_zlib() -> None:
     start = GOOD.index(b"IDAT") + 4
     length = int.from_bytes(GOOD[start - 8 : start - 4], "big")
     assert len(zlib.decompress(GOOD[start : start + length])) == 8 * (8 * 3 + 1)
+
+
+def test_how_the_model_was_run_is_in_the_file_and_comes_back() -> None:
+    pipeline = {"dtype": "bf16", "scheduler": "DDIMScheduler", "arguments": {"clip_skip": 1}}
+    asked = replace(CAT, pipeline=pipeline)
+    for name in ("png", "jpeg", "webp"):
+        data = encode(name, noise(8, 8), 8, 8, parameters=asked)
+        assert read_parameters(data) == asked
+    assert ", Sampler: DDIMScheduler, " in asked.to_infotext()

@@ -60,18 +60,6 @@ class _Hosted(Table):
 class EndpointSettings(EngineSettings, _Hosted):
     """One dedicated endpoint: a model and how to run it."""
 
-    default_steps: Annotated[int, between("num_inference_steps")] | None = Field(
-        None, description="Steps when a dialect lets them be unset."
-    )
-    default_guidance: Annotated[float, between("guidance_scale")] | None = Field(
-        None, description="Guidance scale when unset."
-    )
-    width: Annotated[int, between("width")] | None = Field(
-        None, description="Default width in pixels; the model's own when unset."
-    )
-    height: Annotated[int, between("height")] | None = Field(
-        None, description="Default height in pixels; the model's own when unset."
-    )
     max_pixels: int | None = Field(
         None,
         ge=64,
@@ -281,8 +269,11 @@ def _toml_lines(table: Table, comments: bool) -> Iterator[str]:
 
 
 def _toml_value(value: object) -> str:
-    if isinstance(value, tuple):
-        return json.dumps(list(value), ensure_ascii=False)
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, dict):
+        pairs = ", ".join(f"{json.dumps(key)} = {_toml_value(entry)}" for key, entry in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
     # JSON's strings, numbers and booleans are TOML's, but for U+007F.
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False).replace(
         "\x7f", "\\u007f"

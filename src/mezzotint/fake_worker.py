@@ -6,6 +6,7 @@ Server tests and examples run it in place of the engine's worker. What it does i
     fake:step_s=0.05,size=32          slower steps, smaller pictures
     fake:pictures=0                   makes pictures from words only (2: works from up to two pictures)
     fake:load_s=0.5                   takes that long to load
+    fake:channels=4,layers=3          pictures with alpha, three for each job
     fake:fail_load=permanent          LoadFailed, exit EXIT_PERMANENT (`temporary`: LoadFailed, exit status 1)
     fake:die_at_start=1               exits before Ready, as a crash would
     fake:hang_at_start=1              never becomes ready
@@ -63,6 +64,8 @@ DEFAULTS = {
     "size": "16",
     "pictures": "2",
     "load_s": "0",
+    "channels": "3",
+    "layers": "1",
     "fail_load": "",
     "die_at_start": "",
     "hang_at_start": "",
@@ -98,7 +101,7 @@ def run(connection: Connection) -> None:
         size = int(options["size"])
         info = model_info(load, size, float(options["step_s"]), int(options["pictures"]))
         connection.send_bytes(encode(Ready(info, time.monotonic() - began)))
-        _Worker(connection, size, float(options["step_s"])).loop()
+        _Worker(connection, size, float(options["step_s"]), options).loop()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
@@ -145,8 +148,8 @@ def model_info(load: LoadModel, size: int, step_s: float, max_pictures: int = 2)
     )
 
 
-def paint(spec: ImageSpec, width: int, height: int, checksum: str = "") -> bytes:
-    """The picture of a request: uint8 RGB, the same bytes for the same fields, in whatever company it ran.
+def paint(spec: ImageSpec, width: int, height: int, checksum: str = "", channels: int = 3) -> bytes:
+    """The picture of a request: uint8, the same bytes for the same fields, in whatever company it ran.
 
     `checksum` is that of the adapter's weights, if the request uses an adapter.
     """
@@ -160,7 +163,7 @@ def paint(spec: ImageSpec, width: int, height: int, checksum: str = "") -> bytes
         *filter(None, (checksum, *(picture.digest for picture in spec.pictures))),
         *(() if spec.strength is None else (spec.strength,)),
     )
-    return hashlib.shake_256(repr(fields).encode()).digest(width * height * 3)
+    return hashlib.shake_256(repr(fields).encode()).digest(width * height * channels)
 
 
 def _start_faults(connection: Connection, options: dict[str, str]) -> None:
@@ -184,10 +187,11 @@ def _start_faults(connection: Connection, options: dict[str, str]) -> None:
 class _Worker:
     """The loop: read what has arrived, run one step of every job, report."""
 
-    def __init__(self, connection: Connection, size: int, step_s: float) -> None:
+    def __init__(self, connection: Connection, size: int, step_s: float, options: dict[str, str]) -> None:
         self.connection = connection
         self.size = size
         self.step_s = step_s
+        self.channels, self.layers = int(options["channels"]), int(options["layers"])
         self.jobs: dict[str, FakeJob] = {}
         self.adapters: dict[str, AdapterSpec] = {}
         self.open = True
@@ -248,8 +252,10 @@ class _Worker:
             self._preview(job)
             if job.step >= job.request.spec.num_steps:
                 del self.jobs[job_id]
-                picture = paint(job.request.spec, job.width, job.height, job.checksum)
-                self._send(Done(job_id, job.width, job.height, time.monotonic() - job.started, picture))
+                values = self.channels * self.layers
+                pictures = paint(job.request.spec, job.width, job.height, job.checksum, values)
+                seconds = time.monotonic() - job.started
+                self._send(Done(job_id, job.width, job.height, seconds, pictures, num_pictures=self.layers))
         if not self.jobs:
             key = f"{self.size}x{self.size}"
             self._send(

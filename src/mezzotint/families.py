@@ -17,7 +17,8 @@ class Family:
 
     denoiser: str = "transformer"
     """Name of the component that runs once (or twice) a step."""
-    default_steps: int = 28
+    default_steps: int | None = None
+    """None: the pipeline's own default."""
     distilled_steps: int | None = None
     """Steps by default where guidance was distilled away (see `guided_when`)."""
     default_guidance: float | None = None
@@ -28,6 +29,8 @@ class Family:
     """Key and value in the denoiser's or the pipeline's configuration where guidance has an effect."""
     negative_prompt: bool = True
     """Whether a negative prompt changes the picture without any further argument."""
+    guidance_schedule_argument: str | None = None
+    """Name of the pipeline argument with a guidance for each step; it gives way to `guidance_scale`."""
     implied_negative_prompt: str | None = None
     """Handed over when a request has none, for pipelines that guide only against a negative prompt."""
     text_length_argument: str | None = "max_sequence_length"
@@ -48,6 +51,7 @@ DEFAULT = Family()
 
 FAMILIES: Mapping[str, Family] = {
     "FluxPipeline": Family(
+        default_steps=28,
         distilled_steps=4,
         default_guidance=3.5,
         guided_when=("guidance_embeds", True),
@@ -79,7 +83,7 @@ FAMILIES: Mapping[str, Family] = {
         patch=1,
         merges=True,
     ),
-    "StableDiffusion3Pipeline": Family(default_guidance=7.0, merges=True),
+    "StableDiffusion3Pipeline": Family(default_steps=28, default_guidance=7.0, merges=True),
     "PixArtSigmaPipeline": Family(default_steps=20, default_guidance=4.5, merges=True),
     "SanaPipeline": Family(default_steps=20, default_guidance=4.5, patch=1, merges=True),
     "QwenImagePipeline": Family(
@@ -90,8 +94,15 @@ FAMILIES: Mapping[str, Family] = {
         merges=True,
     ),
     "ZImagePipeline": Family(default_steps=50, default_guidance=5.0, merges=True),
+    "HunyuanImagePipeline": Family(
+        guidance_argument="distilled_guidance_scale", guided_when=("guidance_embeds", True)
+    ),
+    "Ideogram4Pipeline": Family(default_guidance=7.0, guidance_schedule_argument="guidance_schedule"),
+    "QwenImage21Pipeline": Family(guidance_argument="true_cfg_scale", implied_negative_prompt=" "),
+    "StableCascadeCombinedPipeline": Family(guidance_argument="prior_guidance_scale"),
+    "WuerstchenCombinedPipeline": Family(guidance_argument="prior_guidance_scale"),
 }
-"""The tested pipeline classes, by name."""
+"""The pipeline classes of which more is known than their signature says, by name."""
 
 
 def family(pipeline_class: str) -> Family:

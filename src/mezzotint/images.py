@@ -1,6 +1,7 @@
 """Pixels to files and back: PNG, JPEG and raw, with the generation parameters inside.
 
-Pixels are uint8 red, green, blue, row-major, height x width x 3. A file depends on pixels and parameters
+Pixels are uint8 red, green, blue and perhaps alpha, row-major, height x width x 3 or 4. PNG, WebP and raw
+keep the alpha; JPEG, which has none, shows the picture on white. A file depends on pixels and parameters
 alone, so the same request gives the same bytes. Encoding leaves the interpreter lock free most of the time:
 call it in a thread. A new response format is one entry in FORMATS.
 """
@@ -13,7 +14,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ class Parameters:
     model: str
     """`ENDPOINT_ID` or `ENDPOINT_ID:ADAPTER_ROUTE`."""
     spec: ImageSpec
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
+    """How the endpoint runs its model: dtype, and where they are set scheduler and fixed arguments."""
 
     @property
     def adapter_scale(self) -> float | None:
@@ -58,9 +61,10 @@ class Parameters:
         return self.spec.adapter.scale if self.spec.adapter else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of the request that gives this picture again, without those that are None."""
+        """What gives this picture again: the request's fields, and how it was run. None is left out."""
         fields = {name: getattr(self.spec, name) for name in _STORED}
         values = {"model": self.model, **fields, "adapter_scale": self.adapter_scale}
+        values["pipeline"] = dict(self.pipeline) or None
         return {name: value for name, value in values.items() if value is not None}
 
     def to_json(self) -> str:
@@ -72,13 +76,15 @@ class Parameters:
         """The opposite of `to_dict`; ValueError for unknown names and wrong types."""
         fields = dict(values)
         model, scale = fields.pop("model", None), fields.pop("adapter_scale", None)
-        if not isinstance(model, str):
-            raise ValueError("model must be a string")
+        pipeline = fields.pop("pipeline", {})
+        if not isinstance(model, str) or not isinstance(pipeline, dict):
+            raise ValueError("model must be a string and pipeline a table")
         _, _, route = model.partition(":")
         if fields.keys() - set(_STORED):
             raise ValueError(f"unknown fields: {', '.join(fields.keys() - set(_STORED))}")
         adapters = [{"route": route, "scale": scale}] if route else []
-        return cls(model, _SPEC.validate_json(json.dumps({**fields, "adapters": adapters}), strict=True))
+        spec = _SPEC.validate_json(json.dumps({**fields, "adapters": adapters}), strict=True)
+        return cls(model, spec, pipeline)
 
     def to_infotext(self) -> str:
         """The `parameters` text, in the form that AUTOMATIC1111's web UI writes and many tools read."""
@@ -89,6 +95,7 @@ class Parameters:
         size = f"{spec.width}x{spec.height}" if spec.width and spec.height else None
         last = {
             "Steps": spec.num_inference_steps,
+            "Sampler": self.pipeline.get("scheduler"),
             "CFG scale": _number(spec.guidance_scale),
             "Seed": spec.seed,
             "Size": size,
@@ -122,7 +129,12 @@ class Format:
     suffix: str
     encode: Callable[[NDArray[np.uint8], Parameters | None, int], bytes]
     decode: Callable[[bytes, int | None, int | None], Image.Image]
-    item_fields: Mapping[str, Any]
+    bare: bool = False
+    """Whether the bytes are the pixels alone, so that the answer must say how they lie."""
+
+    def item_fields(self, channels: int) -> dict[str, Any]:
+        """What an answer's item says beside width and height."""
+        return {"channels": channels, "dtype": "uint8", "layout": "HWC"} if self.bare else {}
 
 
 def encode(
@@ -136,12 +148,13 @@ def encode(
 ) -> bytes:
     """The file (for `raw` the bare pixels) of a picture; `parameters` None writes none; `quality` is JPEG's.
 
-    ValueError if the number of bytes is not width x height x 3.
+    ValueError if the number of bytes is not width x height x 3 or 4.
     """
     array = np.frombuffer(pixels, dtype=np.uint8)
-    if width < 1 or height < 1 or array.size != width * height * 3:
-        raise ValueError(f"{array.size} bytes are not {width} x {height} pixels of 3 bytes")
-    return FORMATS[response_format].encode(array.reshape(height, width, 3), parameters, quality)
+    channels = array.size // (width * height) if width > 0 and height > 0 else 0
+    if channels not in (3, 4) or array.size != width * height * channels:
+        raise ValueError(f"{array.size} bytes are not {width} x {height} pixels of 3 or 4 bytes")
+    return FORMATS[response_format].encode(array.reshape(height, width, channels), parameters, quality)
 
 
 def decode(
@@ -155,17 +168,18 @@ def decode(
 
 def _encode_png(array: NDArray[np.uint8], parameters: Parameters | None, quality: int) -> bytes:
     """PNG with filter Sub on every row: far quicker than choosing per row, and hardly larger."""
-    height, width, _ = array.shape
-    rows = array.reshape(height, width * 3)
-    filtered = np.empty((height, width * 3 + 1), dtype=np.uint8)
+    height, width, channels = array.shape
+    rows = array.reshape(height, width * channels)
+    filtered = np.empty((height, width * channels + 1), dtype=np.uint8)
     filtered[:, 0] = 1
-    filtered[:, 1:4] = rows[:, :3]
-    np.subtract(rows[:, 3:], rows[:, :-3], out=filtered[:, 4:])
+    filtered[:, 1 : channels + 1] = rows[:, :channels]
+    np.subtract(rows[:, channels:], rows[:, :-channels], out=filtered[:, channels + 1 :])
+    colour_type = 2 if channels == 3 else 6
     texts = {"parameters": parameters.to_infotext(), "mezzotint": parameters.to_json()} if parameters else {}
     return b"".join(
         (
             b"\x89PNG\r\n\x1a\n",
-            _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+            _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)),
             *(_chunk(b"iTXt", key.encode() + bytes(5) + text.encode()) for key, text in texts.items()),
             _chunk(b"IDAT", isal_zlib.compress(filtered, DEFLATE_LEVEL)),
             _chunk(b"IEND", b""),
@@ -188,7 +202,7 @@ def _encode_jpeg(array: NDArray[np.uint8], parameters: Parameters | None, qualit
         texts = {"exif": exif.tobytes(), "comment": parameters.to_json().encode()}
         options = {name: text for name, text in texts.items() if len(text) <= _MAX_SEGMENT}
     file = io.BytesIO()
-    Image.fromarray(array).save(
+    Image.fromarray(on_white(array)).save(
         file,
         format="JPEG",
         quality=max(1, quality),
@@ -196,6 +210,15 @@ def _encode_jpeg(array: NDArray[np.uint8], parameters: Parameters | None, qualit
         **options,
     )
     return file.getvalue()
+
+
+def on_white(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """height x width x 3: a picture with alpha as a white page shows it, any other as it is."""
+    if array.shape[2] == 3:
+        return array
+    alpha = array[:, :, 3:].astype(np.uint16)
+    shown: NDArray[np.uint8] = ((array[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return shown
 
 
 def _encode_webp(array: NDArray[np.uint8], parameters: Parameters | None, quality: int) -> bytes:
@@ -224,24 +247,18 @@ def _decode_file(data: bytes, width: int | None, height: int | None) -> Image.Im
 def _decode_raw(data: bytes, width: int | None, height: int | None) -> Image.Image:
     if width is None or height is None:
         raise ValueError("raw pixels need their width and height, and the answer does not give them")
-    return Image.frombytes("RGB", (width, height), data)
+    return Image.frombytes("RGBA" if len(data) == width * height * 4 else "RGB", (width, height), data)
 
 
-_PNG = Format("image/png", ".png", _encode_png, _decode_file, {})
-_JPEG = Format("image/jpeg", ".jpg", _encode_jpeg, _decode_file, {})
+_PNG = Format("image/png", ".png", _encode_png, _decode_file)
+_JPEG = Format("image/jpeg", ".jpg", _encode_jpeg, _decode_file)
 FORMATS: Mapping[str, Format] = {
     "url": _PNG,
     "png": _PNG,
     "jpeg": _JPEG,
     "jpg": _JPEG,
-    "webp": Format("image/webp", ".webp", _encode_webp, _decode_file, {}),
-    "raw": Format(
-        "application/octet-stream",
-        ".rgb",
-        _encode_raw,
-        _decode_raw,
-        {"channels": 3, "dtype": "uint8", "layout": "HWC"},
-    ),
+    "webp": Format("image/webp", ".webp", _encode_webp, _decode_file),
+    "raw": Format("application/octet-stream", ".rgb", _encode_raw, _decode_raw, bare=True),
 }
 """By the names of the contract; `url` is the file behind the URL."""
 

@@ -116,7 +116,7 @@ class ModelInfo:
     rows: int
     """Most rows of a merged forward in `exact` mode, R (1: never merged)."""
     mergeable: bool
-    """Whether the denoiser has a tested Rule."""
+    """Whether a module has a proven Rule."""
     width: int
     height: int
     size_multiple: int
@@ -142,6 +142,8 @@ class ModelInfo:
     """Measured seconds of one step of one lone job at the default size."""
     examples: list[str] = field(default_factory=list)
     """Prompts that the model's maker recommends."""
+    merging: Mapping[str, str] = field(default_factory=dict)
+    """For each module that runs at every step, or for `all`, how its calls merge or why they do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """payload is uint8 RGB, row-major, height x width x 3."""
+    """payload is uint8, row-major, `num_pictures` times height x width x 3, or x 4 with alpha."""
 
     job_id: str
     width: int
@@ -209,6 +211,14 @@ class Done:
     payload: bytes
     adapter_load_s: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    num_pictures: int = 1
+    """More than one where the model draws its picture in layers."""
+
+    @property
+    def pictures(self) -> list[bytes]:
+        """The pixels of each picture."""
+        size = len(self.payload) // self.num_pictures
+        return [self.payload[start : start + size] for start in range(0, size * self.num_pictures, size)]
 
 
 @dataclass(frozen=True, slots=True)

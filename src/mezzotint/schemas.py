@@ -238,10 +238,11 @@ class ImageItem(_Answer):
     height: int | MISSING = Field(default=MISSING, description="Pixels.")
     mime_type: str | MISSING = MISSING
     timings: ImageTimings | MISSING = MISSING
-    channels: int | MISSING = Field(default=MISSING, description="Only for `raw`: 3.")
+    channels: int | MISSING = Field(default=MISSING, description="Only for `raw`: 3, or 4 with alpha.")
     dtype: str | MISSING = Field(default=MISSING, description="Only for `raw`: uint8.")
     layout: str | MISSING = Field(
-        default=MISSING, description="Only for `raw`: HWC, row-major red, green, blue."
+        default=MISSING,
+        description="Only for `raw`: HWC, row-major red, green, blue, and alpha where there are 4.",
     )
 
     _optional = field_validator("width", "height", "mime_type", "timings", mode="wrap")(_or_absent)

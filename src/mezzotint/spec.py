@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Endpoint IDs and adapter routes."""
@@ -155,12 +155,22 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+
+
+def _dtype_of(value: object) -> object:
+    """A dtype in our words where it is in torch's."""
+    return _DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
+
+
 class EngineSettings(Table):
     """How a model is loaded and run. An endpoint has all of these; each reaches its workers by name."""
 
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub repository.")
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="`auto` is bf16 on a GPU and on a CPU with AMX or AVX512-BF16, else fp32."
+    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_dtype_of)] = Field(
+        "auto",
+        description="`auto` is bf16 on a GPU and on a CPU with AMX or AVX512-BF16, else fp32. torch's own "
+        "words are understood, too (`float32`, `torch.bfloat16`).",
     )
     device: str = Field(
         "auto",
@@ -196,6 +206,30 @@ class EngineSettings(Table):
         "`FOLDER@sha256:HASH`. The refusal of such a model says what to write.",
     )
     adapter_bytes: Bytes = Field(512 * 2**20, description="Byte budget for resident adapters in one worker.")
+    default_steps: Annotated[int, between("num_inference_steps")] | None = Field(
+        None, description="Steps when a dialect lets them be unset."
+    )
+    default_guidance: Annotated[float, between("guidance_scale")] | None = Field(
+        None, description="Guidance scale when unset."
+    )
+    width: Annotated[int, between("width")] | None = Field(
+        None, description="Default width in pixels; the model's own when unset."
+    )
+    height: Annotated[int, between("height")] | None = Field(
+        None, description="Default height in pixels; the model's own when unset."
+    )
+    scheduler: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z][A-Za-z0-9]*$",
+        description="Scheduler class of diffusers, such as `DPMSolverMultistepScheduler`; the model's own "
+        "when unset.",
+    )
+    scheduler_settings: dict[str, Any] = Field(
+        {}, description="Settings of the scheduler that differ from the model's: `{ shift = 5.0 }`."
+    )
+    arguments: dict[str, Any] = Field(
+        {}, description="Arguments that every call of the pipeline gets: `{ clip_skip = 1 }`."
+    )
 
     @field_validator("allow_remote_code", mode="before")
     @classmethod

@@ -15,7 +15,7 @@ def test_generate_gives_the_same_bytes_with_and_without_a_server(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save("flux", Path("model"))
+    save("flux", Path("model"), sizes=[(32, 32)])
     Path("mezzotint.toml").write_text('[[endpoints]]\nid = "tiny"\nmodel = "model"\nnum_threads = 1\n')
     command = ("generate", "a red apple", "--steps", "3", "--seed", "7", "--no-show", "--out")
 

@@ -10,8 +10,8 @@ import pytest
 from mezzotint.engine.arguments import PipelineProfile
 from mezzotint.engine.manifest import Manifest
 from mezzotint.errors import InvalidRequestError, ModelLoadError
+from mezzotint.spec import EngineSettings, InputPicture
 from mezzotint.spec import ImageSpec as Request
-from mezzotint.spec import InputPicture
 from tests.engine import tiny
 
 
@@ -120,3 +120,85 @@ def test_a_model_that_names_its_sizes_gives_an_edited_picture_its_own() -> None:
     named = PipelineProfile(tiny.build("flux"), manifest=Manifest(sizes=[(32, 16)]))
     assert free.size(request(images=(sketch,))) == (48, 16), "the picture's"
     assert named.size(request(images=(sketch,))) == (32, 16)
+
+
+def test_a_count_of_tokens_that_fails_fails_no_request() -> None:
+    class Processor:
+        model_max_length = 4
+
+        def __call__(self, images: Any, **options: Any) -> Any:
+            raise ValueError("no picture")
+
+    pipe = tiny.build("flux")
+    pipe.tokenizer_2 = Processor()
+    arguments, warnings = PipelineProfile(pipe).call_arguments(request(prompt="one two three four five six"))
+    assert (arguments["max_sequence_length"], warnings) == (4, [])
+
+
+def test_the_tokenizer_of_a_processor_counts() -> None:
+    class Processor:
+        tokenizer = tiny.build("flux").tokenizer_2
+
+        def __call__(self, images: Any, **options: Any) -> Any:
+            raise ValueError("no picture")
+
+    pipe = tiny.build("flux")
+    pipe.tokenizer_2 = Processor()
+    known = PipelineProfile(pipe)
+    assert known.max_prompt_tokens == 512
+    assert "prompt was cut" in known.call_arguments(request(prompt="fox " * 300))[1][0]
+
+
+def test_an_endpoints_arguments_reach_every_call() -> None:
+    settings = EngineSettings(
+        width=64, height=48, default_steps=7, default_guidance=2.0, arguments={"true_cfg_scale": 2}
+    )
+    known = PipelineProfile(tiny.build("flux"), settings=settings)
+    assert (known.width, known.height, known.default_steps, known.size_is_guessed) == (64, 48, 7, False)
+    arguments, warnings = known.call_arguments(request(negative_prompt="ugly"))
+    assert (arguments["true_cfg_scale"], arguments["guidance_scale"], arguments["width"]) == (2, 2.0, 64)
+    assert (arguments["negative_prompt"], warnings) == ("ugly", [])
+    assert known.supports_negative_prompt
+    assert known.call_arguments(request(extra={"true_cfg_scale": 3.0}))[0]["true_cfg_scale"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"arguments": {"true_cgf_scale": 2.0}}, "is not an argument of FluxPipeline; did you mean true_cfg"),
+        ({"arguments": {"true_cfg_scale": "much"}}, "'true_cfg_scale' must be float .got 'much'"),
+        ({"arguments": {"max_sequence_length": 2.5}}, "must be int .got 2.5"),
+        ({"arguments": {"generator": 1}}, "'generator' is set by each request"),
+        ({"arguments": {"guidance_scale": 1.0}}, "use default_guidance"),
+        ({"width": 60}, "width must be a multiple of 8 for this model .got 60"),
+    ],
+)
+def test_settings_that_a_pipeline_cannot_have_stop_its_load(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelLoadError, match=words) as caught:
+        PipelineProfile(tiny.build("flux"), settings=EngineSettings(**settings))
+    assert caught.value.code == "invalid_setting"
+
+
+def test_guidance_reaches_guiders_and_priors_and_takes_the_place_of_a_schedule() -> None:
+    hunyuan = facts("hunyuan-image")
+    assert hunyuan.guidance_effective
+    assert "distilled_guidance_scale" not in hunyuan.call_arguments(request(guidance_scale=6.0))[0]
+    pipe = hunyuan.pipe_for(request(guidance_scale=6.0))
+    assert (pipe.guider.guidance_scale, pipe.ocr_guider.guidance_scale) == (6.0, 6.0)
+    assert hunyuan.pipe.guider.guidance_scale == 3.5
+    assert hunyuan.pipe_for(request()) is hunyuan.pipe
+    for name in ("stable-cascade", "wuerstchen"):
+        arguments, _ = facts(name).call_arguments(request(guidance_scale=6.0))
+        assert arguments["prior_guidance_scale"] == 6.0
+    ideogram = facts("ideogram4")
+    assert ideogram.default_steps == 48
+    unasked, _ = ideogram.call_arguments(request(num_inference_steps=48))
+    assert not {"guidance_scale", "guidance_schedule"} & set(unasked)
+    for asked in (request(num_inference_steps=20), request(num_inference_steps=48, guidance_scale=7.0)):
+        arguments, _ = ideogram.call_arguments(asked)
+        assert (arguments["guidance_scale"], arguments["guidance_schedule"]) == (7.0, None)
+
+
+def test_default_steps_are_the_pipelines_own_within_the_limit() -> None:
+    assert facts("sana-sprint").default_steps == 2
+    assert facts("deepfloyd-if").default_steps == 50

@@ -134,7 +134,7 @@ def test_pixels_are_those_of_diffusers_own_pictures() -> None:
 
 def test_load_takes_a_ready_pipeline_and_measures_it() -> None:
     pipe = tiny.build("flux")
-    engine = Engine.load(pipe, EngineSettings(max_rows=2, num_threads=1))
+    engine = Engine.load(pipe, EngineSettings(max_rows=2, num_threads=1, width=32, height=32))
     try:
         assert engine.measured[0].rows == 1
         assert engine.runner.num_rows in (1, 2)
@@ -146,14 +146,14 @@ def test_load_takes_a_ready_pipeline_and_measures_it() -> None:
 
 
 def test_load_keeps_the_rows_it_is_given() -> None:
-    engine = Engine.load(tiny.build("flux"), EngineSettings(num_threads=1), rows=3)
+    engine = Engine.load(tiny.build("flux"), EngineSettings(num_threads=1, width=32, height=32), rows=3)
     assert engine.runner.num_rows == 3
     engine.close()
 
 
 def test_load_takes_a_folder(tmp_path: Path) -> None:
     engine = Engine.load(
-        tiny.save("flux", tmp_path),
+        tiny.save("flux", tmp_path, sizes=[(32, 32)]),
         EngineSettings(num_threads=1, dtype="fp32", performance="reference"),
         rows=1,
     )
@@ -165,6 +165,50 @@ def test_load_takes_a_folder(tmp_path: Path) -> None:
     assert loaded.image is not None
     assert expected.image is not None
     assert np.array_equal(loaded.image, expected.image)
+
+
+def test_a_model_whose_first_picture_fails_is_served_unmerged_and_says_why(caplog: Any) -> None:
+    pipe = tiny.build("flux")
+    encode = pipe.text_encoder.forward
+    healthy: list[bool] = []
+
+    def moody(*args: Any, **kwargs: Any) -> Any:
+        if not healthy:
+            raise ValueError("not at this hour")
+        return encode(*args, **kwargs)
+
+    pipe.text_encoder.forward = moody
+    engine = Engine.load(pipe, EngineSettings(num_threads=1, width=32, height=32))
+    assert "not at this hour" in engine.info().merging["all"]
+    assert (engine.info().mergeable, engine.info().rows) == (False, 1)
+    healthy.append(True)
+    (result,) = engine.generate([request()])
+    engine.close()
+    assert result.error is None
+
+
+def test_the_size_of_a_model_is_what_its_pipeline_draws_unasked() -> None:
+    pipe = tiny.build("flux")
+    pipe.default_sample_size = 16
+    engine = Engine.load(pipe, EngineSettings(num_threads=1))
+    assert (engine.info().width, engine.info().height) == (64, 64)
+    engine.close()
+
+
+@pytest.mark.filterwarnings("ignore:`callback_steps`:FutureWarning")  # of diffusers' own
+def test_the_steps_of_a_prior_are_no_progress() -> None:
+    engine = Engine(tiny.build("kandinsky-2.2"), batching="off")
+    call = tiny.call("kandinsky-2.2")
+    extra = {"prior_num_inference_steps": call["prior_num_inference_steps"]}
+    asked = request(width=call["width"], height=call["height"], num_inference_steps=3, extra=extra)
+    engine.submit(asked, "a")
+    told = []
+    while engine.has_work:
+        steps = [event.step for event in engine.step() if isinstance(event, Progress)]
+        told += [(step, engine.runner.num_forwards) for step in steps]
+    engine.close()
+    assert [step for step, _ in told] == [0, 1, 2, 3]
+    assert [forwards for _, forwards in told] == [0, 1, 2, 3], "no step is done before the denoiser runs"
 
 
 # ---------------------------------------------------------------- errors

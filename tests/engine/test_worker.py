@@ -93,7 +93,9 @@ class Process:
         self.pipe.close()
 
 
-SETTINGS = EngineSettings(dtype="fp32", device="cpu", num_threads=1, performance="reference")
+SETTINGS = EngineSettings(
+    dtype="fp32", device="cpu", num_threads=1, performance="reference", width=32, height=32
+)
 
 
 def load_model(folder: Path | str, rows: int | None = 2) -> LoadModel:

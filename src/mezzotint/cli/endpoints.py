@@ -68,6 +68,7 @@ def show(
     calibration = {
         f"{int(row['rows'])} rows": f"{row['rows_per_s']:.1f} rows/s" for row in info.pop("calibration", [])
     }
+    merging = info.pop("merging", {})
     adapters = [f"{id}:{route}" for route in spec.pop("adapters")]
     shown = {
         "state": spec.pop("state"),
@@ -76,7 +77,9 @@ def show(
         "workers": replicas,
     }
     settings = {name: value for name, value in spec.pop("settings").items() if name != "adapters"}
-    print_facts({**shown, "model": info, "calibration": calibration, **spec, "settings": settings})
+    print_facts(
+        {**shown, "model": info, "merging": merging, "calibration": calibration, **spec, "settings": settings}
+    )
 
 
 @endpoints.command()

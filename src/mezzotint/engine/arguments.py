@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import logging
 from collections.abc import Mapping
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
-from transformers import ProcessorMixin
+from diffusers.guiders import BaseGuidance
 
 from mezzotint.engine.manifest import EMPTY, FILE, Manifest
-from mezzotint.errors import InvalidRequestError, ModelLoadError, echo
+from mezzotint.errors import InvalidRequestError, ModelLoadError, echo, nearest
 from mezzotint.families import Family, family
 from mezzotint.input_pictures import Size, output_size, to_image
-from mezzotint.spec import MAX_SEED, MAX_STEPS, ImageSpec, sizes_text
+from mezzotint.spec import MAX_SEED, MAX_STEPS, EngineSettings, ImageSpec, sizes_text
+
+DEFAULTS = EngineSettings()
 
 _TRUE_GUIDANCE = "true_cfg_scale"
 """Lets some models that have no negative prompt use one after all."""
@@ -23,14 +28,27 @@ _OURS = frozenset(
         *("return_dict", "num_images_per_prompt", "callback_on_step_end", "callback", "callback_steps"),
     )
 )
-"""Pipeline arguments that `extra` must not set."""
+"""Pipeline arguments that neither `extra` nor an endpoint's `arguments` may set."""
+_USUAL_STEPS = 28
+"""Where a pipeline has no default."""
+
+_log = logging.getLogger(__name__)
 
 
 class PipelineProfile:
     """What is fixed for one loaded pipeline: its defaults and limits, and how it wants to be called."""
 
-    def __init__(self, pipe: Any, known: Family | None = None, manifest: Manifest = EMPTY) -> None:
-        """`known` is the family of the pipeline that this one was made over, else that of its class."""
+    def __init__(
+        self,
+        pipe: Any,
+        known: Family | None = None,
+        manifest: Manifest = EMPTY,
+        settings: EngineSettings = DEFAULTS,
+    ) -> None:
+        """`known` is the family of the pipeline that this one was made over, else that of its class.
+
+        ModelLoadError for endpoint settings that this pipeline cannot have.
+        """
         self.pipe = pipe
         self.manifest = manifest
         self.family: Family = known or family(type(pipe).__name__)
@@ -40,14 +58,25 @@ class PipelineProfile:
         self.parameters = parameters
         self.open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
         self.size_multiple = int(getattr(pipe, "vae_scale_factor", 8)) * self.family.patch
+        self.size_is_guessed = not isinstance(_default_of(parameters, "height"), int)
         self.width, self.height = _default_size(pipe, self.denoiser, parameters)
-        self.guidance_effective = self._guidance_effective(pipe)
+        self._guiders = _guiders(pipe)
+        self._guided_by_argument = self._has_guidance_argument(pipe)
+        self.guidance_effective = self._guided_by_argument or bool(self._guiders)
         self.tokenizer, self.max_prompt_tokens = self._text_limit(pipe)
-        self.default_steps = self.family.default_steps
+        own_steps = _default_of(parameters, "num_inference_steps")
+        own_steps = min(own_steps, MAX_STEPS) if isinstance(own_steps, int) else _USUAL_STEPS
+        self.default_steps = self.family.default_steps or own_steps
         if not self.guidance_effective and self.family.distilled_steps is not None:
             self.default_steps = self.family.distilled_steps
         self.default_guidance = self.family.default_guidance
+        self.fixed: Mapping[str, Any] = {
+            name: value for name, value in settings.arguments.items() if known is None or self._takes(name)
+        }
+        """Arguments of every call, by the endpoint's settings."""
+        self.settings = settings
         self._heed_manifest()
+        self._heed_settings()
 
     def _heed_manifest(self) -> None:
         """What the model's maker recommends goes before what is usual in the family."""
@@ -64,12 +93,68 @@ class PipelineProfile:
                 )
         if said.sizes:
             self.width, self.height = said.sizes[0]
+            self.size_is_guessed = False
+
+    def _heed_settings(self) -> None:
+        """What the endpoint's owner wants goes before all of that."""
+        said = self.settings
+        self.default_steps = said.default_steps or self.default_steps
+        if said.default_guidance is not None:
+            self.default_guidance = said.default_guidance
+        self.width, self.height = said.width or self.width, said.height or self.height
+        self.size_is_guessed = self.size_is_guessed and not (said.width and said.height)
+        for name, size in (("width", said.width), ("height", said.height)):
+            if size is not None and size % self.size_multiple:
+                raise ModelLoadError(
+                    f"{name} must be a multiple of {self.size_multiple} for this model (got {size}); "
+                    "change the endpoint's setting",
+                    code="invalid_setting",
+                )
+        for name, value in self.fixed.items():
+            self._require_argument(name, value)
+
+    def _require_argument(self, name: str, value: Any) -> None:
+        """ModelLoadError unless the pipeline's call takes this from an endpoint's settings."""
+        reason = ""
+        if name in _OURS:
+            reason = "is set by each request"
+        elif name == self.family.guidance_argument:
+            reason = "is what guidance_scale sets; use default_guidance"
+        elif not self._takes(name):
+            near = nearest(name, [each for each in self.parameters if each not in _OURS])
+            hint = f"; did you mean {near}?" if near else ""
+            reason = f"is not an argument of {type(self.pipe).__name__}{hint}"
+        elif not _fits(self.parameters.get(name), value):
+            reason = f"must be {_words_of(self.parameters[name].annotation)} (got {echo(value)})"
+        if reason:
+            raise ModelLoadError(f"arguments: {echo(name)} {reason}", code="invalid_setting")
+
+    def learn_size(self, width: object, height: object) -> None:
+        """Takes over the size that the pipeline was seen to draw when it was told none."""
+        sides = (width, height)
+        if self.size_is_guessed and all(
+            isinstance(side, int) and side > 0 and side % self.size_multiple == 0 for side in sides
+        ):
+            said = self.settings
+            self.width, self.height = said.width or int(str(width)), said.height or int(str(height))
+            self.size_is_guessed = False
+
+    def pipe_for(self, spec: ImageSpec) -> Any:
+        """The pipeline for `spec`; one that is guided by components has them at its guidance."""
+        guidance = self.default_guidance if spec.guidance_scale is None else spec.guidance_scale
+        if not self._guiders or guidance is None:
+            return self.pipe
+        own = copy.copy(self.pipe)
+        for name, guider in self._guiders.items():
+            own.__dict__[name] = guider.new(guidance_scale=float(guidance))
+        return own
 
     @property
     def supports_negative_prompt(self) -> bool:
-        return self.family.negative_prompt and "negative_prompt" in self.parameters
+        takes = self.family.negative_prompt or _TRUE_GUIDANCE in self.fixed
+        return takes and "negative_prompt" in self.parameters
 
-    def _guidance_effective(self, pipe: Any) -> bool:
+    def _has_guidance_argument(self, pipe: Any) -> bool:
         if self.family.guidance_argument not in self.parameters:
             return False
         if self.family.guided_when is None:
@@ -84,7 +169,9 @@ class PipelineProfile:
         """The tokenizer of the longest text encoder (by custom the last), and how many tokens count."""
         names = sorted(name for name in pipe.components if name.startswith("tokenizer"))
         parts = [pipe.components[name] for name in names]
-        tokenizers = [part for part in parts if part is not None and not isinstance(part, ProcessorMixin)]
+        tokenizers = [
+            getattr(part, "tokenizer", part) for part in parts if part is not None
+        ]  # of a processor
         if not tokenizers:
             return None, None
         limits = [int(getattr(tokenizers[-1], "model_max_length", 0) or 10**30)]
@@ -105,6 +192,7 @@ class PipelineProfile:
             "width": width,
             "height": height,
             "output_type": "np",
+            **self.fixed,
         }
         self._add_pictures(spec, arguments, (width, height))
         self._add_guidance(spec, arguments, warnings)
@@ -112,7 +200,7 @@ class PipelineProfile:
         self._add_text_length(spec, arguments, warnings)
         if unknown := self.manifest.warning(spec.prompt):
             warnings.append(unknown)
-        arguments.update(spec.extra)
+        arguments |= spec.extra
         return {name: value for name, value in arguments.items() if self._takes(name)}, warnings
 
     def size(self, spec: ImageSpec) -> Size:
@@ -187,8 +275,15 @@ class PipelineProfile:
             if spec.guidance_scale is not None:
                 warnings.append("guidance_scale had no effect: this model does not use it")
             return
+        schedule = self.family.guidance_schedule_argument
+        if schedule is not None:
+            if spec.guidance_scale is None and self.settings.default_guidance is None:
+                own = arguments.get(schedule, _default_of(self.parameters, schedule))
+                if own is not None and len(own) == spec.num_inference_steps:
+                    return
+            arguments[schedule] = None
         guidance = self.default_guidance if spec.guidance_scale is None else spec.guidance_scale
-        if guidance is not None:
+        if guidance is not None and self._guided_by_argument:
             assert self.family.guidance_argument is not None, "effective guidance has an argument"
             arguments[self.family.guidance_argument] = float(guidance)
 
@@ -208,13 +303,60 @@ class PipelineProfile:
         name = self.family.text_length_argument
         limit = self.max_prompt_tokens
         if name is not None and name in self.parameters and limit != self.parameters[name].default and limit:
-            arguments[name] = limit
-        limit = spec.extra.get(name, limit) if name else limit
-        if self.tokenizer is None or limit is None:
-            return
-        num_tokens = len(self.tokenizer(spec.prompt, truncation=False, verbose=False).input_ids)
-        if num_tokens > limit:
+            arguments.setdefault(name, limit)
+        limit = {**self.fixed, **spec.extra}.get(name, limit) if name else limit
+        num_tokens = self._num_tokens(spec.prompt)
+        if limit is not None and num_tokens is not None and num_tokens > limit:
             warnings.append(f"prompt was cut: it has {num_tokens} tokens, this model reads the first {limit}")
+
+    def _num_tokens(self, prompt: str) -> int | None:
+        """None where the tokenizer wants to be called in another way; that must fail no request."""
+        if self.tokenizer is None:
+            return None
+        try:
+            return len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        except Exception as error:
+            _log.debug("the prompt's tokens could not be counted", exc_info=error)
+            return None
+
+
+def _guiders(pipe: Any) -> dict[str, Any]:
+    """The components that guide in place of an argument, by name."""
+    return {
+        name: part
+        for name, part in pipe.components.items()
+        if isinstance(part, BaseGuidance) and hasattr(part, "guidance_scale")
+    }
+
+
+def _default_of(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
+    """The default of a pipeline argument; None where it has none."""
+    parameter = parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
+_PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+
+
+def _fits(parameter: inspect.Parameter | None, value: Any) -> bool:
+    """Whether a value from a settings file may be what the parameter's annotation says, if it is plain."""
+    if parameter is None:
+        return True
+    kinds = [get_origin(each) or each for each in get_args(parameter.annotation) or (parameter.annotation,)]
+    kinds = [get_origin(each) or each for each in kinds]
+    if not all(kind in _PLAIN for kind in kinds) or not _is_union_or_type(parameter.annotation):
+        return True
+    number = isinstance(value, int) and not isinstance(value, bool) and float in kinds
+    sequence = isinstance(value, list) and tuple in kinds
+    return type(value) in kinds or number or sequence
+
+
+def _is_union_or_type(annotation: Any) -> bool:
+    return annotation in _PLAIN or get_origin(annotation) in (Union, UnionType)
+
+
+def _words_of(annotation: Any) -> str:
+    return str(getattr(annotation, "__name__", annotation)).replace("typing.", "")
 
 
 def _denoiser_name(pipe: Any, known: Family) -> str:
@@ -227,7 +369,7 @@ def _denoiser_name(pipe: Any, known: Family) -> str:
 
 def _default_size(pipe: Any, denoiser: Any, parameters: Mapping[str, inspect.Parameter]) -> tuple[int, int]:
     """(width, height) that the model was made for; for Flux and its like, what the VAE was trained on."""
-    if "height" in parameters and isinstance(parameters["height"].default, int):
+    if isinstance(_default_of(parameters, "height"), int):
         return parameters["width"].default, parameters["height"].default
     factor = int(getattr(pipe, "vae_scale_factor", 8))
     sample = getattr(getattr(denoiser, "config", None), "sample_size", None)

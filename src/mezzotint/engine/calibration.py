@@ -12,17 +12,14 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from mezzotint.engine.arguments import PipelineProfile
 from mezzotint.engine.previews import LatentPreview
 from mezzotint.engine.steps.batching import Call, Part, merge
 from mezzotint.engine.steps.exactness import ROW_COUNTS, exact_row_counts
-from mezzotint.engine.steps.pipeline_run import PipelineRun
-from mezzotint.engine.steps.shared_state import AttentionState
 from mezzotint.spec import ImageSpec
 
 NEAR_BEST = 0.9
@@ -48,8 +45,6 @@ _PROMPTS = (
     "a brown dog on a grey street",
     "a purple umbrella",
 )
-TRIAL = ImageSpec(prompt=_PROMPTS[0], num_inference_steps=2)
-"""The request with whose arguments a model is tried at load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +85,6 @@ def find_rows(call: Call, measured: Sequence[Measurement], min_gain: float, max_
     """R for `exact` mode: what the measurements show, if the promise can be kept with it."""
     rows = choose_rows(measured, min_gain=min_gain, max_stretch=max_stretch)
     return rows if rows == 1 or exact_row_counts(call, rows) else 1
-
-
-def first_call(pipe: Any, profile: PipelineProfile, attention: AttentionState) -> Call | None:
-    """The first denoiser call of a real job; the pipeline is ended there."""
-    arguments, _ = profile.call_arguments(TRIAL)
-    run = PipelineRun(pipe, arguments, seed=0, attention=attention)
-    run.start()
-    while run.call is not None and run.call.name != profile.denoiser_name:
-        run.resume(run.call.alone())
-    call, error = run.call, run.error
-    run.close()
-    if error is not None:
-        raise error
-    return call
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +144,6 @@ def row_counts(call: Call, *, rows: int | None, max_rows: int) -> list[int]:
         return [call.rows]
     more = [count * call.rows for count in ROW_COUNTS] if rows is None else [rows]
     return [call.rows, *(each for each in more if call.rows < each <= max(max_rows, rows or 0))]
-
-
-def trial_requests(spec: ImageSpec) -> list[ImageSpec]:
-    """Three like `spec`: two of one length with other words, and one of another length and guidance."""
-    guidance = None if spec.guidance_scale is None else spec.guidance_scale + 1.5
-    return [
-        replace(spec, prompt="a red fox"),
-        replace(spec, prompt="a fox red"),
-        replace(spec, prompt="two old boats at dawn on a quiet river", guidance_scale=guidance),
-    ]
 
 
 def measure(
@@ -268,11 +239,19 @@ def stretch(measured: Sequence[Measurement], rows: int) -> float:
     return max(1.0, last.forward_s * rows / last.rows / single_s)
 
 
-def warm_up(draw: Callable[[ImageSpec], object], preview: LatentPreview) -> None:
-    """Draws a few pictures of two steps, until `preview` has learned from them or the time is up."""
+def warm_up(draw: Callable[[ImageSpec], bool], preview: LatentPreview, default_steps: int) -> None:
+    """Draws a few pictures, until `preview` has learned from them or the time is up.
+
+    Two steps each, or as many as are usual where the model cannot draw in two; `draw` says whether it could.
+    """
     start = time.perf_counter()
+    steps = 2
     for seed, prompt in enumerate(_PROMPTS):
-        draw(ImageSpec(prompt=prompt, num_inference_steps=2, seed=seed))
+        spec = ImageSpec(prompt=prompt, num_inference_steps=steps, seed=seed)
+        if not draw(spec):
+            if steps == default_steps:
+                return
+            steps = default_steps
         seconds = time.perf_counter() - start
         if preview.learned or seconds > (WARM_S if preview.ready else MAX_WARM_S):
             return

@@ -52,7 +52,8 @@ class Editing:
             return self._words
         if cls not in self._made:
             pipe = _over_the_same(cls, self._words.pipe)
-            self._made[cls] = PipelineProfile(pipe, self._words.family, self._words.manifest)
+            words = self._words
+            self._made[cls] = PipelineProfile(pipe, words.family, words.manifest, words.settings)
         return self._made[cls]
 
     def filled(self, spec: ImageSpec) -> tuple[ImageSpec, list[str]]:

@@ -17,18 +17,15 @@ import torch
 
 from mezzotint.engine.arguments import PipelineProfile
 from mezzotint.engine.calibration import (
-    SLOW_FORWARD_S,
-    TRIAL,
     Measurement,
     Stopwatch,
     find_rows,
-    first_call,
     measure,
     row_counts,
     stretch,
-    trial_requests,
     warm_up,
 )
+from mezzotint.engine.description import model_info
 from mezzotint.engine.editing import Editing
 from mezzotint.engine.lora.bank import AdapterBank, BankStats
 from mezzotint.engine.manifest import EMPTY, Manifest
@@ -36,14 +33,16 @@ from mezzotint.engine.models.loading import DEFAULTS, Loaded, load
 from mezzotint.engine.models.sources import OnProgress, ignore_progress
 from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
 from mezzotint.engine.results import Image, Result, failed_event, pixels, repainted, result_of
-from mezzotint.engine.steps.inference import Finding, Laboratory, find_rules
+from mezzotint.engine.steps.inference import ALL, Finding, Laboratory, find_rules
 from mezzotint.engine.steps.jobs import Job
 from mezzotint.engine.steps.pipeline_run import PipelineRun
 from mezzotint.engine.steps.rules import tap_all
 from mezzotint.engine.steps.runner import Forward, Mode, Runner
 from mezzotint.engine.steps.scheduler import FairShares, StepTimes, pick
 from mezzotint.engine.steps.shared_state import AttentionState
+from mezzotint.engine.trial import first_call, trial_arguments, trial_request, trial_requests, try_out
 from mezzotint.errors import GenerationError, MezzotintError
+from mezzotint.images import on_white
 from mezzotint.messages import MEASURING, Cancelled, Done, Failed, ModelInfo, Preview, Progress
 from mezzotint.spec import EngineSettings, ImageSpec
 
@@ -68,15 +67,17 @@ class Engine:
         max_merge_pixels: int | None = None,
         adapter_bytes: int = 512 * 1024 * 1024,
         manifest: Manifest = EMPTY,
+        settings: EngineSettings = DEFAULTS,
     ) -> None:
         """Takes a loaded pipeline as it is; `rows` are those of every merged forward in `exact` mode.
 
-        `manifest` is what the model's folder says of it; `load` reads it.
+        `manifest` is what the model's folder says of it; `load` reads it. Of `settings` only the size, steps,
+        guidance and arguments of a request that names none are read.
         `max_merge_pixels`: in `exact` mode larger pictures are never merged; None is no limit. It is part
         of what the bytes depend on, as `rows` is.
         """
         self.pipe = pipe
-        self.profile = PipelineProfile(pipe, manifest=manifest)
+        self.profile = PipelineProfile(pipe, manifest=manifest, settings=settings)
         self.editing = Editing(self.profile)
         self.max_rows = max_rows
         self.max_jobs = max_jobs
@@ -98,8 +99,8 @@ class Engine:
         self._device: torch.device = pipe._execution_device  # with offloading, not the device of the weights
         self._preview = LatentPreview(packed=hasattr(pipe, "_pack_latents"))
         self.findings: dict[str, Finding] = {}  # filled by `find_rules`
-        self._attention = AttentionState(pipe.components)
-        self._taps = tap_all(pipe, self.profile.denoiser_name, by_rule=self.profile.family.merges)
+        self.attention = AttentionState(pipe.components)
+        self.taps = tap_all(pipe, self.profile.denoiser_name, by_rule=self.profile.family.merges)
         self._queue: deque[Job] = deque()
         self._active: dict[str, Job] = {}
         self._events: list[Event] = []
@@ -131,12 +132,10 @@ class Engine:
             max_wait_s=settings.max_wait_s,
             adapter_bytes=settings.adapter_bytes,
             manifest=loaded.manifest,
+            settings=settings,
         )
         engine.loaded = loaded
-        engine.max_merge_pixels = engine.profile.width * engine.profile.height
-        engine.find_rules(TRIAL, max_forward_s=SLOW_FORWARD_S if settings.batching == "exact" else None)
-        engine.calibrate(min_gain=settings.min_batch_gain, max_stretch=settings.max_batch_stretch, rows=rows)
-        engine.warm_up()
+        try_out(engine, settings, rows)
         return engine
 
     # ------------------------------------------------------------------ for library users
@@ -156,9 +155,9 @@ class Engine:
         """Ends what runs and takes the taps off the pipeline."""
         for job_id in [*self._active, *(job.job_id for job in self._queue)]:
             self.cancel(job_id)
-        for tap in reversed(self._taps):
+        for tap in reversed(self.taps):
             tap.close()
-        self._taps.clear()
+        self.taps.clear()
         if self.adapters is not None:
             self.adapters.close()
 
@@ -237,7 +236,7 @@ class Engine:
             job_id=job_id,
             spec=spec,
             seed=secrets.randbelow(2**32) if seed is None else seed,
-            pipe=profile.pipe,
+            pipe=profile.pipe_for(spec),
             width=width,
             height=height,
             arguments=arguments,
@@ -300,7 +299,7 @@ class Engine:
                     lease=job.lease,
                     merges=self._merges(job),
                     before_step=functools.partial(self._before_scheduler_step, job),
-                    attention=self._attention,
+                    attention=self.attention,
                 )
             except Exception as error:
                 self._queue.remove(job)
@@ -373,28 +372,29 @@ class Engine:
             self._end(job, self._failed(job, run.error))
             return
         try:
-            picture = pixels(run.result)
+            pictures = pixels(run.result)
         except GenerationError as error:  # only this job fails; others go on
             self._end(job, self._failed(job, error))
             return
-        self._end(job, self._done(job, picture))
+        self._end(job, self._done(job, pictures))
 
     def _failed(self, job: Job, error: Exception) -> Failed:
         size = f"{job.width}x{job.height}"
         return failed_event(job.job_id, error, size=size, refused=job.num_forwards == 0)
 
-    def _done(self, job: Job, picture: Image) -> Done:
-        if job.clean is not None:
-            self._preview.learn(job.clean, torch.from_numpy(picture))
-        height, width, _ = picture.shape
+    def _done(self, job: Job, pictures: Sequence[Image]) -> Done:
+        if job.clean is not None and len(pictures) == 1:
+            self._preview.learn(job.clean, torch.from_numpy(on_white(pictures[0])))
+        height, width, _ = pictures[0].shape
         return Done(
             job.job_id,
             width,
             height,
             generate_s=time.perf_counter() - job.submitted,
-            payload=repainted(picture, job.spec).tobytes(),
+            payload=b"".join(repainted(picture, job.spec).tobytes() for picture in pictures),
             adapter_load_s=0.0 if job.lease is None else job.lease.load_s,
             warnings=job.warnings,
+            num_pictures=len(pictures),
         )
 
     def _end(self, job: Job, event: Done | Failed | Cancelled) -> None:
@@ -432,23 +432,27 @@ class Engine:
     @property
     def merges(self) -> bool:
         """Whether a module has a Rule, so that requests may share its forwards."""
-        return any(tap.rule is not None for tap in self._taps)
+        return any(tap.rule is not None for tap in self.taps)
 
     def find_rules(self, spec: ImageSpec, *, max_forward_s: float | None = None) -> None:
         """Infers and proves the Rules of a class that has none by hand, with requests like `spec`."""
         if self.merges or self.runner.mode == "off":
             return
-        trial = [self.profile.call_arguments(each)[0] for each in trial_requests(spec)]
+        trial = [trial_arguments(self.profile, each) for each in trial_requests(spec)]
         with torch.inference_mode():
-            self.findings = find_rules(
-                Laboratory(self.pipe, self._taps, self._attention, max_forward_s), trial
-            )
+            self.findings = find_rules(Laboratory(self.pipe, self.taps, self.attention, max_forward_s), trial)
+
+    def give_up_merging(self, reason: str) -> None:
+        """Takes every Rule away."""
+        for tap in self.taps:
+            tap.rule = None
+        self.findings = {ALL: Finding(reason=reason)}
 
     def calibrate(self, *, min_gain: float = 1.4, max_stretch: float = 2.5, rows: int | None = None) -> None:
         """Measures forwards of a real job; in `exact` mode sets R to `rows`, or if None to what they show."""
         exact = self.runner.mode == "exact"
         with torch.inference_mode():
-            call = first_call(self.pipe, self.profile, self._attention)
+            call = first_call(self.profile, self.attention, trial_request(self.profile)).call
             if call is None:
                 return
             most = 1 if self.runner.mode == "off" else self.max_rows
@@ -462,36 +466,9 @@ class Engine:
     def warm_up(self) -> None:
         """Draws a few pictures if that is quick, so that the first request is fast and has previews."""
         if not self.measured or self.measured[0].forward_s <= WARM_STEP_S:
-            warm_up(lambda spec: self.generate([spec]), self._preview)
+            steps = self.profile.default_steps
+            warm_up(lambda spec: self.generate([spec])[0].error is None, self._preview, steps)
 
     def info(self) -> ModelInfo:
         """What the server must know of this model."""
-        loaded = self.loaded
-        assert loaded is not None, "only a worker's engine, which `load` made, is asked"
-        return ModelInfo(
-            pipeline_class=type(self.pipe).__name__,
-            model_class=type(self.profile.denoiser).__name__,
-            dtype=loaded.dtype,
-            device=loaded.device,
-            num_threads=loaded.num_threads,
-            batching=self.runner.mode,
-            performance=loaded.performance,
-            rows=self.runner.num_rows if self.runner.mode == "exact" else 1,
-            mergeable=self.merges,
-            width=self.profile.width,
-            height=self.profile.height,
-            size_multiple=self.profile.size_multiple,
-            default_steps=self.profile.default_steps,
-            default_guidance=self.profile.default_guidance,
-            guidance_effective=self.profile.guidance_effective,
-            supports_negative_prompt=self.profile.supports_negative_prompt,
-            max_prompt_tokens=self.profile.max_prompt_tokens,
-            num_parameters=loaded.num_parameters,
-            max_pictures=self.editing.max_pictures,
-            masks=self.editing.masks,
-            strength=self.editing.strength,
-            calibration=[each.facts() for each in self.measured],
-            step_s=self.measured[0].forward_s if self.measured else 0.0,
-            sizes=list(self.profile.manifest.sizes),
-            examples=list(self.profile.manifest.examples),
-        )
+        return model_info(self)

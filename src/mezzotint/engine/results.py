@@ -22,6 +22,7 @@ from mezzotint.messages import Cancelled, Done, Failed
 from mezzotint.spec import ImageSpec
 
 Image = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
+"""Height x width x 3, or x 4 with alpha."""
 
 MAX_TEXT = 300
 """Most characters of a library's own error text that an answer repeats."""
@@ -37,32 +38,33 @@ class Result:
     seed: int
     """The seed used; drawn where the request had none."""
     image: Image | None
-    """uint8, height x width x 3; None if the request failed."""
+    """uint8, height x width x 3, or x 4 with alpha; None if the request failed."""
+    layers: tuple[Image, ...] = ()
+    """Where the model draws its picture in layers: all of them, `image` the first; else empty."""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds: `generate_s` from admission to the picture, `adapter_load_s` of it for a cold adapter."""
     warnings: tuple[str, ...] = ()
     error: MezzotintError | None = None
 
 
-def pixels(result: Any) -> Image:
+def pixels(result: Any) -> list[Image]:
     """uint8 pixels of a pipeline's first image, by the rule by which diffusers makes its PIL images.
 
-    GenerationError where that is no colour picture.
+    One, or one for each layer. GenerationError where that is no colour picture.
     """
     try:
         images = result[0] if isinstance(result, tuple) else getattr(result, "images", None)
         images = result.image if images is None else images  # Kandinsky 5's word
-        picture: Image = (np.asarray(images[0]) * 255).round().astype(np.uint8)
+        found = np.asarray(images[0])
+        layers = (found * 255).round().astype(np.uint8)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise GenerationError(f"the pipeline returned no picture ({type(error).__name__}: {error})") from None
-    if picture.ndim == 3 and picture.shape[2] == 4:  # shown on white, as a page would
-        alpha = picture[:, :, 3:].astype(np.float32) / 255
-        picture = (picture[:, :, :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
-    if picture.ndim != 3 or picture.shape[2] != 3:
+    pictures: list[Image] = list(layers) if layers.ndim == 4 else [layers]
+    if not pictures or pictures[0].ndim != 3 or pictures[0].shape[2] not in (3, 4):
         raise GenerationError(
-            f"the pipeline returned an array of shape {picture.shape}; height x width x 3 can be shown"
+            f"the pipeline returned an array of shape {layers.shape}; height x width x 3 or 4 can be shown"
         )
-    return picture
+    return pictures
 
 
 def repainted(picture: Image, spec: ImageSpec) -> Image:
@@ -75,7 +77,10 @@ def repainted(picture: Image, spec: ImageSpec) -> Image:
     size = picture.shape[1], picture.shape[0]
     kept = np.asarray(to_image(spec.images[0], size), np.uint16)
     share = np.asarray(to_image(spec.mask, size), np.uint16)[:, :, None]
-    mixed: Image = ((picture * share + kept * (255 - share) + 127) // 255).astype(np.uint8)
+    mixed = ((picture[:, :, :3] * share + kept * (255 - share) + 127) // 255).astype(np.uint8)
+    if picture.shape[2] == 4:
+        opaque = (picture[:, :, 3:] * share + 255 * (255 - share) + 127) // 255
+        mixed = np.concatenate([mixed, opaque.astype(np.uint8)], axis=2)
     return mixed
 
 
@@ -98,9 +103,13 @@ def failed_event(job_id: str, error: Exception, *, size: str, refused: bool) -> 
 def result_of(request: ImageSpec, seed: int, event: Done | Failed | Cancelled) -> Result:
     """What a library user gets for the event that ended a job."""
     if isinstance(event, Done):
-        image = np.frombuffer(event.payload, np.uint8).reshape(event.height, event.width, 3)
+        layers = tuple(
+            np.frombuffer(pixels, np.uint8).reshape(event.height, event.width, -1)
+            for pixels in event.pictures
+        )
         timings = {"generate_s": event.generate_s, "adapter_load_s": event.adapter_load_s}
-        return Result(request, seed, image, timings, tuple(event.warnings))
+        warnings = tuple(event.warnings)
+        return Result(request, seed, layers[0], layers if len(layers) > 1 else (), timings, warnings)
     if isinstance(event, Cancelled):
         return Result(request, seed, None, error=RequestCancelledError("the request was cancelled"))
     error = _CLASSES.get(event.code, InvalidRequestError)

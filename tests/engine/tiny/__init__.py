@@ -6,8 +6,9 @@ arguments that keep its run short (size, text length). The same name always give
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,11 +167,15 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return pipe
 
 
-def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """The pipeline as a diffusers folder with safetensors weights."""
+def save(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, sizes: Sequence[tuple[int, int]] = ()
+) -> Path:
+    """The pipeline as a diffusers folder with safetensors weights, which says that it draws `sizes`."""
     pipe = build(name, dtype)
     pipe.save_pretrained(folder, safe_serialization=True)
     EVERY[name].publish(pipe, folder)
+    if sizes:
+        (folder / "mezzotint.json").write_text(json.dumps({"sizes": sizes}))
     return folder
 
 

@@ -39,6 +39,21 @@ def test_every_response_format_decodes_to_the_same_pixels(host: Host) -> None:
             assert image.tobytes() == pixels
 
 
+def test_layers_with_alpha_are_several_items_of_one_job(tmp_path: Path) -> None:
+    with hosting(settings_for(tmp_path, endpoint("fake:channels=4,layers=3"))) as layered:
+        answer = layered.post(seed=7, n=2, response_format="raw").json()
+        assert answer["usage"] == {"images": 6, "steps": 8}
+        assert [item["seed"] for item in answer["data"]] == [7, 7, 7, 8, 8, 8]
+        assert {item["channels"] for item in answer["data"]} == {4}
+        assert len({item["b64_json"] for item in answer["data"]}) == 6
+        png = layered.post(seed=7, response_format="png").json()["data"][1]
+        shown = Image.open(io.BytesIO(base64.b64decode(png["b64_json"])))
+        assert shown.mode == "RGBA"
+        assert shown.tobytes() == base64.b64decode(answer["data"][1]["b64_json"])
+        jpeg = layered.post(seed=7, response_format="jpeg").json()["data"][0]
+        assert Image.open(io.BytesIO(base64.b64decode(jpeg["b64_json"]))).mode == "RGB"
+
+
 def test_url_is_the_default_format_and_null_means_the_default(host: Host) -> None:
     for fields in ({"response_format": ...}, {"response_format": None}):
         item = host.post(**fields).json()["data"][0]

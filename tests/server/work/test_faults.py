@@ -273,7 +273,9 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
 
     folder = tmp_path_factory.mktemp("studio")
     one, two, copy = (folder / name for name in ("one", "two", "copy"))
-    tiny.save("flux", copy, torch.bfloat16)  # in the endpoints' own type the weights stay mapped files
+    tiny.save(
+        "flux", copy, torch.bfloat16, sizes=[(32, 32)]
+    )  # in the endpoints' own type the weights stay mapped files
     for place in (one, two):
         shutil.copytree(copy, place)
     with server_process(folder, 1, one=one, two=two) as server, client(server.url, server.key) as http:

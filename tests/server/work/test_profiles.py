@@ -10,8 +10,8 @@ import pytest
 from mezzotint.errors import InvalidRequestError
 from mezzotint.fake_worker import model_info
 from mezzotint.messages import LoadModel
-from mezzotint.server.work.profiles import Calibration, Profile
-from mezzotint.spec import ImageSpec
+from mezzotint.server.work.profiles import Calibration, Profile, settings_digest
+from mezzotint.spec import ImageSpec, InputPicture
 from tests.server.hosting import endpoint
 
 
@@ -24,6 +24,38 @@ def test_a_default_guidance_is_not_sent_to_a_model_that_ignores_guidance() -> No
     assert Profile(spec, ignores).guidance_scale(None) is None, "nobody asked, so nobody is to be warned"
     for info in (None, heeds, ignores):
         assert Profile(spec, info).guidance_scale(0.0) == 0.0
+
+
+def test_a_calibration_of_0_1_0_keeps_its_rows_and_refuses_no_picture() -> None:
+    info = replace(model_info(LoadModel("one", "fake"), 16, 0.001), rows=8)
+    stored = json.loads(json.dumps(Calibration("", info, 1.0).to_json()))
+    for later in ("max_pictures", "masks", "strength", "sizes", "examples", "merging"):
+        del stored["info"][later]
+    kept = Calibration.from_json(stored)
+    assert kept is not None
+    assert kept.info.rows == 8
+    picture = InputPicture(16, 16, bytes(16 * 16 * 3))
+    asked = ImageSpec(prompt="a cat", num_inference_steps=4, images=(picture,), mask=None)
+    Profile(endpoint(), kept.info).check(asked)
+
+
+def test_a_setting_that_changes_the_bytes_changes_the_calibration() -> None:
+    plain = settings_digest(endpoint())
+    assert settings_digest(endpoint(default_steps=9)) == plain
+    for changed in ({"width": 512}, {"scheduler": "DDIMScheduler"}, {"arguments": {"clip_skip": 1}}):
+        assert settings_digest(endpoint(**changed)) != plain
+
+
+def test_a_picture_says_how_its_model_is_run() -> None:
+    info = model_info(LoadModel("one", "fake"), 16, 0.001)
+    assert Profile(endpoint(), info).pipeline == {"dtype": "fp32"}
+    spec = endpoint(scheduler="DDIMScheduler", scheduler_settings={"eta": 0.5}, arguments={"clip_skip": 1})
+    assert Profile(spec, info).pipeline == {
+        "dtype": "fp32",
+        "scheduler": "DDIMScheduler",
+        "scheduler_settings": {"eta": 0.5},
+        "arguments": {"clip_skip": 1},
+    }
 
 
 def test_only_the_sizes_that_a_model_names_are_taken() -> None:

@@ -23,10 +23,15 @@ LIBRARIES = ("diffusers", "transformers")
 OVERHEAD = 1.1
 """Memory needed over the bytes of the weights: buffers, and what one forward holds."""
 
-_FROM_PICTURES = ("Img2Img", "ImageToImage", "Inpaint", "Edit", "Layered", "Upscale", "Pix2Pix", "Variation")
+_FROM_PICTURES = (
+    *("2Img", "ImageToImage", "Inpaint", "Fill", "Edit", "Layered", "Upscale", "SuperResolution", "Refiner"),
+    *("Pix2Pix", "Variation"),
+)
 _OTHER_KINDS = ("Video", "Audio", "Music", "Control", "Prior", "Animate", "Adapter")
-_OTHER_OUTPUT = {"num_frames", "video_length", "num_videos_per_prompt", "audio_duration", "frame_size"}
-"""Pipeline arguments that only makers of video, sound or shapes have."""
+_OTHER_OUTPUT = {
+    *("num_frames", "video_length", "num_videos_per_prompt", "audio_duration", "frame_size", "gen_length")
+}
+"""Pipeline arguments that only makers of video, sound, shapes or text have."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from mezzotint.engine import manifest
 from mezzotint.engine.models import checks, hardware, remote_code, sources
+from mezzotint.engine.models.schedulers import set_scheduler
 from mezzotint.engine.models.watch import LoadWatch
 from mezzotint.errors import ModelLoadError
 from mezzotint.families import family
@@ -95,6 +96,7 @@ def load(
             pipe = _read(
                 path, name, chosen, device, watch, offload=settings.offload, allow_remote_code=permitted
             )
+        set_scheduler(pipe, settings.scheduler, settings.scheduler_settings)
         _move(pipe, device, offload=settings.offload)
         tune(pipe, settings.performance)
     return Loaded(

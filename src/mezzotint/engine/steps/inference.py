@@ -28,6 +28,11 @@ from mezzotint.engine.steps.shared_state import AttentionState
 
 _log = logging.getLogger(__name__)
 
+ALL = "all"
+"""Names the finding of a trial that failed: it is of every module."""
+STEPS_SEEN = 2
+"""Steps of a trial after which every module that runs at each step has been seen."""
+
 TOLERANCE = {torch.float32: 5e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 """Largest difference between merged and alone, as a share of the result's largest value."""
 Trial = Sequence[Mapping[str, Any]]
@@ -40,6 +45,12 @@ class Finding:
 
     rule: Rule | None = None
     reason: str = ""
+
+    @property
+    def words(self) -> str:
+        """As an endpoint says it."""
+        merges = "merges" if self.rule is not None else "does not merge"
+        return f"{merges}: {self.reason}" if self.reason else merges
 
 
 @dataclass(slots=True)
@@ -89,7 +100,7 @@ def find_rules(laboratory: Laboratory, trial: Trial) -> dict[str, Finding]:
                 found[name] = _find(laboratory, trial, taps[name], single[name], double.get(name, []))
     except Exception as error:
         _log.info("the trial of how requests merge failed", exc_info=error)
-        return {"all": Finding(reason=f"{type(error).__name__}: {error}")}
+        return {ALL: Finding(reason=f"{type(error).__name__}: {error}")}
     for name, finding in found.items():
         taps[name].rule = finding.rule
     return found
@@ -255,7 +266,7 @@ def _record(laboratory: Laboratory, arguments: Mapping[str, Any]) -> dict[str, l
     run = laboratory.start(arguments)
     try:
         run.start()
-        while run.call is not None and not hasattr(modules[run.call.name], "decode"):
+        while run.call is not None and run.num_steps < STEPS_SEEN and not _decodes(modules, run.call):
             call, began = run.call, time.perf_counter()
             try:
                 result = call.alone()
@@ -273,6 +284,10 @@ def _record(laboratory: Laboratory, arguments: Mapping[str, Any]) -> dict[str, l
     finally:
         run.close()
     return calls
+
+
+def _decodes(modules: Mapping[str, Any], call: Call) -> bool:
+    return hasattr(modules[call.name], "decode")
 
 
 def _advance(run: PipelineRun, name: str) -> Call:

@@ -142,20 +142,31 @@ class PipelineRun:
         self._state = RunState(seed, attention, getattr(pipe, "_execution_device", None))
         self._schedulers: list[Any] = []
         generator = torch.Generator("cpu").manual_seed(seed)
+        self._call_code = inspect.unwrap(type(pipe).__call__).__code__
         view = self._view(pipe, generator)
         self._greenlet: _RunGreenlet | None = _RunGreenlet(lambda: view(generator=generator, **arguments))
         self._greenlet.pipeline_run = self
 
-    def _view(self, pipe: Any, generator: torch.Generator) -> Any:
-        """A shallow copy of the pipeline: the modules are shared, and left where they are when it ends."""
+    def local(self, name: str) -> Any:
+        """A local variable of the pipeline's call, where it is parked; None if it has none."""
+        frame = self._greenlet.gr_frame if self._greenlet is not None else None
+        while frame is not None and frame.f_code is not self._call_code:
+            frame = frame.f_back
+        return None if frame is None else frame.f_locals.get(name)
+
+    def _view(self, pipe: Any, generator: torch.Generator, counted: bool = True) -> Any:
+        """A shallow copy of the pipeline: the modules are shared, and left where they are when it ends.
+
+        Not `counted`: its steps come before those that the request asks for.
+        """
         view = copy.copy(pipe)
         for name, value in vars(pipe).items():
             if isinstance(value, DiffusionPipeline):  # combined pipelines hold pipelines
-                view.__dict__[name] = self._view(value, generator)
+                view.__dict__[name] = self._view(value, generator, counted and not _is_prior(name))
         for name, component in pipe.components.items():
             if callable(getattr(component, "step", None)) and hasattr(component, "set_timesteps"):
                 own = copy.deepcopy(component)
-                own.step = self._counted(own, own.step, generator)
+                own.step = self._stepping(own, own.step, generator, counted and not _is_prior(name))
                 self._schedulers.append(own)
                 view.__dict__[name] = own
             elif isinstance(component, ConfigMixin) and not isinstance(component, torch.nn.Module):
@@ -164,26 +175,26 @@ class PipelineRun:
         view.__dict__["maybe_free_model_hooks"] = _keep_modules
         return view
 
-    def _counted(
-        self, scheduler: Any, step: Callable[..., Any], generator: torch.Generator
+    def _stepping(
+        self, scheduler: Any, step: Callable[..., Any], generator: torch.Generator, counted: bool
     ) -> Callable[..., Any]:
-        """`step`, announced and counted; where a pipeline passes no generator, it draws from this run's.
+        """`step`, announced if `counted`; where a pipeline passes no generator, it draws from this run's.
 
         Otherwise its noise would come from the generator of the process, which all jobs share.
         """
         draws = "generator" in inspect.signature(step).parameters
 
         @functools.wraps(step)
-        def counted(*args: Any, **kwargs: Any) -> Any:
+        def stepping(*args: Any, **kwargs: Any) -> Any:
             if draws and len(args) <= len(_STEP_ARGUMENTS) and kwargs.get("generator") is None:
                 kwargs["generator"] = generator
-            if self._before_step is not None:
+            if counted and self._before_step is not None:
                 self._before_step(scheduler, dict(zip(_STEP_ARGUMENTS, args, strict=False)) | kwargs)
             result = step(*args, **kwargs)
-            self.num_steps += 1
+            self.num_steps += counted
             return result
 
-        return counted
+        return stepping
 
     def start(self) -> None:
         """Runs up to the first parked call, or to the end."""
@@ -247,6 +258,11 @@ class PipelineRun:
         self.call = None
         self._greenlet = None
         self._before_step = None
+
+
+def _is_prior(name: str) -> bool:
+    """Whether a component of a combined pipeline runs before the denoiser."""
+    return name.startswith("prior")
 
 
 def _forget_frames(error: BaseException | None) -> None:

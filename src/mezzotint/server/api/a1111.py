@@ -276,7 +276,9 @@ def _info(model: str, ticket: Ticket, pictures: list[Picture]) -> dict[str, Any]
         "steps": first.num_inference_steps,
         "batch_size": len(pictures),
         "sd_model_name": model,
-        "infotexts": [answers.parameters_of(model, picture).to_infotext() for picture in pictures],
+        "infotexts": [
+            answers.parameters_of(ticket.endpoint, model, picture).to_infotext() for picture in pictures
+        ],
         "warnings": ticket.warnings,
     }
 

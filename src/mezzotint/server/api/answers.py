@@ -57,21 +57,23 @@ def encode(
         picture.pixels,
         picture.width,
         picture.height,
-        parameters=parameters_of(model, picture) if endpoint.spec.embed_parameters else None,
+        parameters=parameters_of(endpoint, model, picture) if endpoint.spec.embed_parameters else None,
         quality=quality,
     )
 
 
-def parameters_of(model: str, picture: Picture) -> images.Parameters:
+def parameters_of(endpoint: Endpoint, model: str, picture: Picture) -> images.Parameters:
     """What made this picture."""
-    return images.Parameters(model, replace(picture.spec, width=picture.width, height=picture.height))
+    spec = replace(picture.spec, width=picture.width, height=picture.height)
+    return images.Parameters(model, spec, endpoint.profile.pipeline)
 
 
 def store(
     context: Context, ticket: Ticket, model: str, picture: Picture, data: bytes, suffix: str, base_url: str
 ) -> str:
     """Stores a picture's file for its key and returns the URL; runs in a thread."""
-    name = context.pictures.save(data, suffix, ticket.key.id, parameters_of(model, picture))
+    parameters = parameters_of(ticket.endpoint, model, picture)
+    name = context.pictures.save(data, suffix, ticket.key.id, parameters)
     context.metrics.stored.inc(len(data))
     return context.pictures.url(base_url, name)
 

@@ -146,7 +146,7 @@ def _finish(context: Context, body: DedicatedImageGenerationBody, base_url: str)
             created=int(ticket.created),
             id=ticket.id,
             data=items,
-            usage=Usage(images=len(items), steps=sum(picture.spec.num_steps for picture in pictures)),
+            usage=Usage(images=len(items), steps=ticket.num_steps),
             warnings=ticket.warnings,
         )
         text = answer.model_dump_json()
@@ -180,7 +180,7 @@ def _item(
         mime_type=kind.mime_type,
         timings=timings,
         **where,
-        **kind.item_fields,
+        **kind.item_fields(picture.channels),
     )
 
 

@@ -262,7 +262,7 @@ def _finish(
         for p in pictures
     ]
     if asked.stream:
-        usage = _usage(pictures[:1])
+        usage = _usage(ticket.jobs[0].spec.num_steps)
         parts = [
             sse.event(
                 f"{asked.event}.completed", _event(asked, "completed", picture, data) | {"usage": usage}
@@ -280,7 +280,7 @@ def _finish(
         "object": "list",
         "model": asked.body.model,
         "data": items,
-        "usage": _usage(pictures),
+        "usage": _usage(ticket.num_steps),
         "output_format": asked.file_format,
         "size": f"{pictures[0].width}x{pictures[0].height}",
         "warnings": ticket.warnings,
@@ -309,13 +309,12 @@ def _item(
     if asked.item_field in ("url", "both"):
         kept["url"] = answers.store(context, ticket, asked.body.model, picture, data, kind.suffix, base_url)
     if asked.item_field != "url":
-        kept |= {"b64_json": base64.b64encode(data).decode(), **kind.item_fields}
+        kept |= {"b64_json": base64.b64encode(data).decode(), **kind.item_fields(picture.channels)}
     return {"type": "url" if asked.item_field == "url" else "b64_json", **kept, **item}
 
 
-def _usage(pictures: list[Picture]) -> dict[str, Any]:
+def _usage(steps: int) -> dict[str, Any]:
     """OpenAI's shape, which counts tokens; each denoising step is one output token."""
-    steps = sum(picture.spec.num_steps for picture in pictures)
     return {
         "input_tokens": 0,
         "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},

@@ -217,10 +217,13 @@ class Admission:
             return
         number = ticket.jobs.index(job)
         queue_s = (job.started_at or job.queued_at) - job.queued_at
-        ticket.pictures[number] = Picture(
-            job.spec, outcome.width, outcome.height, outcome.payload, queue_s, outcome.generate_s,
-            outcome.adapter_load_s, tuple(outcome.warnings),
-        )  # fmt: skip
+        ticket.pictures[number] = [
+            Picture(
+                job.spec, outcome.width, outcome.height, pixels, queue_s, outcome.generate_s,
+                outcome.adapter_load_s, tuple(outcome.warnings),
+            )
+            for pixels in outcome.pictures
+        ]  # fmt: skip
         self._metrics.queue_seconds.labels(ticket.endpoint.id).observe(queue_s)
         self._metrics.generate_seconds.labels(ticket.endpoint.id).observe(outcome.generate_s)
         if len(ticket.pictures) == len(ticket.jobs):
@@ -231,7 +234,7 @@ class Admission:
     async def _finish(self, ticket: Ticket) -> None:
         if ticket.ended:  # in the same turn of the loop as its last picture came
             return
-        pictures = [ticket.pictures[number] for number in range(len(ticket.jobs))]
+        pictures = [picture for number in range(len(ticket.jobs)) for picture in ticket.pictures[number]]
         for text in (text for picture in pictures for text in picture.warnings):
             if text not in ticket.warnings:
                 ticket.warnings.append(text)

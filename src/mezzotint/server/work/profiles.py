@@ -12,7 +12,7 @@ from mezzotint.config import EndpointSettings
 from mezzotint.errors import InvalidRequestError
 from mezzotint.input_pictures import output_size, require_pictures
 from mezzotint.messages import LoadModel, ModelInfo
-from mezzotint.spec import ImageSpec, default_strength, sizes_text
+from mezzotint.spec import MAX_PICTURES, ImageSpec, default_strength, sizes_text
 
 GUESSED_STEP_S = 0.05
 """Seconds per step until the model has been measured."""
@@ -21,6 +21,8 @@ _CALIBRATED = (
     "min_batch_gain", "max_batch_stretch", "offload",
 )  # fmt: skip
 """Settings on which the calibrated rows, and so the promised bytes, may depend."""
+_CALIBRATED_IF_SET = ("width", "height", "scheduler", "scheduler_settings", "arguments")
+"""Those that count only where they are set: what was measured before there were any still holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,13 @@ class Profile:
         if self.info is None or self.spec.batching == "off" or not self.info.mergeable:
             return 1
         return self.spec.max_rows if self.spec.batching == "fast" else self.info.rows
+
+    @property
+    def pipeline(self) -> dict[str, Any]:
+        """How the model is run, for a picture's file: dtype, and what is set of scheduler and arguments."""
+        said = {name: getattr(self.spec, name) for name in ("scheduler", "scheduler_settings", "arguments")}
+        known = {"dtype": self.info.dtype} if self.info else {}
+        return known | {name: value for name, value in said.items() if value}
 
     @property
     def gain(self) -> float:
@@ -182,7 +191,10 @@ class Calibration:
         if not values:
             return None
         try:
-            return replace(cls(**values), info=ModelInfo(**values["info"]))
+            # Before models edited pictures: what this one can do, its worker says with its next start.
+            unknown = {"max_pictures": MAX_PICTURES, "masks": True, "strength": True}
+            info = values["info"] if "max_pictures" in values["info"] else values["info"] | unknown
+            return replace(cls(**values), info=ModelInfo(**info))
         except (TypeError, KeyError):
             return None
 
@@ -190,6 +202,7 @@ class Calibration:
 def settings_digest(spec: EndpointSettings) -> str:
     """Equal for settings that share a calibration."""
     values = {name: getattr(spec, name) for name in _CALIBRATED}
+    values |= {name: value for name in _CALIBRATED_IF_SET if (value := getattr(spec, name))}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

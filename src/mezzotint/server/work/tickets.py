@@ -45,7 +45,7 @@ class Picture:
     width: int
     height: int
     pixels: bytes
-    """uint8 RGB, height x width x 3."""
+    """uint8 red, green, blue and perhaps alpha, height x width x 3 or 4."""
     queue_s: float
     generate_s: float
     adapter_load_s: float = 0.0
@@ -55,6 +55,10 @@ class Picture:
     def seed(self) -> int:
         assert self.spec.seed is not None, "admission draws the seed"
         return self.spec.seed
+
+    @property
+    def channels(self) -> int:
+        return len(self.pixels) // (self.width * self.height)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,8 @@ class Ticket:
     created: float = field(default_factory=time.time)
     status: RequestStatus = "queued"
     jobs: list[Job] = field(default_factory=list)
-    pictures: dict[int, Picture] = field(default_factory=dict)
+    pictures: dict[int, list[Picture]] = field(default_factory=dict)
+    """Those of each finished job, by its number: one, or one for each layer."""
     previews: list[tuple[int, Preview]] = field(default_factory=list)
     """Image number and preview, in the order in which they came."""
     answer: Answer | None = None

@@ -1,0 +1,108 @@
+"""The requests with which a model is tried at load: of its endpoint's own size, steps and arguments."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mezzotint.engine.arguments import PipelineProfile
+from mezzotint.engine.calibration import SLOW_FORWARD_S
+from mezzotint.engine.steps.batching import Call
+from mezzotint.engine.steps.pipeline_run import PipelineRun
+from mezzotint.engine.steps.runner import is_out_of_memory
+from mezzotint.engine.steps.shared_state import AttentionState
+from mezzotint.spec import EngineSettings, ImageSpec
+
+if TYPE_CHECKING:
+    from mezzotint.engine.engine import Engine
+
+PRIOR_STEPS = "prior_num_inference_steps"
+"""A pipeline argument: steps before the denoiser runs at all, few of which are enough to see it."""
+_PROMPTS = (
+    "a red apple on a blue table",
+    "a blue table on a red apple",
+    "two boats at dawn on a quiet river",
+)
+"""Two of one length in words and letters, and one of another."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The first denoiser call of a real run; `width` and `height` are what the pipeline then draws."""
+
+    call: Call | None
+    width: object
+    height: object
+
+
+def trial_request(profile: PipelineProfile) -> ImageSpec:
+    """What the endpoint draws for a prompt alone."""
+    return ImageSpec(prompt=_PROMPTS[0], num_inference_steps=profile.default_steps)
+
+
+def trial_requests(spec: ImageSpec) -> list[ImageSpec]:
+    """Three like `spec`: two of one length with other words, and one of another length and guidance."""
+    guidance = None if spec.guidance_scale is None else spec.guidance_scale + 1.5
+    return [
+        replace(spec, prompt=_PROMPTS[0]),
+        replace(spec, prompt=_PROMPTS[1]),
+        replace(spec, prompt=_PROMPTS[2], guidance_scale=guidance),
+    ]
+
+
+def trial_arguments(profile: PipelineProfile, spec: ImageSpec) -> dict[str, Any]:
+    """The arguments of the pipeline's call, with as few steps beforehand as can be."""
+    arguments, _ = profile.call_arguments(spec)
+    return arguments | ({PRIOR_STEPS: 2} if PRIOR_STEPS in profile.parameters else {})
+
+
+def first_call(
+    profile: PipelineProfile, attention: AttentionState, spec: ImageSpec, *, sized: bool = True
+) -> Seen:
+    """Runs `spec` up to its first denoiser call, and raises what the pipeline raises on the way.
+
+    Not `sized`: without width and height, so that the pipeline shows the size that is its own.
+    """
+    arguments: Mapping[str, Any] = trial_arguments(profile, spec)
+    if not sized:
+        arguments = {name: value for name, value in arguments.items() if name not in ("width", "height")}
+    run = PipelineRun(profile.pipe_for(spec), arguments, seed=0, attention=attention)
+    try:
+        run.start()
+        while run.call is not None and run.call.name != profile.denoiser_name:
+            run.resume(run.call.alone())
+        if run.error is not None:
+            raise run.error
+        return Seen(run.call, run.local("width"), run.local("height"))
+    finally:
+        run.close()
+
+
+def try_out(engine: Engine, settings: EngineSettings, rows: int | None) -> None:
+    """What the endpoint's own request shows: size, what merges, speed. One that fails is noted.
+
+    `rows` are those of an earlier calibration.
+    """
+    profile = engine.profile
+    try:
+        if profile.size_is_guessed:
+            with torch.inference_mode():
+                seen = first_call(profile, engine.attention, trial_request(profile), sized=False)
+            profile.learn_size(seen.width, seen.height)
+        engine.max_merge_pixels = profile.width * profile.height
+        slow_s = SLOW_FORWARD_S if settings.batching == "exact" else None
+        engine.find_rules(trial_request(profile), max_forward_s=slow_s)
+        engine.calibrate(min_gain=settings.min_batch_gain, max_stretch=settings.max_batch_stretch, rows=rows)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        _log.warning("the model's first picture failed; it is served unmerged", exc_info=error)
+        engine.give_up_merging(f"the first picture failed: {type(error).__name__}: {error}")
+        return
+    engine.warm_up()
