@@ -111,7 +111,8 @@ def _parameter_lines(command: Any) -> Iterator[str]:
         flag = " / ".join([*parameter.opts, *parameter.secondary_opts])
         value = "" if parameter.is_flag else f" {_value_name(parameter)}"
         default = "" if parameter.is_flag or parameter.default is None else f" [{parameter.default}]"
-        variable = f" (`{parameter.envvar}`)" if parameter.envvar else ""
+        named = [parameter.envvar] if isinstance(parameter.envvar, str) else (parameter.envvar or [])
+        variable = f" (`{named[0]}`)" if named else ""
         yield f"| `{flag}{value}` | {parameter.help}{default}{variable} |"
 
 

@@ -19,10 +19,19 @@ class Fake:
     key: str
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither see nor leave records of servers among those of the user who runs them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
-    from mezzotint.cli.hosting import address_file, hosted
-    from mezzotint.cli.reach import SERVER_FILE, passing_key
+    from mezzotint.cli.hosting import hosted
+    from mezzotint.cli.reach import passing_key
+    from mezzotint.cli.running import announced
 
     settings = Settings(
         port=0,
@@ -30,8 +39,8 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
         endpoints=(EndpointSettings(id="emoji", model="fake:step_s=0.0001,size=32"),),
     )
     with (
-        passing_key(settings) as key,
         hosted(settings, worker="mezzotint.fake_worker:run") as url,
-        address_file(settings.data_dir / SERVER_FILE, url),
+        passing_key(settings) as key,
+        announced(settings, url, None),
     ):
         yield Fake(url, settings, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import httpx2
 import pytest
 
 from mezzotint.cli import main
+from mezzotint.cli.hosting import welcome
 from mezzotint.config import Settings, load_settings
 from mezzotint.errors import MezzotintError
 from mezzotint.schemas import ErrorBody, ImageGenerationAnswer, parse_body
@@ -51,15 +53,25 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_the_curl_line_of_the_readme_answers_a_picture(fake: Fake) -> None:
+def test_the_curl_line_of_the_readme_ends_in_a_picture_file(fake: Fake) -> None:
     (block,) = (text for text in blocks("README.md", "sh") if "curl" in text)
-    words = shlex.split(block.replace("\\\n", " ").replace("$MEZZOTINT_API_KEY", fake.key))
-    options = dict(zip(words[2::2], words[3::2], strict=True))
-    headers = [words[n + 1].split(": ", 1) for n, word in enumerate(words) if word == "-H"]
-    address = words[1].replace("http://127.0.0.1:8000", fake.url)
-    answer = httpx2.post(address, headers=dict(headers), content=options["-d"], timeout=60)
-    assert answer.status_code == 200, answer.text
-    assert ImageGenerationAnswer.model_validate_json(answer.content).data[0].seed == 7
+    run_curl(block.replace("http://127.0.0.1:8000", fake.url), fake)
+
+
+def test_the_curl_line_that_serve_prints_ends_in_a_picture_file(fake: Fake) -> None:
+    printed = welcome(fake.settings, fake.url, None)
+    run_curl(printed.partition("A first request:")[2], fake)
+
+
+def run_curl(command: str, fake: Fake) -> None:
+    """Runs a printed command as it stands, in the working folder."""
+    environment = os.environ | {"MEZZOTINT_API_KEY": fake.key}
+    done = subprocess.run(
+        ["sh", "-c", command], env=environment, text=True, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert ImageGenerationAnswer.model_validate_json(done.stderr).data[0].url
+    assert Path("picture.png").read_bytes().startswith(PNG)
 
 
 def test_the_python_of_the_readme_saves_a_picture(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:

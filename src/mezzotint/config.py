@@ -29,7 +29,7 @@ from mezzotint.spec import ID_PATTERN, Bytes, EngineSettings, Seconds, Table, be
 BUILT_IN_MODEL = "emoji"
 ENVIRONMENT_PREFIX = "MEZZOTINT_"
 CONFIG_FILE = "mezzotint.toml"
-NOT_SETTINGS = frozenset({"config", "api_key", "base_url"})
+NOT_SETTINGS = frozenset({"config", "api_key", "url", "base_url"})
 """Names under ENVIRONMENT_PREFIX that the command line and the SDK read themselves."""
 
 

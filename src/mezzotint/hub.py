@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx2
 
+PIPELINE_INDEX = "model_index.json"
+"""The file that makes a folder a diffusers pipeline."""
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PICKLE_RISK = "a pickle file, which can run code when opened"
 PEFT_WEIGHTS = "adapter_model.safetensors"

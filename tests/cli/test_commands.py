@@ -33,7 +33,7 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
         assert word in done.stdout
 
 
-COMMANDS = """serve generate edit pull doctor top
+COMMANDS = """serve generate edit pull doctor top ps
     keys-create keys-list keys-revoke
     endpoints-list endpoints-show endpoints-create endpoints-update endpoints-history endpoints-sleep
     endpoints-wake endpoints-restart endpoints-terminate endpoints-delete
@@ -130,6 +130,7 @@ def test_a_taken_port_is_a_sentence(run: Run) -> None:
 
 
 def test_a_key_is_shown_once_listed_by_name_and_revoked(run: Run) -> None:
+    Path("mezzotint-data").mkdir()
     secret = run("keys", "create", "laptop", "--endpoint", "emoji").stdout.strip()
     assert secret.startswith("mz_")
     listed = run("keys", "list")

@@ -21,8 +21,8 @@ def test_a_picture_and_words_become_a_file(run: Run, fake: Fake) -> None:
     first = Path(made["path"]).read_bytes()
     Image.new("L", (32, 16), 255).save("mask.png")
     done = run("edit", "red.png", "a green apple", "--seed", "7", "--mask", "mask.png", *data_dir)
-    assert done.stdout == "a-green-apple-7.png\n"
-    assert Path("a-green-apple-7.png").read_bytes() != first
+    assert done.stdout == "a-green-apple-7-2.png\n"
+    assert Path("a-green-apple-7-2.png").read_bytes() != first
 
 
 def test_a_picture_that_is_not_there_is_a_sentence(run: Run, fake: Fake) -> None:

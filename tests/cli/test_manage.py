@@ -10,7 +10,7 @@ import pytest
 
 from mezzotint.cli.adapters import split_name
 from mezzotint.cli.endpoints import parse_settings
-from mezzotint.cli.reach import running_server
+from mezzotint.cli.running import running_on
 from mezzotint.cli.top import read_metrics
 from mezzotint.errors import InvalidRequestError
 from mezzotint.server.store.keys import list_keys
@@ -63,7 +63,7 @@ def test_the_server_says_what_is_wrong_and_the_status_follows(run: Run) -> None:
 
 
 def test_a_command_leaves_no_key_behind(run: Run, fake: Fake) -> None:
-    from mezzotint.cli.keys import key_database
+    from mezzotint.cli.reach import key_database
 
     with key_database(fake.settings) as database:
         before = list_keys(database)
@@ -177,8 +177,10 @@ def test_without_a_server_the_managing_commands_say_so(
 def test_an_address_that_a_dead_server_left_is_no_server(fake: Fake, tmp_path: Path) -> None:
     dead = fake.settings.model_copy(update={"data_dir": tmp_path})
     (tmp_path / "server.json").write_text('{"url": "http://127.0.0.1:1", "pid": 1}')
-    assert running_server(dead) is None
-    assert running_server(fake.settings) == fake.url
+    assert running_on(dead.data_dir) is None
+    found = running_on(fake.settings.data_dir)
+    assert found is not None
+    assert found.url == fake.url
 
 
 @pytest.mark.parametrize(

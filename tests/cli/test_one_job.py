@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mezzotint.cli.hosting import address_file, hosted
-from mezzotint.cli.reach import SERVER_FILE, running_server
+from mezzotint.cli.hosting import hosted
+from mezzotint.cli.running import announced, running_on
 from mezzotint.config import load_settings
 from tests.cli.conftest import Run
 from tests.engine.tiny import save
@@ -21,12 +21,13 @@ def test_generate_gives_the_same_bytes_with_and_without_a_server(
 
     alone = run(*command, "alone.png")
     assert (alone.returncode, alone.stdout) == (0, "alone.png\n"), alone.stderr
-    assert "starting one for this job" in alone.stderr
+    assert "starts one for this job" in alone.stderr
+    assert "mezzotint serve" in alone.stderr, "how to keep one running"
 
     settings = load_settings().model_copy(update={"port": 0})
-    assert running_server(settings) is None
-    with hosted(settings) as url, address_file(settings.data_dir / SERVER_FILE, url):
+    assert running_on(settings.data_dir) is None
+    with hosted(settings) as url, announced(settings, url, Path("mezzotint.toml")):
         served = run(*command, "served.png")
     assert served.returncode == 0, served.stderr
-    assert "starting" not in served.stderr
+    assert "starts one" not in served.stderr
     assert Path("served.png").read_bytes() == Path("alone.png").read_bytes()

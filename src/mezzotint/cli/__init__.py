@@ -21,6 +21,7 @@ from mezzotint.cli.endpoints import endpoints
 from mezzotint.cli.generate import generate
 from mezzotint.cli.keys import keys
 from mezzotint.cli.models import doctor, pull
+from mezzotint.cli.ps import ps
 from mezzotint.cli.serve import serve
 from mezzotint.cli.top import top
 from mezzotint.errors import (
@@ -46,6 +47,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 
@@ -76,6 +78,7 @@ app.add_typer(adapters, name="adapters")
 app.add_typer(keys, name="keys")
 app.add_typer(db, name="db")
 app.command()(top)
+app.command()(ps)
 
 
 def main() -> None:

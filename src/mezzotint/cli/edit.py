@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mezzotint.cli.generate import client_for, make_and_print, parse_size
-from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, ServerFlag, read_settings
+from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, ServerFlag
 
 
 def edit(
@@ -52,10 +52,7 @@ def edit(
     Example: `mezzotint edit apple.png "a green apple" --strength 0.6 --seed 7 --out green.png`
     """
     width, height = parse_size(size)
-    settings = read_settings(config, data_dir=data_dir)
-    model = endpoint or settings.endpoints[0].id
     fields: dict[str, Any] = {
-        "model": model,
         "image": picture,
         "mask": mask,
         "strength": strength,
@@ -70,5 +67,5 @@ def edit(
         "negative_prompt": negative,
     }
     fields = {name: value for name, value in fields.items() if value is not None}
-    with client_for(settings, model, server) as client:
-        make_and_print(client, fields, out, show=show, as_json=as_json)
+    with client_for(server, config, data_dir, endpoint) as (client, model):
+        make_and_print(client, {"model": model} | fields, out, show=show, as_json=as_json)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from mezzotint.cli.options import (
     read_settings,
     require_engine,
 )
-from mezzotint.cli.reach import passing_key, running_server
+from mezzotint.cli.reach import asking, find_server, passing_key, settings_of
 from mezzotint.errors import InternalError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -53,7 +55,11 @@ def generate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="One prompt, or JSON object, a line; --out is then a folder."),
+        typer.Option(
+            metavar="FILE",
+            help="One prompt, or JSON object, a line; `-` reads them from stdin. --out is then a folder.",
+            allow_dash=True,
+        ),
     ] = None,
     number: Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures, 1 to 8.")] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels. [the endpoint's]")] = None,
@@ -66,9 +72,9 @@ def generate(
 ) -> None:
     """Makes pictures and prints their paths.
 
-    Asks the server that runs on this data folder; without one, starts it for this job. A server elsewhere
-    needs `--server` and a key in `MEZZOTINT_API_KEY`. A run with `--prompts` that was stopped goes on where
-    it was: finished requests stand in the folder's `manifest.jsonl`.
+    Asks the server that you have running, from whatever folder; without one, starts one for this job. A
+    server elsewhere needs `--server` and a key in `MEZZOTINT_API_KEY`. A run with `--prompts` that was
+    stopped goes on where it was: finished requests stand in the folder's `manifest.jsonl`.
 
     Example: `mezzotint generate "a red apple on a teal background" --steps 8 --seed 7 --out apple.png`
     """
@@ -86,19 +92,19 @@ def generate(
         "height": height,
         "negative_prompt": negative,
     }
-    settings = read_settings(config, data_dir=data_dir)
-    model = endpoint or settings.endpoints[0].id
-    fields = {"model": model} | {name: value for name, value in fields.items() if value is not None}
-    with client_for(settings, model, server) as client:
-        if prompts is not None:
-            from mezzotint.cli import batch
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if prompts is not None:
+        from mezzotint.cli import batch
 
-            entries = batch.read_prompts(prompts, fields)
-            suffix = SUFFIXES.get(format, ".png")
-            if batch.run(client, entries, out or prompts.with_suffix(""), suffix, as_json=as_json):
-                raise typer.Exit(1)
-            return
-        make_and_print(client, fields, out, show=show, as_json=as_json)
+        folder = batch.folder_for(prompts, out)
+        entries = batch.read_prompts(prompts, fields)
+        with client_for(server, config, data_dir, endpoint) as (client, model):
+            failed = batch.run(client, model, entries, folder, SUFFIXES.get(format, ".png"), as_json=as_json)
+        if failed:
+            raise typer.Exit(1)
+        return
+    with client_for(server, config, data_dir, endpoint) as (client, model):
+        make_and_print(client, {"model": model} | fields, out, show=show, as_json=as_json)
 
 
 def make_and_print(
@@ -108,7 +114,7 @@ def make_and_print(
     result, form = with_progress(client, fields), fields["response_format"]
     places = [picture.url or "" for picture in result.data]
     if form != "url":
-        path = out or default_path(str(fields["prompt"]), result.seed, form)
+        path = out or free_path(default_path(str(fields["prompt"]), result.seed, form), result)
         places = [str(path) for path in save(result, path)]
     if show:
         from mezzotint.cli import picture
@@ -146,8 +152,22 @@ def parse_size(size: str | None) -> tuple[int | None, int | None]:
 
 def default_path(prompt: str, seed: int, format: str) -> Path:
     """`a-red-apple-7.png` in the working folder."""
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:SLUG_LENGTH].strip("-")
-    return Path(f"{slug or 'picture'}-{seed}{SUFFIXES[format]}")
+    return Path(f"{slug(prompt)}-{seed}{SUFFIXES[format]}")
+
+
+def slug(prompt: str, length: int = SLUG_LENGTH) -> str:
+    """A prompt as the beginning of a file's name: `a-red-apple`."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:length].strip("-") or "picture"
+
+
+def free_path(path: Path, result: Generation) -> Path:
+    """`path`, or the first of `name-2`, `name-3` ... that would overwrite no other picture."""
+    for number in itertools.count(1):
+        place = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        first = place if len(result.data) == 1 else place.with_name(f"{place.stem}-0{place.suffix}")
+        if not first.exists() or first.read_bytes() == result.data[0].data:
+            break
+    return place
 
 
 def save(result: Generation, path: Path) -> list[Path]:
@@ -204,29 +224,58 @@ def time_left(event: Progress) -> str:
 
 
 @contextlib.contextmanager
-def client_for(settings: Settings, model: str, server: str | None) -> Iterator[Client]:
-    """A client of the server named, else of the one on this data folder, else of one started for this job."""
+def client_for(
+    server: str | None, config: Path | None, data_dir: Path | None, endpoint: str | None
+) -> Iterator[tuple[Client, str]]:
+    """A client and what its requests name as `model`: `endpoint`, else the server's first endpoint.
+
+    Of the server named, else of one that runs, else of one started for this job.
+    """
     from mezzotint.client import Client
 
-    if server is not None:
-        with Client(base_url=server, max_retries=MAX_RETRIES) as client:
-            yield client
-        return
     with contextlib.ExitStack() as stack:
-        url = running_server(settings)
-        if url is None:
+        if server is not None:
+            url, key = server, os.environ.get("MEZZOTINT_API_KEY", "")
+        elif (running := find_server(config, data_dir)) is not None:
+            url, key = running.url, stack.enter_context(passing_key(settings_of(running)))
+        else:
             require_engine()
-        key = stack.enter_context(passing_key(settings))
-        url = url or stack.enter_context(server_for_one_job(settings, model))
-        yield stack.enter_context(Client(base_url=url, api_key=key))
+            settings = read_settings(config, data_dir=data_dir)
+            endpoint = endpoint or settings.endpoints[0].id
+            url = stack.enter_context(server_for_one_job(settings, endpoint))
+            key = stack.enter_context(passing_key(settings))
+        model = endpoint or first_endpoint(url, key)
+        yield (
+            stack.enter_context(Client(base_url=url, api_key=key or None, max_retries=MAX_RETRIES)),
+            model,
+        )
+
+
+def first_endpoint(url: str, key: str) -> str:
+    """The first endpoint of a server that this key may use."""
+    try:
+        with asking(url, key) as named:
+            return str(named.ask("GET", "/v1/models")["data"][0]["id"])
+    except (LookupError, TypeError, ValueError):
+        raise InvalidRequestError(
+            f"{url} lists no endpoint that this key may use; name one with --endpoint", param="endpoint"
+        ) from None
 
 
 @contextlib.contextmanager
 def server_for_one_job(settings: Settings, model: str) -> Iterator[str]:
     """The real server, on a free port, with the one endpoint that the job needs; yields its URL."""
-    from mezzotint.cli.hosting import hosted
+    from mezzotint.cli.hosting import hosted, require_model
 
-    typer.echo(f"No server runs on {settings.data_dir}; starting one for this job.", err=True)
+    id = model.partition(":")[0]
+    for endpoint in settings.endpoints:
+        if endpoint.id == id:
+            require_model(id, endpoint.model)
+    typer.echo(
+        f"No server runs, so this starts one for this job (data folder {settings.data_dir}). "
+        "`mezzotint serve` in another terminal keeps one running: pictures then come at once.",
+        err=True,
+    )
     own = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "public_url": None, "auth": True})
-    with hosted(own, model.partition(":")[0]) as url:
+    with hosted(own, id) as url:
         yield url

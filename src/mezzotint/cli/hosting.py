@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import sys
 import threading
@@ -18,17 +17,27 @@ from pathlib import Path
 
 import typer
 
-from mezzotint.cli.reach import SERVER_FILE
-from mezzotint.config import Settings
-from mezzotint.errors import InternalError, MezzotintError
+from mezzotint import hub
+from mezzotint.cli.running import announced
+from mezzotint.config import BUILT_IN_MODEL, Settings
+from mezzotint.errors import ConfigError, InternalError, MezzotintError, echo
 from mezzotint.server import app as server
 from mezzotint.server import logs
 from mezzotint.server.store.keys import create_first_key
 from mezzotint.server.workers.process import ENGINE_WORKER
 
+TO_FILE = "| tee /dev/stderr | grep -o 'http[^\"]*' | xargs -r curl -sS -o picture.png"
+"""What a printed curl ends in: it shows the answer and fetches the picture behind its URL into a file."""
 
-def serve(settings: Settings, *, worker: str = ENGINE_WORKER) -> None:
-    """Serves until SIGTERM or Ctrl-C; then running requests get `drain_s` to finish."""
+
+def serve(settings: Settings, config: Path | None = None, *, worker: str = ENGINE_WORKER) -> None:
+    """Serves until SIGTERM or Ctrl-C; then running requests get `drain_s` to finish.
+
+    `config` is the file that the settings came from, if there is one.
+    """
+    if worker == ENGINE_WORKER:
+        for endpoint in settings.endpoints:
+            require_model(endpoint.id, endpoint.model)
     # After uvicorn's own handler, so that the block below ends.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     logs.configure(settings.log_level, settings.log_format)
@@ -42,7 +51,7 @@ def serve(settings: Settings, *, worker: str = ENGINE_WORKER) -> None:
 
         def started(url: str) -> None:
             url = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
-            stack.enter_context(address_file(settings.data_dir / SERVER_FILE, url))
+            stack.enter_context(announced(settings, url, config))
             typer.echo(welcome(settings, url, first_key))
 
         asyncio.run(server.serve(app, settings, on_started=started))
@@ -74,26 +83,30 @@ def hosted(settings: Settings, only: str | None = None, *, worker: str = ENGINE_
         thread.join()
 
 
-@contextlib.contextmanager
-def address_file(file: Path, url: str) -> Iterator[None]:
-    """While the block runs, `file` tells commands on this machine where the server is."""
-    text = json.dumps({"url": url, "pid": os.getpid()})
-    file.write_text(text)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            if file.read_text() == text:  # not another server's that came later
-                file.unlink()
+def require_model(endpoint_id: str, model: str) -> None:
+    """ConfigError where a model's name can mean nothing: found now, and not by a worker after the start."""
+    path = Path(model).expanduser()
+    if path.is_dir() and not (path / hub.PIPELINE_INDEX).is_file():
+        raise ConfigError(
+            f"endpoint {endpoint_id}: the folder {path} is no diffusers pipeline: it has no "
+            f"{hub.PIPELINE_INDEX}; give the folder that has it, or a safetensors file"
+        )
+    reference = hub.parse_reference(model)
+    is_repository = reference is not None and reference.file is None and path.suffix != ".safetensors"
+    if model != BUILT_IN_MODEL and not path.exists() and not is_repository:
+        raise ConfigError(
+            f"endpoint {endpoint_id}: model {echo(model)} was not found: it is not {BUILT_IN_MODEL} (built "
+            "in), no folder or safetensors file that exists here, and no repository (owner/name)"
+        )
 
 
 def welcome(settings: Settings, url: str, first_key: str | None) -> str:
     """What `serve` prints once it listens: where the playground is, and a first request to copy."""
     body = {"model": settings.endpoints[0].id, "prompt": "a red apple", "num_inference_steps": 8}
-    curl = [f"curl {url}/dedicated/v1/images/generations", "-H 'Content-Type: application/json'"]
+    curl = [f"curl -sS {url}/dedicated/v1/images/generations", "-H 'Content-Type: application/json'"]
     lines = [f"Mezzotint listens on {url}", f"Playground: {url}/"]
     if settings.auth:
         curl.append(f'-H "Authorization: Bearer {first_key or "$MEZZOTINT_API_KEY"}"')
         lines.append("Keys: `mezzotint keys create NAME` makes one, `mezzotint keys list` names them.")
-    curl.append(f"-d '{json.dumps(body)}'")
+    curl += [f"-d '{json.dumps(body)}'", TO_FILE]
     return "\n".join([*lines, "", "A first request:", "  " + " \\\n    ".join(curl), ""])

@@ -1,27 +1,23 @@
-"""`mezzotint keys`: makes, lists and revokes keys in the data folder; a running server sees it at once."""
+"""`mezzotint keys`: makes, lists and revokes keys in a data folder; a running server sees it at once."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, read_settings
+from mezzotint.cli.reach import find_server, key_database, settings_of
 
 if TYPE_CHECKING:
-    import sqlalchemy
-
     from mezzotint.config import Settings
     from mezzotint.server.store.keys import Key
 
 keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
-
-MAX_PRIORITY = 10
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="What the key is called in lists.")]
 
@@ -37,19 +33,17 @@ def create(
         typer.Option(metavar="ID", help="May use this endpoint only; repeat for more. [every endpoint]"),
     ] = None,
     requests_per_minute: Annotated[
-        float | None, typer.Option(metavar="N", min=0, help="Most requests a minute. [no limit]")
+        float | None, typer.Option(metavar="N", help="Most requests a minute. [no limit]")
     ] = None,
     step_seconds_per_day: Annotated[
-        float | None, typer.Option(metavar="S", min=0, help="Most seconds of denoising a day. [no limit]")
+        float | None, typer.Option(metavar="S", help="Most seconds of denoising a day. [no limit]")
     ] = None,
     weight: Annotated[
-        float, typer.Option(metavar="W", min=0.01, help="Share of a busy endpoint beside other keys.")
+        float, typer.Option(metavar="W", help="Share of a busy endpoint beside other keys.")
     ] = 1.0,
     priority: Annotated[
         int,
-        typer.Option(
-            metavar="N", min=-MAX_PRIORITY, max=MAX_PRIORITY, help="Keys of higher priority go first."
-        ),
+        typer.Option(metavar="N", help="Keys of higher priority go first; -10 to 10."),
     ] = 0,
     config: ConfigFlag = None,
     data_dir: DataDirFlag = None,
@@ -59,10 +53,11 @@ def create(
 
     Example: `export MEZZOTINT_API_KEY=$(mezzotint keys create laptop)`
     """
-    from mezzotint.server.store.keys import Limits, create_key
+    from mezzotint.server.store.keys import Limits, create_key, require_endpoints
 
     limits = Limits(requests_per_minute, step_seconds_per_day, weight, priority)
-    with key_database(read_settings(config, data_dir=data_dir)) as database:
+    with key_database(key_settings(config, data_dir)) as database:
+        require_endpoints(database, endpoint or ())
         key, secret = create_key(database, name, admin=admin, endpoints=endpoint or (), limits=limits)
     typer.echo(json.dumps({**_facts(key), "key": secret}) if as_json else secret)
 
@@ -75,7 +70,7 @@ def list_(config: ConfigFlag = None, data_dir: DataDirFlag = None, as_json: Json
     """
     from mezzotint.server.store.keys import list_keys
 
-    with key_database(read_settings(config, data_dir=data_dir)) as database:
+    with key_database(key_settings(config, data_dir)) as database:
         found = list_keys(database)
     if as_json:
         typer.echo(json.dumps([_facts(key) for key in found]))
@@ -110,22 +105,15 @@ def revoke(
     """
     from mezzotint.server.store.keys import revoke_key
 
-    with key_database(read_settings(config, data_dir=data_dir)) as database:
+    with key_database(key_settings(config, data_dir)) as database:
         key = revoke_key(database, name)
     typer.echo(json.dumps(_facts(key)) if as_json else f"revoked {key.name} ({key.id})")
 
 
-@contextlib.contextmanager
-def key_database(settings: Settings) -> Iterator[sqlalchemy.Engine]:
-    """The database of these settings, made where there is none yet."""
-    from mezzotint.server.store.database import database_url, open_database
-
-    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    database = open_database(database_url(settings.data_dir, settings.database_url))
-    try:
-        yield database
-    finally:
-        database.dispose()
+def key_settings(config: Path | None, data_dir: Path | None) -> Settings:
+    """The settings of the server that runs, else of this folder: whose keys are meant."""
+    running = find_server(config, data_dir)
+    return read_settings(config, data_dir=data_dir) if running is None else settings_of(running)
 
 
 def _facts(key: Key) -> dict[str, Any]:

@@ -27,7 +27,11 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
 
 ServerFlag = Annotated[
     str | None,
-    typer.Option(envvar="MEZZOTINT_BASE_URL", metavar="URL", help="A server to ask. [this data folder's]"),
+    typer.Option(
+        envvar=["MEZZOTINT_URL", "MEZZOTINT_BASE_URL"],  # the SDK's URL_VARIABLES
+        metavar="URL",
+        help="A server to ask, with the key in `MEZZOTINT_API_KEY`. [the one that runs here]",
+    ),
 ]
 
 

@@ -1,54 +1,91 @@
-"""How commands find a running server and its key, and how the managing ones talk to it."""
+"""How commands find a running server and its key, and how the managing ones talk to it.
+
+A server is named by `--server` or MEZZOTINT_URL, else by its data folder or configuration file, else it is
+the one server that this user has running. No command here makes a data folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.cli.options import read_settings
-from mezzotint.errors import ConnectionFailedError
+from mezzotint.cli.running import Running, running_on, running_servers
+from mezzotint.errors import ConfigError, ConnectionFailedError
 
 if TYPE_CHECKING:
     import httpx2
+    import sqlalchemy
 
     from mezzotint.config import Settings
 
-SERVER_FILE = "server.json"
-"""In the data folder while a server runs on it: {"url", "pid"}."""
 ENDPOINTS = "/dedicated/beta/endpoint"
 TIMEOUT_S = 120.0
 """How long one managing request may take; adding an adapter may fetch it first."""
 
 
-def running_server(settings: Settings) -> str | None:
-    """The URL of the server that runs on this data folder; None when there is none.
+def find_server(config: Path | None, data_dir: Path | None) -> Running | None:
+    """The running server that a command without `--server` means; ConfigError where there are several.
 
-    The server must prove that it is ours: after a crash another program may listen on its port, and would be
-    sent a key.
+    In a folder with a configuration file, or with a data folder named, only the server of those is meant.
     """
-    import httpx2
+    settings = read_settings(config, data_dir=data_dir)
+    here = running_on(settings.data_dir)
+    if here is not None or _is_named(settings, config):
+        return here
+    others = running_servers()
+    if len(others) > 1:
+        several = ", ".join(f"{each.url} ({each.data_dir})" for each in others)
+        raise ConfigError(f"{len(others)} servers run: {several}; name one with --server or --data-dir")
+    return others[0] if others else None
 
+
+def _is_named(settings: Settings, config: Path | None) -> bool:
+    from mezzotint.config import CONFIG_FILE
+
+    return "data_dir" in settings.model_fields_set or config is not None or Path(CONFIG_FILE).is_file()
+
+
+def settings_of(running: Running) -> Settings:
+    """The settings that a running server was started with, as far as its file and folder tell."""
+    from mezzotint.server.store.database import database_url
+
+    config = Path(running.config) if running.config else None
+    settings = read_settings(config, data_dir=Path(running.data_dir))
+    kind = database_url(settings.data_dir, settings.database_url).partition(":")[0].partition("+")[0]
+    if kind != running.database:
+        raise ConfigError(
+            f"the server at {running.url} keeps its keys in {running.database}; set MEZZOTINT_DATABASE_URL "
+            "as it has it, or give --server and MEZZOTINT_API_KEY"
+        )
+    return settings
+
+
+@contextlib.contextmanager
+def key_database(settings: Settings) -> Iterator[sqlalchemy.Engine]:
+    """The database of these settings, which must be there; ConfigError says how one is made."""
+    from mezzotint.server.store.database import database_url, open_database
+
+    if not settings.data_dir.is_dir():
+        raise ConfigError(
+            f"there is no data folder {settings.data_dir}, and so there are no keys; `mezzotint serve` makes "
+            "one, or give --data-dir DIR"
+        )
+    database = open_database(database_url(settings.data_dir, settings.database_url))
     try:
-        url = json.loads((settings.data_dir / SERVER_FILE).read_text())["url"]
-        challenge = secrets.token_hex(16)
-        answer = httpx2.get(f"{url}/healthz", params={"challenge": challenge}, timeout=5.0).json()
-        told = answer["proof"]
-    except (OSError, ValueError, KeyError, TypeError, httpx2.HTTPError, httpx2.InvalidURL):
-        return None
-    from mezzotint.server.store.signing import load_signer
-
-    return str(url) if told == load_signer(settings.data_dir).proof(challenge) else None
+        yield database
+    finally:
+        database.dispose()
 
 
 @contextlib.contextmanager
 def passing_key(settings: Settings, *, admin: bool = False) -> Iterator[str]:
     """A key for this one command: whoever may write the data folder may make keys."""
-    from mezzotint.cli.keys import key_database
     from mezzotint.server.store.keys import create_key, delete_key
 
     with key_database(settings) as database:
@@ -59,11 +96,13 @@ def passing_key(settings: Settings, *, admin: bool = False) -> Iterator[str]:
             delete_key(database, key.id)
 
 
+@dataclass(frozen=True, slots=True)
 class Server:
     """A running server, with a key that may manage it."""
 
-    def __init__(self, http: httpx2.Client) -> None:
-        self._http = http
+    url: str
+    key: str
+    http: httpx2.Client
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The answer's JSON; the error that the answer stands for is raised."""
@@ -79,9 +118,9 @@ class Server:
         from mezzotint.client.exchange import read_error
 
         try:
-            response = self._http.request(method, path, json=body)
+            response = self.http.request(method, path, json=body)
         except httpx2.TransportError as error:
-            raise ConnectionFailedError(f"{self._http.base_url} does not answer ({error})") from None
+            raise ConnectionFailedError(f"{self.url} does not answer ({error})") from None
         failure = read_error(response)
         if failure is not None:
             raise failure
@@ -90,19 +129,30 @@ class Server:
 
 @contextlib.contextmanager
 def managed(server: str | None, config: Path | None, data_dir: Path | None) -> Iterator[Server]:
-    """The server named (with MEZZOTINT_API_KEY), else the one that runs on this data folder."""
+    """The server named (with MEZZOTINT_API_KEY), else the one that `find_server` finds."""
+    if server is not None:
+        with asking(server, os.environ.get("MEZZOTINT_API_KEY", "")) as named:
+            yield named
+        return
+    running = find_server(config, data_dir)
+    if running is None:
+        raise ConnectionFailedError(_none_runs(read_settings(config, data_dir=data_dir), config))
+    with passing_key(settings_of(running), admin=True) as key, asking(running.url, key) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def asking(url: str, key: str) -> Iterator[Server]:
+    """The server at this address."""
     import httpx2
 
-    with contextlib.ExitStack() as stack:
-        if server is None:
-            settings = read_settings(config, data_dir=data_dir)
-            server = running_server(settings)
-            if server is None:
-                raise ConnectionFailedError(
-                    f"no server runs on {settings.data_dir}; start `mezzotint serve`, or give --server URL"
-                )
-            key = stack.enter_context(passing_key(settings, admin=True))
-        else:
-            key = os.environ.get("MEZZOTINT_API_KEY", "")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        yield Server(stack.enter_context(httpx2.Client(base_url=server, headers=headers, timeout=TIMEOUT_S)))
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx2.Client(base_url=url, headers=headers, timeout=TIMEOUT_S) as http:
+        yield Server(url, key, http)
+
+
+def _none_runs(settings: Settings, config: Path | None) -> str:
+    where = f" on {settings.data_dir}" if _is_named(settings, config) else ""
+    others = ", ".join(each.url for each in running_servers())
+    elsewhere = f" ({others} runs on another data folder)" if others else ""
+    return f"no server runs{where}{elsewhere}; start `mezzotint serve`, or give --server URL"

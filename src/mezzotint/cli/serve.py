@@ -47,8 +47,10 @@ def serve(
         typer.echo(as_toml(settings), nl=False)
         return
     from mezzotint.cli import hosting
+    from mezzotint.config import CONFIG_FILE
 
-    hosting.serve(settings)
+    file = config or (Path(CONFIG_FILE) if Path(CONFIG_FILE).is_file() else None)
+    hosting.serve(settings, file)
 
 
 def endpoint_flags(model: str | None, id: str | None) -> list[dict[str, str]] | None:

@@ -34,7 +34,7 @@ T = TypeVar("T")
 class Client:
     """A blocking client; safe to share between threads. Close it, or use it in a `with` statement.
 
-    `api_key` and `base_url` come from MEZZOTINT_API_KEY and MEZZOTINT_BASE_URL when not given. `timeout` is
+    `api_key` and `base_url` come from MEZZOTINT_API_KEY and MEZZOTINT_URL when not given. `timeout` is
     in seconds and for one try; `max_retries` counts the tries after the first; `headers` go with every
     request to the server (`X-Friendli-Team`, say).
     """

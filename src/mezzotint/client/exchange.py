@@ -59,6 +59,8 @@ from mezzotint.schemas import (
 )
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000"
+URL_VARIABLES = ("MEZZOTINT_URL", "MEZZOTINT_BASE_URL")
+"""Environment variables that name a server; the second is the name of 0.1.0."""
 CONCURRENCY = 8
 MAX_EVENT_BYTES = 256 * 2**20
 """Largest server-sent event: up to eight pictures travel in the last one."""
@@ -155,8 +157,9 @@ class Options:
         max_retries: int,
         headers: Mapping[str, str] | None,
     ) -> Self:
-        """Arguments first, then MEZZOTINT_BASE_URL and MEZZOTINT_API_KEY, then a server on this machine."""
-        base_url = base_url or os.environ.get("MEZZOTINT_BASE_URL") or DEFAULT_BASE_URL
+        """Arguments first, then MEZZOTINT_URL and MEZZOTINT_API_KEY, then a server on this machine."""
+        named = (os.environ.get(name) for name in URL_VARIABLES)
+        base_url = base_url or next(filter(None, named), DEFAULT_BASE_URL)
         api_key = (api_key or os.environ.get("MEZZOTINT_API_KEY") or "").strip() or None
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(f"base_url must begin with http:// or https:// (got {echo(base_url)})")

@@ -69,15 +69,22 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
 
     `only` names the one endpoint to serve; what is remembered of the others stays untouched.
 
-    Opens the data folder and the database; worker processes start with the app's lifespan.
+    Opens the data folder and the database, and finds the adapters; worker processes start with the app's
+    lifespan.
     `app.state.context` is the Context. ConfigError stops the start.
     """
     context = _context(settings, worker)
+    try:
+        context.registry.load(settings.endpoints, only)
+        context.adapters.load(context.registry)
+    except BaseException:
+        context.engine.dispose()
+        raise
     app = FastAPI(
         title="Mezzotint",
         version=mezzotint.__version__,
         summary="Image-generation models as dedicated endpoints.",
-        lifespan=_lifespan(context, only),
+        lifespan=_lifespan(context),
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
@@ -205,12 +212,10 @@ def _log_upgrade(done: Upgrade) -> None:
 
 
 def _lifespan(
-    context: Context, only: str | None
+    context: Context,
 ) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(context.registry.load, context.settings.endpoints, only)
-        await asyncio.to_thread(context.adapters.load, context.registry)
         context.registry.start()
         cleaning = asyncio.create_task(_clean(context))
         on_listening = getattr(app.state, "on_listening", None)

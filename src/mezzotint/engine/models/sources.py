@@ -25,7 +25,7 @@ from mezzotint.messages import DOWNLOADING
 OnProgress = Callable[[str, float | None], None]
 """Called with the stage of a Loading message and the fraction done, where known."""
 
-INDEX = "model_index.json"
+INDEX = hub.PIPELINE_INDEX
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model)(\.(?P<variant>\w+))?(-\d{5}-of-\d{5})?\.safetensors"
     r"|(diffusion_pytorch_model|model)\.safetensors\.index(\.(?P<index_variant>\w+))?\.json"

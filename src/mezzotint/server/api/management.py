@@ -313,6 +313,7 @@ def _live_spec(endpoint: Endpoint, version: Version) -> EndpointSpec:
     queue = endpoint.dispatcher.queue
     live = {
         "state": str(endpoint.state),
+        "not_ready_because": endpoint.not_ready_because or None,
         "failure": endpoint.failure or None,
         "update_failure": endpoint.update_failure or None,
         "info": dataclasses.asdict(info) if info else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,21 @@ from dataclasses import asdict, dataclass, field
 
 import sqlalchemy as sa
 
-from mezzotint.errors import AuthenticationError, ConflictError, NotFoundError, PermissionDeniedError, echo
+from mezzotint.errors import (
+    AuthenticationError,
+    ConflictError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+    echo,
+    nearest,
+)
 from mezzotint.server.store import database
 
 PREFIX = "mz_"
+MAX_NAME = 100
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 1000.0
+MAX_PRIORITY = 10
 _TABLE = database.keys
 
 
@@ -68,6 +80,39 @@ ANONYMOUS = Key("anonymous", "anonymous", admin=True)
 """Everybody, on a server that runs without authentication."""
 
 
+def require_sensible(name: str, admin: bool, endpoints: Sequence[str], limits: Limits) -> None:
+    """InvalidRequestError for a key that could do nothing, and for a name that nobody can mean."""
+    if not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+        raise _nonsense("name", f"must be 1 to {MAX_NAME} printable characters (got {echo(name)})")
+    if name.startswith(PREFIX):
+        raise _nonsense("name", f"must not begin with {PREFIX}, as keys do: a name is shown in lists")
+    if admin and endpoints:
+        raise _nonsense("endpoint", "has no effect on an admin key, which may use every one; leave one out")
+    for field_name in ("requests_per_minute", "step_seconds_per_day", "weight"):
+        value = getattr(limits, field_name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise _nonsense(field_name, f"must be above 0 (got {value}); leave it out for none")
+    if not MIN_WEIGHT <= limits.weight <= MAX_WEIGHT:
+        raise _nonsense("weight", f"must be {MIN_WEIGHT} to {MAX_WEIGHT} (got {limits.weight:g})")
+    if abs(limits.priority) > MAX_PRIORITY:
+        raise _nonsense("priority", f"must be {-MAX_PRIORITY} to {MAX_PRIORITY} (got {limits.priority})")
+
+
+def require_endpoints(engine: sa.Engine, endpoint_ids: Sequence[str]) -> None:
+    """InvalidRequestError names the first that this database does not know, and the nearest one."""
+    with engine.connect() as connection:
+        known = list(connection.scalars(sa.select(database.endpoints.c.id)))
+    for endpoint_id in endpoint_ids:
+        if known and endpoint_id not in known:
+            hint = nearest(endpoint_id, known)
+            nearby = f"did you mean {hint}?" if hint else f"there are {', '.join(known[:10])}"
+            raise _nonsense("endpoint", f"{echo(endpoint_id)} is no endpoint; {nearby}")
+
+
+def _nonsense(param: str, text: str) -> InvalidRequestError:
+    return InvalidRequestError(f"--{param.replace('_', '-')} {text}", param=param)
+
+
 def create_key(
     engine: sa.Engine,
     name: str,
@@ -77,6 +122,7 @@ def create_key(
     limits: Limits | None = None,
 ) -> tuple[Key, str]:
     """A new key and its secret, which is not stored and cannot be shown again."""
+    require_sensible(name, admin, endpoints, limits or Limits())
     secret = PREFIX + secrets.token_urlsafe(32)
     key = Key(f"key_{secrets.token_hex(6)}", name, admin, tuple(endpoints), limits or Limits(), time.time())
     with engine.begin() as connection:

@@ -11,10 +11,11 @@ function keywords(fields) {
 }
 
 export const recipes = {
-  curl: (fields) => `curl ${server()}/dedicated/v1/images/generations \\
+  curl: (fields) => `curl -sS ${server()}/dedicated/v1/images/generations \\
   -H "Authorization: Bearer $MEZZOTINT_API_KEY" \\
   -H "Content-Type: application/json" \\
-  -d ${shell(stringify(fields, 2))}`,
+  -d ${shell(stringify({ ...fields, response_format: "url" }, 2))} \\
+  | tee /dev/stderr | grep -o 'http[^"]*' | xargs -r -n 1 curl -sS ${fields.n > 1 ? "-O" : "-o picture.png"}`,
 
   python: (fields) => `from mezzotint import Client
 
