@@ -115,6 +115,9 @@ class Settings(Table):
         description="Newest stored pictures of each key that outlive their URLs, for the playground's "
         "gallery; 0 keeps none.",
     )
+    max_starred: int = Field(
+        1000, ge=0, description="Most stored pictures that each key may star; they are kept besides."
+    )
     max_body_bytes: Bytes = Field(2**20, description="Largest request body.")
     max_image_body_bytes: Bytes = Field(
         32 * 2**20, description="Largest request body on the routes where it holds pictures."

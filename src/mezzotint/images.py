@@ -60,12 +60,15 @@ class Parameters:
         """Strength of the adapter where the request named one itself."""
         return self.spec.adapter.scale if self.spec.adapter else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """What gives this picture again: the request's fields, and how it was run. None is left out."""
+    def request_fields(self) -> dict[str, Any]:
+        """The fields of the request that gives this picture again, without those that are None."""
         fields = {name: getattr(self.spec, name) for name in _STORED}
         values = {"model": self.model, **fields, "adapter_scale": self.adapter_scale}
-        values["pipeline"] = dict(self.pipeline) or None
         return {name: value for name, value in values.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `request_fields`, and what the endpoint adds to every request."""
+        return self.request_fields() | ({"pipeline": dict(self.pipeline)} if self.pipeline else {})
 
     def to_json(self) -> str:
         """The `mezzotint` text."""

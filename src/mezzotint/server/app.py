@@ -200,7 +200,9 @@ def _context(settings: Settings, worker: str) -> Context:
         adapters=AdapterRegistry(engine, settings.data_dir / "adapters"),
         admission=Admission(settings, metrics, quotas, pool),
         signer=signer,
-        pictures=Pictures(engine, folder, signer, settings.url_ttl_s, settings.gallery_size),
+        pictures=Pictures(
+            engine, folder, signer, settings.url_ttl_s, settings.gallery_size, settings.max_starred
+        ),
         metrics=metrics,
         quotas=quotas,
         pool=pool,

@@ -15,12 +15,15 @@ from mezzotint.server.store import keys
 from tests.server.hosting import GENERATE, Host, client, hosting, settings_for
 
 SIZE = 4
+STARS = 2
 LONG_AGO_S = 1_000_000
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with hosting(settings_for(tmp_path_factory.mktemp("server"), gallery_size=SIZE)) as running:
+    with hosting(
+        settings_for(tmp_path_factory.mktemp("server"), gallery_size=SIZE, max_starred=STARS)
+    ) as running:
         yield running
 
 
@@ -136,3 +139,54 @@ def test_the_page_and_its_files_are_served_without_a_key(host: Host) -> None:
     assert known.status_code == 304
     missing = httpx2.get(f"{host.url}/playground/../__init__.py")
     assert missing.status_code == 404
+
+
+def star(http: httpx2.Client, seed: int, starred: bool = True) -> httpx2.Response:
+    """Stars the key's picture of this seed."""
+    data = http.get("/dedicated/v1/images").json()["data"]
+    name = next(item["name"] for item in data if item["parameters"]["seed"] == seed)
+    return http.patch(f"/dedicated/v1/images/{name}", json={"starred": starred})
+
+
+def test_starred_pictures_stay_beside_the_newest(host: Host, http: httpx2.Client) -> None:
+    make(host, http, 1)
+    assert star(http, 1).status_code == 204
+    for seed in range(2, SIZE + 3):
+        make(host, http, seed)
+    host.service.pictures.clean()
+    assert seeds(http) == [6, 5, 4, 3, 1]
+    assert seeds(http, "?starred=true") == [1]
+    assert http.get("/dedicated/v1/images?starred=true").json()["data"][0]["starred"] is True
+    star(http, 1, starred=False)
+    host.service.pictures.clean()
+    assert seeds(http) == [6, 5, 4, 3]
+
+
+def test_a_key_has_so_many_stars_and_none_for_others(host: Host, http: httpx2.Client) -> None:
+    for seed in range(1, STARS + 2):
+        make(host, http, seed)
+    assert [star(http, seed).status_code for seed in (1, 2, 1)] == [204] * 3, "the same one twice is one"
+    refused = star(http, 3)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
+    assert "has 2 starred pictures already" in refused.text
+    name = http.get("/dedicated/v1/images").json()["data"][0]["name"]
+    with host.new_client() as other:
+        assert other.patch(f"/dedicated/v1/images/{name}", json={"starred": True}).status_code == 404
+    assert http.patch(f"/dedicated/v1/images/{name}", json={"stars": 1}).status_code == 422
+
+
+def test_pictures_are_found_by_words(host: Host, http: httpx2.Client) -> None:
+    make(host, http, 71, prompt="an Owl at night")
+    make(host, http, 72, prompt="a cat", negative_prompt="owls", width=24)
+    make(host, http, 73, prompt="a cat")
+    for search, found in {
+        "owl": [72, 71],
+        "CAT 72": [72],
+        "24x16": [72],
+        "one": [73, 72, 71],
+        "dog": [],
+    }.items():
+        assert seeds(http, f"?search={search}") == found, search
+    first = http.get("/dedicated/v1/images?search=cat&limit=1").json()
+    assert (first["data"][0]["parameters"]["seed"], first["has_more"]) == (73, True)
+    assert seeds(http, f"?search=cat&before={first['data'][0]['name']}") == [72]

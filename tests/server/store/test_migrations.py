@@ -113,6 +113,21 @@ def test_a_database_of_0_1_0_is_upgraded_and_keeps_its_keys(database_url: str) -
     assert upgrade_database(database_url).backup is None, "there is nothing to do the second time"
 
 
+def test_pictures_of_earlier_versions_have_no_star(database_url: str) -> None:
+    make_0_1_0(database_url)
+    engine = sa.create_engine(database_url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("INSERT INTO pictures VALUES ('owl.png', 'key_old', 1.0, '{}')"))
+    engine.dispose()
+    upgrade_database(database_url)
+    engine = open_database(database_url)
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(database.pictures)).all() == [
+            ("owl.png", "key_old", 1.0, {}, False)
+        ]
+    engine.dispose()
+
+
 def test_a_start_on_a_sqlite_file_of_0_1_0_upgrades_it_after_a_copy(tmp_path: Path) -> None:
     settings = settings_for(tmp_path)
     settings.data_dir.mkdir()
@@ -133,7 +148,9 @@ def test_a_start_on_a_sqlite_file_of_0_1_0_upgrades_it_after_a_copy(tmp_path: Pa
 def test_a_start_on_a_postgres_database_of_0_1_0_names_the_command(new_postgres: Callable[[], str]) -> None:
     url = new_postgres()
     make_0_1_0(url)
-    with pytest.raises(ConfigError, match=r"schema version 0001, .*needs 0002; .*`mezzotint db upgrade`"):
+    with pytest.raises(
+        ConfigError, match=rf"schema version 0001, .*needs {migrations.HEAD}; .*`mezzotint db upgrade`"
+    ):
         open_database(url)
     assert versions(url) == ("0001", "1"), "nothing has changed"
     upgrade_database(url)
@@ -147,7 +164,9 @@ def test_a_database_of_a_newer_program_is_left_alone(database_url: str) -> None:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     engine.dispose()
     for use in (open_database, upgrade_database):
-        with pytest.raises(ConfigError, match="schema version 9999, and this program knows 0002 at most"):
+        with pytest.raises(
+            ConfigError, match=f"schema version 9999, and this program knows {migrations.HEAD} at most"
+        ):
             use(database_url)
     assert versions(database_url)[0] == "9999"
 
@@ -199,10 +218,10 @@ def test_an_upgrade_that_fails_changes_nothing(database_url: str, monkeypatch: p
 def test_the_command_upgrades_and_says_what_it_did(tmp_path: Path) -> None:
     make_0_1_0(database.database_url(tmp_path, None))
     command = ["db", "upgrade", "--data-dir", str(tmp_path), "--json"]
-    copy = str(tmp_path / "mezzotint.db.before-0002")
+    copy = str(tmp_path / f"mezzotint.db.before-{migrations.HEAD}")
     for expected in (
-        {"before": "0001", "after": "0002", "backup": copy},
-        {"before": "0002", "after": "0002", "backup": None},
+        {"before": "0001", "after": migrations.HEAD, "backup": copy},
+        {"before": migrations.HEAD, "after": migrations.HEAD, "backup": None},
     ):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output

@@ -37,7 +37,7 @@ def save(pictures: Pictures, data: bytes) -> str:
 def pictures(tmp_path: Path) -> Iterator[Pictures]:
     engine = open_database(f"sqlite:///{tmp_path / 'mezzotint.db'}")
     (tmp_path / "images").mkdir()
-    yield Pictures(engine, tmp_path / "images", Signer(b"s" * 32), 3600, 0)
+    yield Pictures(engine, tmp_path / "images", Signer(b"s" * 32), 3600, 0, 0)
     engine.dispose()
 
 

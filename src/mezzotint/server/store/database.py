@@ -83,6 +83,7 @@ pictures = sa.Table(
     sa.Column("key_id", sa.String, nullable=False),
     sa.Column("created", sa.Float, nullable=False),
     sa.Column("parameters", sa.JSON, nullable=False),  # the request's fields, as the picture's file has them
+    sa.Column("starred", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Index("pictures_of_key", "key_id", "created"),
 )
 

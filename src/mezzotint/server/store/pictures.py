@@ -1,7 +1,7 @@
 """Pictures as files behind signed URLs, and the list of each key's newest ones.
 
 A file's name is random, and a URL's signature covers name and expiry, so that a name alone opens nothing.
-The newest pictures of a living key stay when their URLs have expired, so that their maker finds them again;
+The newest pictures of a living key, and those that it has starred, stay when their URLs have expired;
 whoever else held such a URL cannot use it any more.
 """
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hmac
+import itertools
 import os
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,14 @@ from typing import Any
 import sqlalchemy as sa
 import structlog
 
-from mezzotint.errors import GoneError, NotFoundError, PermissionDeniedError, StorageFullError, echo
+from mezzotint.errors import (
+    ConflictError,
+    GoneError,
+    NotFoundError,
+    PermissionDeniedError,
+    StorageFullError,
+    echo,
+)
 from mezzotint.images import FORMATS, Parameters
 from mezzotint.server.store import database
 from mezzotint.server.store.keys import ANONYMOUS
@@ -56,22 +65,39 @@ class GalleryEntry:
     created: float
     parameters: dict[str, Any]
     """The fields of the request that gives this picture again."""
+    starred: bool = False
+
+    def matches(self, words: Sequence[str]) -> bool:
+        """Whether each of these case-folded words is somewhere in what the picture was made with."""
+        fields = self.parameters
+        names = ("model", "prompt", "negative_prompt", "seed")
+        text = " ".join(str(fields.get(name, "")) for name in names).casefold()
+        text += f" {fields.get('width')}x{fields.get('height')}"
+        return all(word in text for word in words)
 
 
 class Pictures:
     """The pictures of every key. Methods touch the disk and the database: call them from a thread.
 
     `folder` must exist. `gallery_size` is how many of a key's newest outlive their URLs; 0 keeps none.
+    `max_starred` is how many a key may star, which are kept besides.
     """
 
     def __init__(
-        self, engine: sa.Engine, folder: Path, signer: Signer, ttl_s: float, gallery_size: int
+        self,
+        engine: sa.Engine,
+        folder: Path,
+        signer: Signer,
+        ttl_s: float,
+        gallery_size: int,
+        max_starred: int,
     ) -> None:
         self.folder = folder
         self._engine = engine
         self._signer = signer
         self._ttl_s = ttl_s
         self._gallery_size = gallery_size
+        self._max_starred = max_starred
 
     # ------------------------------------------------------------ files and their URLs
 
@@ -80,7 +106,7 @@ class Pictures:
         name = secrets.token_urlsafe(24) + suffix
         self._write(name, data)
         if self._gallery_size:
-            values = parameters.to_dict()
+            values = parameters.request_fields()
             row = _TABLE.insert().values(name=name, key_id=key_id, created=time.time(), parameters=values)
             try:
                 with self._engine.begin() as connection:
@@ -135,18 +161,41 @@ class Pictures:
 
     # ------------------------------------------------------------ the gallery
 
-    def list(self, key_id: str, limit: int, before: str | None = None) -> list[GalleryEntry]:
-        """The key's pictures, newest first, beginning after the one named `before`."""
+    def list(
+        self, key_id: str, limit: int, before: str | None = None, *, search: str = "", starred: bool = False
+    ) -> list[GalleryEntry]:
+        """The key's pictures, newest first, beginning after the one named `before`.
+
+        Only those in which each word of `search` occurs, and with `starred` only starred ones.
+        """
         query = (
-            sa.select(_TABLE.c.name, _TABLE.c.created, _TABLE.c.parameters)
+            sa.select(_TABLE.c.name, _TABLE.c.created, _TABLE.c.parameters, _TABLE.c.starred)
             .where(_TABLE.c.key_id == key_id)
             .order_by(_TABLE.c.created.desc(), _TABLE.c.name)
-            .limit(limit)
         )
+        words = search.casefold().split()
+        if starred:
+            query = query.where(_TABLE.c.starred)
+        if not words:
+            query = query.limit(limit)
         with self._engine.connect() as connection:
             if before is not None:
                 query = query.where(_TABLE.c.created < _created(connection, before, key_id))
-            return [GalleryEntry(*row) for row in connection.execute(query)]
+            entries = (GalleryEntry(*row) for row in connection.execute(query))
+            return list(itertools.islice((each for each in entries if each.matches(words)), limit))
+
+    def star(self, name: str, key_id: str, starred: bool) -> None:
+        """Stars one of the key's pictures, or takes its star away; ConflictError for one star too many."""
+        mine = _TABLE.c.key_id == key_id
+        with self._engine.begin() as connection:
+            _created(connection, name, key_id)
+            others = sa.select(sa.func.count()).where(mine, _TABLE.c.starred, _TABLE.c.name != name)
+            if starred and (connection.scalar(others) or 0) >= self._max_starred:
+                raise ConflictError(
+                    f"this key has {self._max_starred} starred pictures already, which is the most "
+                    "(max_starred); take the star from one first"
+                )
+            connection.execute(_TABLE.update().where(mine, _TABLE.c.name == name).values(starred=starred))
 
     def remove(self, name: str, key_id: str) -> None:
         """Deletes one of the key's pictures; its URLs end with it."""
@@ -160,7 +209,9 @@ class Pictures:
         newest = sa.func.row_number().over(
             partition_by=_TABLE.c.key_id, order_by=(_TABLE.c.created.desc(), _TABLE.c.name)
         )
-        ranked = sa.select(_TABLE.c.name, newest.label("rank")).subquery()
+        ranked = (
+            sa.select(_TABLE.c.name, newest.label("rank")).where(_TABLE.c.starred.is_(sa.false())).subquery()
+        )
         beyond = sa.select(ranked.c.name).where(ranked.c.rank > self._gallery_size)
         living = sa.select(database.keys.c.id).where(database.keys.c.revoked.is_(None))
         orphan = _TABLE.c.key_id.not_in(living) & (_TABLE.c.key_id != ANONYMOUS.id)

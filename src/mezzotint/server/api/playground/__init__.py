@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import FileResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.staticfiles import StaticFiles
 
 from mezzotint.server.api import answers
@@ -42,6 +42,15 @@ class StoredPicture(BaseModel):
     url: str
     created: float
     parameters: dict[str, Any]
+    starred: bool = Field(description="Whether it is kept for good.")
+
+
+class PictureChange(BaseModel):
+    """What can be changed of a stored picture."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    starred: bool = Field(description="Starred pictures are kept, however many newer ones there are.")
 
 
 class StoredPictures(BaseModel):
@@ -69,9 +78,15 @@ async def pictures(
     key: CurrentKey,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Most pictures in the answer.")] = 24,
     before: Annotated[str | None, Query(description="Name of a picture; older ones follow.")] = None,
+    search: Annotated[
+        str, Query(max_length=200, description="Words that prompt, model, seed or size must have.")
+    ] = "",
+    starred: Annotated[bool, Query(description="Only starred pictures.")] = False,
 ) -> StoredPictures:
     """Those asked for as `url`; the newest stay when their URLs have expired. The URLs here are fresh."""
-    found = await asyncio.to_thread(context.pictures.list, key.id, limit + 1, before)
+    found = await asyncio.to_thread(
+        context.pictures.list, key.id, limit + 1, before, search=search, starred=starred
+    )
     base = context.base_url(request)
     data = [
         StoredPicture(
@@ -79,10 +94,24 @@ async def pictures(
             url=context.pictures.url(base, item.name),
             created=item.created,
             parameters=item.parameters,
+            starred=item.starred,
         )
         for item in found[:limit]
     ]
     return StoredPictures(data=data, has_more=len(found) > limit)
+
+
+@router.patch(
+    "/dedicated/v1/images/{name}",
+    summary="Star one of this key's pictures",
+    tags=["Images"],
+    status_code=204,
+    responses={status: answers.ERRORS[status] for status in (401, 404, 409, 422, 503)},
+)
+async def star_picture(name: str, body: PictureChange, context: CurrentContext, key: CurrentKey) -> Response:
+    """Starred pictures stay when newer ones come; each key may star `max_starred` of them."""
+    await asyncio.to_thread(context.pictures.star, name, key.id, body.starred)
+    return Response(status_code=204)
 
 
 @router.delete(

@@ -4,8 +4,11 @@ import { key, read } from "./api.js";
 import * as beginning from "./beginning.js";
 import * as desk from "./desk.js";
 import { wireDrop } from "./drop.js";
-import { chosen, examples, isStarting, knowsEndpoint, readForm, setModels, wireForm, writeForm } from "./form.js";
+import { examples, isStarting, knowsEndpoint, readForm, setModels, wireForm, writeForm } from "./form.js";
 import * as gallery from "./gallery.js";
+import * as full from "./full.js";
+import * as history from "./history.js";
+import { wireKeyboard } from "./keyboard.js";
 import { guarded, note, say, showError, wireNotice } from "./notice.js";
 import { readSettings } from "./png.js";
 import * as queue from "./queue.js";
@@ -15,6 +18,7 @@ import * as stage from "./stage.js";
 
 const $ = (id) => document.getElementById(id);
 const LEARN_MS = 1000;
+const NEIGHBOURS = 4;
 
 // ---------------------------------------------------------------- the key
 
@@ -67,13 +71,24 @@ function exampleItem(text) {
 
 function make() {
   const from = beginning.taken();
-  queue.ask(readForm(from), from);
+  const fields = readForm(from);
+  history.remember(fields.prompt);
+  queue.ask(fields, from);
+}
+
+/** The same settings with the next seeds. */
+function vary() {
+  const { fields, from, name } = stage.shown() ?? {};
+  if (!name) return false;
+  const { width, height, seed, ...rest } = fields;
+  const size = from ? {} : { width, height };
+  queue.ask({ ...rest, ...size, n: NEIGHBOURS, response_format: "url", seed: (BigInt(seed) + 1n).toString() }, from);
 }
 
 async function made() {
   await guarded(async () => {
     if (!knowsEndpoint()) learn((await read("v1/models")).data); // it had not been loaded before
-    await gallery.load();
+    await gallery.renew();
   });
   pointAtShown();
 }
@@ -106,11 +121,41 @@ async function beginFromShown() {
   await guarded(async () => beginFrom(await (await fetch(src)).blob(), fields.prompt));
 }
 
-async function remove() {
-  if (!confirm("Delete this picture from the server? The same settings make it again.")) return;
-  await gallery.remove(stage.shown().name);
-  stage.lay(null);
-  say("Deleted");
+function forget(names) {
+  if (names.includes(stage.shown()?.name)) stage.lay(null);
+}
+
+/** What the sheet's picture has around it: the pictures of its set, else the prints. */
+function neighbours() {
+  const set = stage.lying();
+  const print = gallery.find(stage.shown()?.name);
+  if (print && set.pictures.length === 1) return [gallery.all(), gallery.all().indexOf(print)];
+  const ready = set.pictures.filter(({ src }) => src);
+  return [ready, Math.max(0, ready.indexOf(stage.shown()))];
+}
+
+function openFull() {
+  if (!stage.shown()?.src) return false;
+  full.open(...neighbours());
+}
+
+/** Lays a neighbour of the sheet's picture there. */
+function turn(by) {
+  if (!stage.shown()?.src) return false;
+  const [list, at] = neighbours();
+  if (list[at + by]) look(list[at + by]);
+}
+
+function look(picture) {
+  const set = stage.lying();
+  if (set.pictures.includes(picture)) stage.turn(set.pictures.indexOf(picture));
+  else stage.lay(stage.setOf([picture]));
+}
+
+function starShown() {
+  const print = gallery.find(stage.shown()?.name);
+  if (!print) return false;
+  guarded(() => gallery.star([print], !print.starred));
 }
 
 function showRecipe(name) {
@@ -165,7 +210,10 @@ function wireKey() {
 function wireActions() {
   $("use").addEventListener("click", () => restore(stage.shown().fields, stage.shown().from));
   $("begin-from").addEventListener("click", beginFromShown);
-  $("delete").addEventListener("click", () => guarded(remove));
+  $("delete").addEventListener("click", () => guarded(() => gallery.remove([stage.shown().name])));
+  $("vary").addEventListener("click", vary);
+  $("full-view").addEventListener("click", openFull);
+  $("picture").addEventListener("click", openFull);
   for (const button of document.querySelectorAll("[data-recipe]")) {
     button.addEventListener("click", () => showRecipe(button.dataset.recipe));
   }
@@ -181,7 +229,9 @@ function wire() {
   wireKey();
   wireForm(make);
   desk.wireDesk(made);
-  gallery.wireGallery(showPrint);
+  gallery.wireGallery(showPrint, forget);
+  full.wireFull(look);
+  history.wireHistory();
   slider.wireSlider();
   stage.wireStage(() => {
     slider.refresh();
@@ -193,7 +243,17 @@ function wire() {
   wireFile("restore", "file", restoreFrom);
   wireFile("from-choose", "from-file", beginFrom);
   wireDrop({ begin: beginFrom, restore: restoreFrom, mayBegin: beginning.isAllowed });
-  if (navigator.platform.startsWith("Mac")) document.querySelector("kbd").textContent = "⌘ ↵";
+  wireKeyboard({
+    p: () => $("prompt").focus(),
+    "/": () => $("search").focus(),
+    f: openFull,
+    s: starShown,
+    v: vary,
+    b: () => (stage.shown()?.name && beginning.isAllowed() ? void beginFromShown() : false),
+    ArrowLeft: () => turn(-1),
+    ArrowRight: () => turn(1),
+  });
+  if (navigator.platform.startsWith("Mac")) document.querySelector("#make kbd").textContent = "⌘ ↵";
 }
 
 wire();

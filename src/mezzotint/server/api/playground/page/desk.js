@@ -15,6 +15,10 @@ const front = () => queue.all().find((run) => run.set === stage.lying()) ?? queu
 export function wireDesk(made) {
   onMade = made;
   queue.wireQueue((run, event, data) => HEARD[event](run, data));
+  $("watch").addEventListener("click", () => {
+    lay(front());
+    $("cancel").focus();
+  });
   $("cancel").addEventListener("click", () => stop(front()));
   $("cancel-all").addEventListener("click", () => [...queue.all()].reverse().forEach(stop));
 }
@@ -93,11 +97,19 @@ function words(run) {
   if (run.away) return run.away;
   if (!run.sent) return "waits here";
   if (!run.progress) return "sending";
-  const { status, step = 0, num_steps: steps = 1, position, seconds_left: left } = run.progress;
-  const waiting = position ? `queued, ${position} ${position === 1 ? "goes" : "go"} first` : "queued, next in line";
-  const text = status === "queued" ? waiting : `step ${step} of ${steps}`;
+  const { status, position, loading, seconds_left: left } = run.progress;
+  const place = position ? `queued, ${position} ${position === 1 ? "goes" : "go"} first` : "queued, next in line";
+  const text = status !== "queued" ? count(run.progress) : loading ? load(loading) : place;
   return left ? `${text}, about ${duration(left)} left` : text;
 }
+
+/** Steps as people count them: of this picture, and of how many pictures. */
+function count({ step = 0, num_steps: steps = 1, picture, num_pictures: pictures = 1, picture_step: own, num_picture_steps: all }) {
+  if (pictures === 1) return `step ${step} of ${steps}`;
+  return `picture ${picture} of ${pictures}, step ${own} of ${all}`;
+}
+
+const load = ({ stage: text, fraction }) => (fraction == null ? text : `${text} (${Math.round(100 * fraction)} %)`);
 
 const duration = (seconds) => (seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.round(seconds / 60)} min`);
 
@@ -109,6 +121,7 @@ function draw() {
   drawWaiting(queue.all().filter((each) => each !== run));
   if (!run) return;
   const { status, step = 0, num_steps: steps = 1 } = run.progress ?? {};
+  $("watch").hidden = run.set === stage.lying();
   $("progress").value = step / steps;
   $("progress-text").textContent = words(run);
   if (run.progress) document.title = `${status === "queued" ? "queued" : `${step}/${steps}`} · Mezzotint`;
@@ -135,10 +148,7 @@ function newLine(run) {
   const show = Object.assign(document.createElement("button"), { type: "button", className: "show" });
   const title = Object.assign(document.createElement("em"), { textContent: run.fields.prompt });
   show.append(title, document.createElement("small"));
-  show.addEventListener("click", () => {
-    lay(run);
-    draw();
-  });
+  show.addEventListener("click", () => lay(run));
   const drop = Object.assign(document.createElement("button"), { type: "button", className: "quiet", textContent: "Take back" });
   drop.setAttribute("aria-label", `Take back: ${run.fields.prompt}`);
   drop.addEventListener("click", () => stop(run));

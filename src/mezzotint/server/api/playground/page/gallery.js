@@ -1,88 +1,208 @@
-// The drawer: the pictures that the server keeps for this key, and two of them side by side.
+// The drawer: the pictures that the server keeps for this key. They are searched, starred, picked, and put side by side.
 
 import { call, local, read } from "./api.js";
 import { known } from "./beginning.js";
+import { guarded, say } from "./notice.js";
+import { fileName } from "./stage.js";
+import { zipOf } from "./zip.js";
 
 const $ = (id) => document.getElementById(id);
+const SEARCH_MS = 250;
 const LABELS = {
   prompt: "Prompt", model: "Endpoint", num_inference_steps: "Steps", guidance_scale: "Guidance", seed: "Seed",
-  size: "Size", negative_prompt: "Not in it",
+  size: "Size", negative_prompt: "Not in it", strength: "Strength",
 };
-let prints = [];
-let marked = [];
+let prints = []; // {name, src, fields, starred, from}
+let hasMore = false;
 let onShow = () => {};
+let onGone = () => {};
+let pointed = null;
+const picked = new Set(); // names, in the order in which they were picked
+const cards = new Map(); // by name
 
-export function wireGallery(show) {
+/** `show` takes a print that is to lie on the sheet, `gone` the names of deleted ones. */
+export function wireGallery(show, gone) {
   onShow = show;
-  $("older").addEventListener("click", () => load(prints.at(-1)?.name));
+  onGone = gone;
+  $("older").addEventListener("click", () => guarded(() => load(prints.at(-1)?.name)));
   $("compare").addEventListener("click", compare);
+  $("pick-zip").addEventListener("click", () => guarded(download));
+  $("pick-star").addEventListener("click", () => guarded(() => star(chosen(), !chosen().every((print) => print.starred))));
+  $("pick-delete").addEventListener("click", () => guarded(() => remove([...picked])));
+  $("pick-none").addEventListener("click", () => pick(null));
+  $("starred").addEventListener("click", () => {
+    $("starred").setAttribute("aria-pressed", String($("starred").getAttribute("aria-pressed") === "false"));
+    guarded(() => load());
+  });
+  let soon;
+  $("search").addEventListener("input", () => {
+    clearTimeout(soon);
+    soon = setTimeout(() => guarded(() => load()), SEARCH_MS);
+  });
 }
 
-/** Loads the newest prints, or those before the one named. */
+/** All prints that are loaded, newest first. */
+export const all = () => prints;
+export const find = (name) => prints.find((print) => print.name === name);
+
+/** Loads the newest prints that match the search, or those before the one named. */
 export async function load(before) {
-  const query = before ? `?before=${encodeURIComponent(before)}` : "";
-  const page = await read(`dedicated/v1/images${query}`);
-  const found = page.data.map(({ name, url, parameters }) => ({ name, src: local(url), fields: parameters, from: known.get(name) }));
+  const { found, more } = await ask(before);
   prints = before ? [...prints, ...found] : found;
-  marked = marked.filter((name) => prints.some((print) => print.name === name));
-  $("older").hidden = !page.has_more;
+  hasMore = more;
   draw();
 }
 
-export async function remove(name) {
-  await call(`dedicated/v1/images/${name}`, { method: "DELETE" });
-  prints = prints.filter((print) => print.name !== name);
-  marked = marked.filter((other) => other !== name);
+/** Puts what is new before what is loaded. */
+export async function renew() {
+  const { found, more } = await ask();
+  const older = prints.filter((print) => !found.some(({ name }) => name === print.name));
+  const meets = older.length < prints.length; // else there may be prints between them
+  prints = more && meets ? [...found, ...older] : found;
+  hasMore = meets && older.length ? hasMore : more;
   draw();
+}
+
+async function ask(before) {
+  const query = new URLSearchParams();
+  if (before) query.set("before", before);
+  if ($("search").value.trim()) query.set("search", $("search").value.trim());
+  if ($("starred").getAttribute("aria-pressed") === "true") query.set("starred", "true");
+  const { data, has_more: more } = await read(`dedicated/v1/images?${query}`);
+  const found = data.map(({ name, url, parameters, starred }) => {
+    return { name, src: local(url), fields: parameters, starred, from: known.get(name) };
+  });
+  return { found, more };
+}
+
+export async function remove(names) {
+  const text = names.length === 1 ? "this picture" : `these ${names.length} pictures`;
+  if (!confirm(`Delete ${text} from the server? The same settings make ${names.length === 1 ? "it" : "them"} again.`)) return;
+  for (const name of names) {
+    await call(`dedicated/v1/images/${name}`, { method: "DELETE" });
+    prints = prints.filter((print) => print.name !== name);
+    picked.delete(name);
+  }
+  draw();
+  onGone(names);
+  say("Deleted");
+}
+
+/** Starred prints stay for good. */
+export async function star(list, on) {
+  for (const print of list) {
+    await call(`dedicated/v1/images/${print.name}`, { method: "PATCH", body: JSON.stringify({ starred: on }) });
+    print.starred = on;
+  }
+  draw();
+  say(on ? "Starred, so it is kept" : "No longer starred");
 }
 
 /** Marks which print lies on the sheet. */
 export function pointAt(name) {
-  for (const button of $("prints").querySelectorAll(".show")) {
-    button.setAttribute("aria-current", String(button.dataset.name === name));
-  }
+  pointed = name;
+  for (const [each, card] of cards) card.querySelector(".show").setAttribute("aria-current", String(each === name));
 }
+
+const chosen = () => [...picked].map(find).filter(Boolean);
+
+async function download() {
+  const files = [];
+  for (const print of chosen()) {
+    say(`Fetching ${files.length + 1} of ${picked.size}`);
+    files.push([fileName(print), new Uint8Array(await (await call(print.src)).arrayBuffer())]);
+  }
+  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(zipOf(files)), download: "prints.zip" });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+  say("Downloaded");
+}
+
+// ---------------------------------------------------------------- the cards
 
 function draw() {
+  const filtered = $("search").value.trim() || $("starred").getAttribute("aria-pressed") === "true";
+  for (const name of picked) if (!find(name)) picked.delete(name);
   $("empty").hidden = prints.length > 0;
-  $("compare-hint").hidden = prints.length < 2;
-  $("compare").hidden = prints.length < 2;
-  $("compare").disabled = marked.length !== 2;
-  $("prints").replaceChildren(...prints.map(card));
+  $("empty").textContent = filtered ? "Nothing like that among your prints." : "Nothing here yet. The server keeps what you make, with its settings.";
+  $("filters").hidden = !prints.length && !filtered;
+  $("older").hidden = !hasMore;
+  for (const [name, item] of cards) {
+    if (find(name)) continue;
+    item.remove();
+    cards.delete(name);
+  }
+  for (const [at, print] of prints.entries()) {
+    const item = card(print);
+    if ($("prints").children[at] !== item) $("prints").insertBefore(item, $("prints").children[at] ?? null);
+  }
+  drawPicked();
 }
 
+function drawPicked() {
+  const some = chosen();
+  $("picks").hidden = !some.length;
+  $("picked").textContent = `${some.length} picked`;
+  $("compare").disabled = some.length !== 2;
+  $("pick-star").textContent = some.every((print) => print.starred) ? "Unstar" : "Star";
+  for (const [name, item] of cards) drawMarks(item, find(name));
+}
+
+/** A card is made once and lies where it is, so that the keyboard's focus stays there too. */
 function card(print) {
-  const item = document.createElement("li");
-  const show = document.createElement("button");
-  Object.assign(show, { type: "button", className: "show" });
-  show.dataset.name = print.name;
-  const image = Object.assign(document.createElement("img"), { src: print.src, alt: "", loading: "lazy" });
-  const title = Object.assign(document.createElement("em"), { textContent: print.fields.prompt, title: print.fields.prompt });
-  const { seed, num_inference_steps: steps } = print.fields;
-  const note = Object.assign(document.createElement("small"), { textContent: `${steps} steps, seed ${seed}` });
-  show.append(image, title, note);
-  show.addEventListener("click", () => onShow(print));
-  item.append(show, mark(print));
+  const item = cards.get(print.name) ?? newCard(print);
+  cards.set(print.name, item);
+  item.querySelector("img").src = print.src;
   return item;
 }
 
-function mark(print) {
-  const place = marked.indexOf(print.name);
-  const button = document.createElement("button");
-  Object.assign(button, { type: "button", className: "mark", textContent: place < 0 ? "+" : "AB"[place] });
-  button.setAttribute("aria-pressed", String(place >= 0));
-  button.setAttribute("aria-label", `Mark to compare: ${print.fields.prompt}, seed ${print.fields.seed}`);
-  button.addEventListener("click", () => {
-    marked = place >= 0 ? marked.filter((name) => name !== print.name) : [...marked, print.name].slice(-2);
-    draw();
-    const again = [...$("prints").querySelectorAll(".show")].find((other) => other.dataset.name === print.name);
-    again?.parentElement.querySelector(".mark").focus();
-  });
-  return button;
+function newCard({ name, fields }) {
+  const item = document.createElement("li");
+  const show = Object.assign(document.createElement("button"), { type: "button", className: "show" });
+  show.dataset.name = name;
+  show.setAttribute("aria-current", String(name === pointed));
+  const image = Object.assign(document.createElement("img"), { alt: "", loading: "lazy" });
+  const title = Object.assign(document.createElement("em"), { textContent: fields.prompt, title: fields.prompt });
+  const facts = [`${fields.model}, ${fields.width} × ${fields.height}`, `${fields.num_inference_steps} steps, seed ${fields.seed}`];
+  const small = facts.map((text) => Object.assign(document.createElement("small"), { textContent: text, title: text }));
+  show.append(image, title, ...small);
+  show.addEventListener("click", () => onShow(find(name)));
+  const mark = button("mark", () => pick(name));
+  const stars = button("star", () => guarded(() => star([find(name)], !find(name).starred)));
+  item.append(show, mark, stars);
+  return item;
 }
 
+function button(className, act) {
+  const made = Object.assign(document.createElement("button"), { type: "button", className });
+  made.addEventListener("click", act);
+  return made;
+}
+
+function drawMarks(item, print) {
+  const title = `${print.fields.prompt}, seed ${print.fields.seed}`;
+  for (const [kind, on, signs, verb] of [
+    ["mark", picked.has(print.name), "+✓", "Pick"],
+    ["star", print.starred, "☆★", "Star"],
+  ]) {
+    const made = item.querySelector(`.${kind}`);
+    made.textContent = signs[Number(on)];
+    made.setAttribute("aria-pressed", String(on));
+    made.setAttribute("aria-label", `${verb}: ${title}`);
+  }
+}
+
+/** Picks a print, or lets it go; null lets all go. */
+function pick(name) {
+  if (name === null) picked.clear();
+  else if (!picked.delete(name)) picked.add(name);
+  drawPicked();
+}
+
+// ---------------------------------------------------------------- side by side
+
 function compare() {
-  const pair = marked.map((name) => prints.find((print) => print.name === name));
+  const pair = chosen();
   $("pair").replaceChildren(
     ...pair.map((print) => Object.assign(document.createElement("img"), { src: print.src, alt: print.fields.prompt })),
   );

@@ -39,6 +39,13 @@ export function lay(next) {
   onLay();
 }
 
+/** Puts another picture of the set in front. */
+export function turn(at) {
+  set.at = at;
+  draw();
+  onLay();
+}
+
 /** How much of the noise is left in a set, from 1 to 0. */
 export function grain(of, share) {
   of.grain = share;
@@ -115,11 +122,7 @@ function thumbnail(picture, at) {
   image.alt = "";
   if (picture.src) image.src = picture.src;
   button.append(image);
-  button.addEventListener("click", () => {
-    set.at = at;
-    draw();
-    onLay();
-  });
+  button.addEventListener("click", () => turn(at));
   const item = document.createElement("li");
   item.append(button);
   return item;
