@@ -18,6 +18,7 @@ import typer
 from mezzotint import errors
 from mezzotint.cli import app
 from mezzotint.config import AdapterSettings, EndpointSettings, Settings, default_text
+from mezzotint.spec import ControlNetSettings, Table
 
 DOCS = Path(__file__).parent
 _NOTE = "<!-- Written by docs/generate.py from the program; change that, not this. -->"
@@ -44,14 +45,16 @@ def settings_page() -> str:
         _settings_table(EndpointSettings),
         "## `[[endpoints.adapters]]`",
         _settings_table(AdapterSettings),
+        "## `[[endpoints.controlnets]]`",
+        _settings_table(ControlNetSettings),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _settings_table(table: type[Settings] | type[EndpointSettings] | type[AdapterSettings]) -> str:
+def _settings_table(table: type[Table]) -> str:
     lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for name, field in table.model_fields.items():
-        if name in ("endpoints", "adapters"):  # tables of their own
+        if name in ("endpoints", "adapters", "controlnets"):  # tables of their own
             continue
         kind = _type_name(field.annotation)
         lines.append(f"| `{name}` | {kind} | `{default_text(field)}` | {field.description} |")

@@ -119,6 +119,10 @@ def test_a_tilde_in_the_data_folder_is_the_home_folder() -> None:
             "[[endpoints]]\nid = 'a'\nadapters = [{route='r', source='s'}, {route='r', source='t'}]\n",
             ["endpoints.a.adapters:", "adapter route 'r' stands twice"],
         ),
+        (
+            "[[endpoints]]\nid = 'a'\ncontrolnets = [{route='r', source='s'}, {route='r', source='t'}]\n",
+            ["endpoints.a.controlnets:", "controlnet route 'r' stands twice"],
+        ),
     ],
 )
 def test_a_bad_file_stops_the_start_with_a_sentence_naming_file_and_key(text: str, words: list[str]) -> None:
@@ -158,6 +162,7 @@ def test_a_printed_configuration_loads_to_the_same_settings(comments: bool) -> N
             'dtype = "torch.float16"\nscheduler_settings = { shift = 5.0, order = 2 }\n'
             '[endpoints.arguments]\nclip_skip = 1\n"a b" = [1.5, [true, "é"]]\nnested = { x = 1 }\n'
             '[[endpoints.adapters]]\nroute = "r"\nsource = "s"\nscale = 0.5\n'
+            '[[endpoints.controlnets]]\nroute = "c"\nsource = "owner/c"\n'
             '[[endpoints]]\nid = "b"\nidle_sleep_s = 60\n'
         ),
         environment={},
@@ -173,7 +178,7 @@ def test_the_printed_configuration_names_every_setting() -> None:
     text = as_toml(Settings())
     for table in (Settings, EndpointSettings):
         for name in table.model_fields:
-            assert name in text or name == "adapters"
+            assert name in text or name in ("adapters", "controlnets")
     assert tomllib.loads(text)["endpoints"][0]["id"] == "emoji"
 
 

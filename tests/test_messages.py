@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mezzotint.messages import Done, FromWorker, Generate, Message, ModelInfo, Ping, ToWorker, decode, encode
-from mezzotint.spec import AdapterSpec, AdapterUse, EngineSettings, ImageSpec, InputPicture
+from mezzotint.spec import (
+    AdapterSpec,
+    AdapterUse,
+    ControlNetSettings,
+    EngineSettings,
+    ImageSpec,
+    InputPicture,
+)
 
 CLASSES: tuple[type[Message], ...] = (*get_args(ToWorker), *get_args(FromWorker))
 JSON = (
@@ -27,6 +34,7 @@ SETTINGS = [
         max_wait_s=1.5, offload=True, allow_remote_code="studio/own@" + "0" * 40, adapter_bytes=5,
         default_steps=3, default_guidance=2.5, width=64, height=32, scheduler="DDIMScheduler",
         scheduler_settings={"shift": 5.0}, arguments={"clip_skip": 1, "texts": ["é", None]},
+        controlnets=(ControlNetSettings(route="edges", source="studio/edges"),),
     ),
 ]  # fmt: skip
 
@@ -53,6 +61,7 @@ SPECS = every_field(
     extra=st.dictionaries(st.text(), JSON),
     images=st.lists(pictures(3), max_size=3).map(tuple),
     mask=st.none() | pictures(1),
+    control_images=st.lists(pictures(3), max_size=2).map(tuple),
 )
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 st.register_type_strategy(Mapping, lambda kind: st.dictionaries(*map(st.from_type, get_args(kind))))

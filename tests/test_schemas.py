@@ -77,6 +77,8 @@ BODIES: list[tuple[str | bytes, int, str | None, str | None]] = [
     (body(negative_prompt="x" * 10_000), 200, None, None),
     (body(negative_prompt=None), 200, None, None),
     (body(control_images=None, controlnet_weights=None), 200, None, None),
+    (body(control_images=[], controlnet_weights=[]), 200, None, None),
+    (body(control_images=[{"image": "aGk="}] * 2, controlnet_weights=[0, 0.5]), 200, None, None),
     (b"\xef\xbb\xbf" + body().encode(), 200, None, None),
     (" \n" + body() + "\n ", 200, None, None),
     # ---- the JSON itself
@@ -190,9 +192,11 @@ BODIES: list[tuple[str | bytes, int, str | None, str | None]] = [
     (body(negative_prompt="a\0"), 422, "invalid_value", NEGATIVE),
     (body(negative_prompt="\udc00"), 422, "invalid_value", NEGATIVE),
     (body(negative_prompt="x" * 10_001), 422, "out_of_range", NEGATIVE),
-    (body(control_images=[]), 422, "not_supported", "control_images"),
-    (body(control_images=["aGk="]), 422, "not_supported", "control_images"),
-    (body(controlnet_weights=[1.0]), 422, "not_supported", "controlnet_weights"),
+    (body(control_images=["aGk="]), 422, "invalid_type", "control_images"),
+    (body(control_images=[{"image": "aGk="}] * 17), 422, "too_many_images", "control_images"),
+    (body(controlnet_weights=1.0), 422, "invalid_type", "controlnet_weights"),
+    (body(controlnet_weights=["1"]), 422, "invalid_type", "controlnet_weights"),
+    (body(controlnet_weights=[0.5, 1.5]), 422, "out_of_range", "controlnet_weights"),
     # ---- the first fault in the contract's order is the one that is told
     (body(seed=-1, prompt="", model=5), 422, "invalid_type", "model"),
     (body(seed=-1, prompt="", num_inference_steps=0), 422, "out_of_range", STEPS),
@@ -252,7 +256,7 @@ MESSAGES = [
     (body(**{"seed ": 1}), "unknown field 'seed '; did you mean seed?"),
     (
         body(control_images=["x"]),
-        "control_images is not supported by any endpoint yet; leave it out or send null",
+        """control_images must be {"image": X} or a list of such, X a data URL or base64""",
     ),
     ("[1]", "the body must be a JSON object (got an array)"),
     ("", "the body is empty; send a JSON object"),

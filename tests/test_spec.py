@@ -12,7 +12,7 @@ from mezzotint.images import Parameters
 from mezzotint.messages import LoadModel, decode, encode
 from mezzotint.schemas import make_body
 from mezzotint.server.work.profiles import load_message
-from mezzotint.spec import AdapterUse, EngineSettings, ImageSpec
+from mezzotint.spec import AdapterUse, ControlNetSettings, EngineSettings, ImageSpec
 
 ENGINE = Path(__file__).parents[1] / "src" / "mezzotint" / "engine"
 CHANGED: dict[str, Any] = {
@@ -30,6 +30,7 @@ CHANGED: dict[str, Any] = {
     "offload": True,
     "allow_remote_code": "studio/own@" + "0" * 40,
     "adapter_bytes": 123,
+    "controlnets": (ControlNetSettings(route="edges", source="studio/edges"),),
 }
 
 

@@ -24,7 +24,16 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from mezzotint.errors import ConfigError, echo, nearest
-from mezzotint.spec import ID_PATTERN, Bytes, EngineSettings, Seconds, Table, between
+from mezzotint.spec import (
+    ID_PATTERN,
+    Bytes,
+    ControlNetSettings,
+    EngineSettings,
+    Seconds,
+    Table,
+    between,
+    refuse_twice,
+)
 
 BUILT_IN_MODEL = "emoji"
 ENVIRONMENT_PREFIX = "MEZZOTINT_"
@@ -89,7 +98,7 @@ class EndpointSettings(EngineSettings, _Hosted):
     @field_validator("adapters")
     @classmethod
     def _routes_are_unique(cls, adapters: tuple[AdapterSettings, ...]) -> tuple[AdapterSettings, ...]:
-        _refuse_twice("adapter route", [adapter.route for adapter in adapters])
+        refuse_twice("adapter route", [adapter.route for adapter in adapters])
         return adapters
 
 
@@ -177,7 +186,7 @@ class Settings(Table):
     @field_validator("endpoints")
     @classmethod
     def _ids_are_unique(cls, endpoints: tuple[EndpointSettings, ...]) -> tuple[EndpointSettings, ...]:
-        _refuse_twice("endpoint id", [name for each in endpoints for name in (each.id, *each.aliases)])
+        refuse_twice("endpoint id", [name for each in endpoints for name in (each.id, *each.aliases)])
         return endpoints
 
     @field_validator("auth")
@@ -201,12 +210,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _refuse_twice(what: str, names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{what} {twice[0]!r} stands twice; it must be unique")
-
-
 def load_settings(
     file: Path | None = None,
     *,
@@ -216,8 +219,8 @@ def load_settings(
     """The settings in force; ConfigError names the file, variable or flag and the key that stop the start.
 
     The file has `[server]` (the fields of Settings) and any number of `[[endpoints]]` (EndpointSettings),
-    each with `[[endpoints.adapters]]`. `file` None reads `mezzotint.toml` in the working folder if there is
-    one. A flag whose value is None was not given.
+    each with `[[endpoints.adapters]]` and `[[endpoints.controlnets]]`. `file` None reads `mezzotint.toml` in
+    the working folder if there is one. A flag whose value is None was not given.
     """
     values: dict[str, Any] = {}
     where: dict[str, str] = {}
@@ -248,8 +251,9 @@ def as_toml(settings: Settings, *, comments: bool = True) -> str:
     lines = ["[server]", *_toml_lines(settings, comments)]
     for endpoint in settings.endpoints:
         lines += ["", "[[endpoints]]", *_toml_lines(endpoint, comments)]
-        for adapter in endpoint.adapters:
-            lines += ["", "[[endpoints.adapters]]", *_toml_lines(adapter, comments)]
+        for name in ("adapters", "controlnets"):
+            for table in getattr(endpoint, name):
+                lines += ["", f"[[endpoints.{name}]]", *_toml_lines(table, comments)]
         comments = False  # once is enough
     return "\n".join(lines) + "\n"
 
@@ -263,7 +267,7 @@ def default_text(field: FieldInfo) -> str:
 
 def _toml_lines(table: Table, comments: bool) -> Iterator[str]:
     for name, field in type(table).model_fields.items():
-        if name in ("endpoints", "adapters"):  # tables of their own
+        if name in _TABLES:  # tables of their own
             continue
         if comments:
             yield f"# {field.description}"
@@ -363,4 +367,8 @@ def _locate(path: list[str | int], values: Mapping[str, Any]) -> tuple[type[Tabl
     return table, ".".join(words)
 
 
-_TABLES: Mapping[str, type[Table]] = {"endpoints": EndpointSettings, "adapters": AdapterSettings}
+_TABLES: Mapping[str, type[Table]] = {
+    "endpoints": EndpointSettings,
+    "adapters": AdapterSettings,
+    "controlnets": ControlNetSettings,
+}

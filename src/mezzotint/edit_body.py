@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import MISSING, ConfigDict, Field, JsonValue, PlainValidator, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import MISSING, ConfigDict, Field, JsonValue
 
+from mezzotint.picture_fields import Picture, Pictures
 from mezzotint.schemas import DedicatedImageGenerationBody, make_body, parse_json
-from mezzotint.spec import MAX_PICTURES, ImageSpec, between
+from mezzotint.spec import ImageSpec, between
 
 EDIT_STEPS = 20
 """Steps of an edit on the dedicated route that names none, as Friendli's API has it."""
@@ -24,39 +24,6 @@ _EDIT_EXAMPLES: list[JsonValue] = [
 ]
 
 
-def _picture_texts(value: Any) -> tuple[str, ...]:
-    """The texts in `{"image": X}` or in a list of such."""
-    entries = value if isinstance(value, list) else [value]
-    if len(entries) > MAX_PICTURES:
-        limit = {"most": MAX_PICTURES, "got": len(entries)}
-        raise PydanticCustomError("too_many_images", "must hold at most {most} pictures (got {got})", limit)
-    for entry in entries:
-        if not isinstance(entry, dict) or list(entry) != ["image"] or not isinstance(entry["image"], str):
-            raise PydanticCustomError(
-                "invalid_type",
-                "must be {form} or a list of such, X a data URL or base64",
-                {"form": '{"image": X}'},
-            )
-    return tuple(entry["image"] for entry in entries)
-
-
-def _picture_text(value: Any) -> str:
-    if isinstance(value, list):
-        raise PydanticCustomError("invalid_type", "must be one picture (got a list)")
-    return _picture_texts(value)[0]
-
-
-_PICTURE_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"image": {"type": "string", "description": "A data URL or bare base64."}},
-    "required": ["image"],
-    "additionalProperties": False,
-}
-_PICTURES_SCHEMA = {
-    "anyOf": [_PICTURE_SCHEMA, {"type": "array", "items": _PICTURE_SCHEMA, "maxItems": MAX_PICTURES}]
-}
-
-
 class DedicatedImageEditBody(DedicatedImageGenerationBody):
     """Body of `POST /dedicated/v1/images/edits`."""
 
@@ -67,14 +34,10 @@ class DedicatedImageEditBody(DedicatedImageGenerationBody):
         description="Number of inference steps; supported range [1, 50]. 20 when unset.",
         examples=[20],
     )
-    image: Annotated[tuple[str, ...], PlainValidator(_picture_texts), WithJsonSchema(_PICTURES_SCHEMA)] = (
-        Field(description="The picture to edit: PNG, JPEG or WebP. Some models take several.")
-    )
-    mask: Annotated[str, PlainValidator(_picture_text), WithJsonSchema(_PICTURE_SCHEMA)] | MISSING | None = (
-        Field(
-            default=MISSING,
-            description="White is repainted; everything else keeps its pixels. It has the picture's shape.",
-        )
+    image: Pictures = Field(description="The picture to edit: PNG, JPEG or WebP. Some models take several.")
+    mask: Picture | MISSING | None = Field(
+        default=MISSING,
+        description="White is repainted; everything else keeps its pixels. It has the picture's shape.",
     )
     strength: Annotated[float, between("strength")] | MISSING | None = Field(
         default=MISSING,

@@ -36,7 +36,7 @@ _EXIF_IFD, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
 _UNICODE = b"UNICODE\0"
 
 _SPEC = TypeAdapter(ImageSpec)
-_NOT_STORED = ("adapters", "extra", "images", "mask")
+_NOT_STORED = ("adapters", "extra", "images", "mask", "control_images")
 _STORED = [name for name in ImageSpec.__dataclass_fields__ if name not in _NOT_STORED]
 
 Pixels = bytes | bytearray | memoryview | NDArray[np.uint8]

@@ -142,6 +142,50 @@ def require_pictures(spec: ImageSpec, who: str, *, max_pictures: int, masks: boo
         )
 
 
+def require_controls(
+    num_images: int, weights: Sequence[float], who: str, routes: Sequence[str], *, edits: bool = False
+) -> None:
+    """InvalidRequestError, which names the ControlNets of `who`, unless they can follow so many pictures.
+
+    `edits`: the request has a picture to begin from, too.
+    """
+    if not num_images and not weights:
+        return
+    if not routes:
+        raise InvalidRequestError(
+            f"{who} has no ControlNet; leave control_images and controlnet_weights out",
+            code="not_supported",
+            param="control_images" if num_images else "controlnet_weights",
+        )
+    if num_images > len(routes):
+        raise InvalidRequestError(
+            f"control_images: {who} follows {', '.join(routes)}, in this order (got {num_images} pictures); "
+            "send at most one for each",
+            code="not_supported",
+            param="control_images",
+        )
+    if weights and len(weights) != num_images:
+        raise InvalidRequestError(
+            f"controlnet_weights must have one weight for each of control_images ({num_images}; "
+            f"got {len(weights)})",
+            code="invalid_value",
+            param="controlnet_weights",
+        )
+    low, high = LIMITS["controlnet_weights"]
+    if wrong := [weight for weight in weights if not low <= weight <= high]:
+        raise InvalidRequestError(
+            f"controlnet_weights must be between {low} and {high} (got {wrong[0]})",
+            code="out_of_range",
+            param="controlnet_weights",
+        )
+    if edits:
+        raise InvalidRequestError(
+            "a request has image or control_images, not both; leave one of them out",
+            code="not_supported",
+            param="control_images",
+        )
+
+
 def to_image(picture: InputPicture, size: Size | None = None) -> Image.Image:
     """The picture for Pillow, in another size if `size` says so."""
     mode, resample = (

@@ -293,7 +293,11 @@ _CLASSES = {cls.__name__: cls for cls in (*ToWorker.__args__, *FromWorker.__args
 _CODECS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(cls) for name, cls in _CLASSES.items()}
 _WITH_PAYLOAD = {name for name, cls in _CLASSES.items() if "payload" in cls.__dataclass_fields__}
 _LENGTH = struct.Struct(">I")
-_PIXELS: Any = {"payload": True, "spec": {"images": {"__all__": {"pixels"}}, "mask": {"pixels"}}}
+_PICTURES: Any = {"__all__": {"pixels"}}
+_PIXELS: Any = {
+    "payload": True,
+    "spec": {"images": _PICTURES, "mask": {"pixels"}, "control_images": _PICTURES},
+}
 """The fields that do not travel in the header."""
 
 
@@ -348,4 +352,6 @@ def _with_pixels(spec: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], 
         return picture | {"pixels": pixels}
 
     images = [filled(picture) for picture in spec["images"]]
-    return spec | {"images": images, "mask": spec["mask"] and filled(spec["mask"])}, payload
+    mask = spec["mask"] and filled(spec["mask"])
+    controls = [filled(picture) for picture in spec["control_images"]]
+    return spec | {"images": images, "mask": mask, "control_images": controls}, payload

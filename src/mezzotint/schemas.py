@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from mezzotint.errors import MAX_ECHO, InvalidRequestError, MezzotintError, echo, error_type, nearest
+from mezzotint.picture_fields import Pictures
 from mezzotint.schema_examples import ANSWER_EXAMPLE, ERROR_EXAMPLE, REQUEST_EXAMPLES
 from mezzotint.spec import ID_PATTERN, LIMITS, MAX_SEED, AdapterUse, ImageSpec, between
 
@@ -47,6 +48,7 @@ _Guidance = Annotated[float, between("guidance_scale")]
 _Seed = Annotated[int, between("seed")]
 _Count = Annotated[int, between("n")]
 _Side = Annotated[int, between("width")]
+_Weights = list[Annotated[float, between("controlnet_weights")]]
 
 
 def _plain_text(most: int) -> AfterValidator:
@@ -80,7 +82,7 @@ _NegativePrompt = Annotated[str, _plain_text(MAX_PROMPT)]
 _Prompt = Annotated[_NegativePrompt, AfterValidator(_not_empty)]
 
 
-_SPEC_FIELDS = set(ImageSpec.__dataclass_fields__) - {"images", "mask", "strength"}
+_SPEC_FIELDS = set(ImageSpec.__dataclass_fields__) - {"images", "mask", "strength", "control_images"}
 """Fields of a request in words that a spec has by the same name."""
 
 
@@ -131,13 +133,14 @@ class DedicatedImageGenerationBody(BaseModel):
         examples=["text"],
         json_schema_extra={"maxLength": MAX_PROMPT, "pattern": _NO_NUL},
     )
-    control_images: MISSING | None = Field(
+    control_images: Pictures | MISSING | None = Field(
         default=MISSING,
-        description="Not supported until an endpoint has a ControlNet: only null is accepted.",
+        description="Pictures for the endpoint's ControlNets, in their order, where it has any.",
     )
-    controlnet_weights: MISSING | None = Field(
+    controlnet_weights: _Weights | MISSING | None = Field(
         default=MISSING,
-        description="Not supported until an endpoint has a ControlNet: only null is accepted.",
+        description="How much each of `control_images` counts, 0 to 1; one for each. 1 when unset.",
+        examples=[[0.8]],
     )
 
     limits: ClassVar[Mapping[str, tuple[int, int]]] = LIMITS
@@ -156,8 +159,9 @@ class DedicatedImageGenerationBody(BaseModel):
 
     @property
     def spec(self) -> ImageSpec:
-        """What is to be drawn; every field that both types have travels by its name."""
+        """What is to be drawn, pictures aside; every field that both types have travels by its name."""
         values = self.model_dump(include=_SPEC_FIELDS, exclude_none=True)
+        values["controlnet_weights"] = tuple(values.get("controlnet_weights", ()))
         _, route = split_model(self.model)
         return ImageSpec(**values, adapters=(AdapterUse(route),) if route else ())
 
@@ -446,7 +450,7 @@ _SENTENCES: Mapping[str, tuple[str, str]] = {
     "greater_than_equal": _RANGE,
     "less_than_equal": _RANGE,
     "finite_number": _RANGE,
-    "none_required": ("not_supported", "is not supported by any endpoint yet; leave it out or send null"),
+    "list_type": ("invalid_type", "must be a list (got {got})"),
     "string_unicode": ("invalid_value", _HALF_A_PAIR),
 }
 """Code and message by pydantic's name for the fault."""

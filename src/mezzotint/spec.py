@@ -30,6 +30,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "height": (8, 16384),
     "adapter scale": (-10, 10),
     "strength": (0, 1),
+    "controlnet_weights": (0, 1),
 }
 """Smallest and largest value of each number in a request; both are allowed."""
 
@@ -51,6 +52,13 @@ def sizes_text(sizes: Iterable[tuple[int, int]]) -> str:
 def loading_text(stage: str, fraction: float | None) -> str:
     """What a model does before it is ready, for people: `loading the model (40 %)`."""
     return stage if fraction is None else f"{stage} ({round(fraction * 100)} %)"
+
+
+def refuse_twice(what: str, names: list[str]) -> None:
+    """ValueError if a name occurs twice."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{what} {twice[0]!r} stands twice; it must be unique")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +119,17 @@ class ImageSpec:
     """The part of the first picture that is repainted; everything else keeps its pixels."""
     strength: float | None = None
     """How much of the first picture is made anew, 0 to 1: the share of the steps that run."""
+    control_images: tuple[InputPicture, ...] = ()
+    """What the endpoint's ControlNets follow, in their order: the first picture is for the first of them."""
+    controlnet_weights: tuple[float, ...] = ()
+    """How much each of `control_images` counts, 0 to 1; empty: as the pipeline has it."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the pipeline's call, passed on unchanged. Library users set it; no request can."""
 
     @property
     def pictures(self) -> tuple[InputPicture, ...]:
-        """Everything that came as pixels: the pictures, then the mask."""
-        return self.images if self.mask is None else (*self.images, self.mask)
+        """Everything that came as pixels: the pictures, then the mask, then those for ControlNets."""
+        return (*self.images, *filter(None, (self.mask,)), *self.control_images)
 
     @property
     def num_steps(self) -> int:
@@ -161,6 +173,17 @@ _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp
 def _dtype_of(value: object) -> object:
     """A dtype in our words where it is in torch's."""
     return _DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
+
+
+class ControlNetSettings(Table):
+    """One ControlNet of an endpoint, as written in the configuration file."""
+
+    route: str = Field(pattern=f"^{ID_PATTERN}$", description="Its name in answers and messages.")
+    source: str = Field(
+        min_length=1,
+        description="A folder with `config.json` and safetensors, or a Hub repository "
+        "(`owner/name[@revision]`).",
+    )
 
 
 class EngineSettings(Table):
@@ -230,6 +253,9 @@ class EngineSettings(Table):
     arguments: dict[str, Any] = Field(
         {}, description="Arguments that every call of the pipeline gets: `{ clip_skip = 1 }`."
     )
+    controlnets: tuple[ControlNetSettings, ...] = Field(
+        (), description="ControlNets beside the model; a request's `control_images` use them in this order."
+    )
 
     @field_validator("allow_remote_code", mode="before")
     @classmethod
@@ -240,3 +266,11 @@ class EngineSettings(Table):
                 "of the model says what to write"
             )
         return None if value is False else value
+
+    @field_validator("controlnets")
+    @classmethod
+    def _controlnets_are_unique(
+        cls, controlnets: tuple[ControlNetSettings, ...]
+    ) -> tuple[ControlNetSettings, ...]:
+        refuse_twice("controlnet route", [each.route for each in controlnets])
+        return controlnets

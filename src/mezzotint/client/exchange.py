@@ -49,6 +49,7 @@ from mezzotint.errors import (
     error_class,
 )
 from mezzotint.schemas import (
+    DedicatedImageGenerationBody,
     DedicatedImageGenerationBodyResponseFormat,
     ErrorBody,
     ErrorDetail,
@@ -74,6 +75,7 @@ MAX_RETRY_AFTER_S = 120.0
 """A server that asks for a longer wait is not waited for: the error says how long it would be."""
 GENERATIONS = "/dedicated/v1/images/generations"
 EDITS = "/dedicated/v1/images/edits"
+_PICTURE_FIELDS = ("image", "mask", "control_images")
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,8 +98,8 @@ class ImageFields(TypedDict, total=False):
     width: int | MISSING | None
     height: int | MISSING | None
     negative_prompt: str | MISSING | None
-    control_images: MISSING | None
-    controlnet_weights: MISSING | None
+    control_images: Sequence[PictureSource] | MISSING | None
+    controlnet_weights: Sequence[float] | MISSING | None
     image: PictureSource | Sequence[PictureSource]
     """With it the request is an edit, and has the fields of DedicatedImageEditBody."""
     mask: PictureSource | MISSING | None
@@ -217,16 +219,19 @@ def build_request(
 
 def _content(fields: Mapping[str, Any]) -> tuple[str, bytes]:
     """The route for these fields, and the body: with `image` it is an edit."""
-    if "image" not in fields:
-        return GENERATIONS, make_body(fields).model_dump_json().encode()
-    given = fields["image"]
-    pictures = [picture_text(each) for each in (given if isinstance(given, list | tuple) else [given])]
-    values: dict[str, Any] = {**fields, "image": [{"image": text} for text in pictures]}
-    if fields.get("mask", MISSING) not in (None, MISSING):
-        values["mask"] = {"image": picture_text(fields["mask"], "mask")}
-    body = make_body(values, DedicatedImageEditBody).model_dump(mode="json", exclude={"image", "mask"})
-    body |= {name: values[name] for name in ("image", "mask") if values.get(name, MISSING) is not MISSING}
-    return EDITS, json.dumps(body).encode()
+    edits = "image" in fields
+    values, pictures = dict(fields), dict[str, Any]()
+    for name in _PICTURE_FIELDS:
+        if fields.get(name, MISSING) not in (None, MISSING):
+            given = fields[name]
+            entries = given if isinstance(given, list | tuple) and name != "mask" else [given]
+            forms = [{"image": picture_text(each, name)} for each in entries]
+            values[name] = pictures[name] = forms[0] if name == "mask" else forms
+    if isinstance(values.get("controlnet_weights"), tuple):
+        values["controlnet_weights"] = list(values["controlnet_weights"])
+    body = make_body(values, DedicatedImageEditBody if edits else DedicatedImageGenerationBody)
+    dumped = body.model_dump(mode="json", exclude=set(pictures)) | pictures
+    return EDITS if edits else GENERATIONS, json.dumps(dumped).encode()
 
 
 def read_error(response: httpx2.Response) -> MezzotintError | None:

@@ -195,6 +195,7 @@ class PipelineProfile:
             **self.fixed,
         }
         self._add_pictures(spec, arguments, (width, height))
+        self._add_controls(spec, arguments, (width, height))
         self._add_guidance(spec, arguments, warnings)
         self._add_negative_prompt(spec, arguments, warnings)
         self._add_text_length(spec, arguments, warnings)
@@ -222,6 +223,18 @@ class PipelineProfile:
             arguments["image"] = images if self.family.max_pictures > 1 else images[0]
         if spec.mask is not None:
             arguments["mask_image"] = to_image(spec.mask, size)
+
+    def _add_controls(self, spec: ImageSpec, arguments: dict[str, Any], size: Size) -> None:
+        """Pictures for ControlNets; of pipelines with several each argument is a list."""
+        if not spec.control_images:
+            return
+        many = len(spec.control_images) > 1
+        controls = [to_image(picture, size) for picture in spec.control_images]
+        name = "control_image" if "control_image" in self.parameters else "image"
+        arguments[name] = controls if many else controls[0]
+        if spec.controlnet_weights:
+            weights = [float(weight) for weight in spec.controlnet_weights]
+            arguments["controlnet_conditioning_scale"] = weights if many else weights[0]
 
     def _takes(self, name: str) -> bool:
         return name in self.parameters or self.open_ended

@@ -8,15 +8,19 @@ memory; each is made when the first request needs it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
 
 from mezzotint.engine.arguments import PipelineProfile
-from mezzotint.input_pictures import require_pictures
+from mezzotint.engine.models import controlnets
+from mezzotint.input_pictures import require_controls, require_pictures
 from mezzotint.spec import ImageSpec, default_strength
 
+NO_CONTROLNETS: Mapping[str, Any] = MappingProxyType({})
 _FROM_PICTURE = ("Img2Img", "image")
 _REPAINT = ("Inpaint", "mask_image")
 """What a sister class has in its name, and an argument that its call must take."""
@@ -25,10 +29,13 @@ _REPAINT = ("Inpaint", "mask_image")
 class Editing:
     """The ways in which one loaded pipeline turns a request into a picture."""
 
-    def __init__(self, words: PipelineProfile) -> None:
+    def __init__(self, words: PipelineProfile, nets: Mapping[str, Any] = NO_CONTROLNETS) -> None:
+        """`nets` are the ControlNets by route, in the order in which a request's pictures are for them."""
         self._words = words
         """The pipeline as it was loaded: for requests without pictures."""
-        self._made: dict[type, PipelineProfile] = {}
+        self.controlnets = nets
+        self._made: dict[tuple[type, int], PipelineProfile] = {}
+        """By class and number of ControlNets."""
         self._from_picture: type | None = None
         self._repaint: type | None = None
         self.max_pictures = 0
@@ -47,14 +54,24 @@ class Editing:
         require_pictures(
             spec, "this model", max_pictures=self.max_pictures, masks=self.masks, strength=self.strength
         )
+        require_controls(
+            len(spec.control_images), spec.controlnet_weights, "this model", tuple(self.controlnets),
+            edits=bool(spec.images),
+        )  # fmt: skip
+        if spec.control_images:
+            return self._over_the_same(controlnets.pipeline_class(self._words.pipe), len(spec.control_images))
         cls = self._repaint if spec.mask is not None else self._from_picture
-        if not spec.images or cls is None:
-            return self._words
-        if cls not in self._made:
-            pipe = _over_the_same(cls, self._words.pipe)
-            words = self._words
-            self._made[cls] = PipelineProfile(pipe, words.family, words.manifest, words.settings)
-        return self._made[cls]
+        return self._words if not spec.images or cls is None else self._over_the_same(cls)
+
+    def _over_the_same(self, cls: Any, num_nets: int = 0) -> PipelineProfile:
+        """The pipeline of this class, with the first `num_nets` of the ControlNets."""
+        if (cls, num_nets) not in self._made:
+            words, nets = self._words, list(self.controlnets.values())[:num_nets]
+            beside = {"controlnet": controlnets.together(words.pipe, nets)} if nets else {}
+            pipe = _over_the_same(cls, words.pipe, beside)
+            made = PipelineProfile(pipe, words.family, words.manifest, words.settings)
+            self._made[cls, num_nets] = made
+        return self._made[cls, num_nets]
 
     def filled(self, spec: ImageSpec) -> tuple[ImageSpec, list[str]]:
         """The spec with the strength that it runs at, and a warning where it names one without effect."""
@@ -82,13 +99,13 @@ def _sister(pipe: Any, word: str, argument: str) -> type | None:
     return found
 
 
-def _over_the_same(cls: Any, pipe: Any) -> Any:
-    """A pipeline of this class over the very components of `pipe`.
+def _over_the_same(cls: Any, pipe: Any, beside: Mapping[str, Any]) -> Any:
+    """A pipeline of this class over the very components of `pipe`, and those `beside` it.
 
     (diffusers' own `from_pipe` would also cast them.)
     """
     needed, options = cls._get_signature_keys(cls)
-    parts = {name: part for name, part in pipe.components.items() if name in needed}
+    parts = {name: part for name, part in pipe.components.items() if name in needed} | dict(beside)
     config = {name: pipe.config[name] for name in options if name in pipe.config}
     absent = {name: None for name in needed if name not in parts and name in cls._optional_components}
     return cls(**absent, **parts, **config)

@@ -26,7 +26,7 @@ from mezzotint.engine.calibration import (
     warm_up,
 )
 from mezzotint.engine.description import model_info
-from mezzotint.engine.editing import Editing
+from mezzotint.engine.editing import NO_CONTROLNETS, Editing
 from mezzotint.engine.lora.bank import AdapterBank, BankStats
 from mezzotint.engine.manifest import EMPTY, Manifest
 from mezzotint.engine.models.loading import DEFAULTS, Loaded, load
@@ -68,17 +68,18 @@ class Engine:
         adapter_bytes: int = 512 * 1024 * 1024,
         manifest: Manifest = EMPTY,
         settings: EngineSettings = DEFAULTS,
+        controlnets: Mapping[str, Any] = NO_CONTROLNETS,
     ) -> None:
         """Takes a loaded pipeline as it is; `rows` are those of every merged forward in `exact` mode.
 
         `manifest` is what the model's folder says of it; `load` reads it. Of `settings` only the size, steps,
-        guidance and arguments of a request that names none are read.
+        guidance and arguments of a request that names none are read. `controlnets` are by route, in their order.
         `max_merge_pixels`: in `exact` mode larger pictures are never merged; None is no limit. It is part
         of what the bytes depend on, as `rows` is.
         """
         self.pipe = pipe
         self.profile = PipelineProfile(pipe, manifest=manifest, settings=settings)
-        self.editing = Editing(self.profile)
+        self.editing = Editing(self.profile, controlnets)
         self.max_rows = max_rows
         self.max_jobs = max_jobs
         self.max_wait_s = max_wait_s
@@ -100,7 +101,7 @@ class Engine:
         self._preview = LatentPreview(packed=hasattr(pipe, "_pack_latents"))
         self.findings: dict[str, Finding] = {}  # filled by `find_rules`
         self.attention = AttentionState(pipe.components)
-        self.taps = tap_all(pipe, self.profile.denoiser_name, by_rule=self.profile.family.merges)
+        self.taps = tap_all(pipe, self.profile.denoiser_name, controlnets, merges=self.profile.family.merges)
         self._queue: deque[Job] = deque()
         self._active: dict[str, Job] = {}
         self._events: list[Event] = []
@@ -133,6 +134,7 @@ class Engine:
             adapter_bytes=settings.adapter_bytes,
             manifest=loaded.manifest,
             settings=settings,
+            controlnets=loaded.controlnets,
         )
         engine.loaded = loaded
         try_out(engine, settings, rows)

@@ -15,7 +15,8 @@ from mezzotint.engine.steps.batching import Call
 from mezzotint.engine.steps.pipeline_run import PipelineRun
 from mezzotint.engine.steps.runner import is_out_of_memory
 from mezzotint.engine.steps.shared_state import AttentionState
-from mezzotint.spec import EngineSettings, ImageSpec
+from mezzotint.errors import ModelLoadError
+from mezzotint.spec import EngineSettings, ImageSpec, InputPicture
 
 if TYPE_CHECKING:
     from mezzotint.engine.engine import Engine
@@ -105,4 +106,23 @@ def try_out(engine: Engine, settings: EngineSettings, rows: int | None) -> None:
         _log.warning("the model's first picture failed; it is served unmerged", exc_info=error)
         engine.give_up_merging(f"the first picture failed: {type(error).__name__}: {error}")
         return
+    with torch.inference_mode():
+        _try_controlnets(engine)
     engine.warm_up()
+
+
+def _try_controlnets(engine: Engine) -> None:
+    """Runs one step with the first ControlNet, with two and so on; ModelLoadError if that fails."""
+    grey = InputPicture(8, 8, bytes([128]) * 192)
+    for index, route in enumerate(engine.editing.controlnets):
+        spec = replace(trial_request(engine.profile), control_images=(grey,) * (index + 1))
+        try:
+            call = first_call(engine.editing.profile(spec), engine.attention, spec).call
+            assert call is not None, "a pipeline with a ControlNet has a denoiser"
+            call.alone()
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            raise ModelLoadError(
+                f"ControlNet {route} does not fit this model: {reason}; use one that was made for it",
+                code="unsupported_class",
+            ) from error

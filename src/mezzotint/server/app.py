@@ -108,6 +108,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
         max_bytes=settings.max_body_bytes,
         max_image_bytes=max(settings.max_body_bytes, settings.max_image_body_bytes),
         timeout_s=settings.body_timeout_s,
+        has_controls=lambda: any(endpoint.spec.controlnets for endpoint in context.registry),
     )
     if not settings.auth:
         app.add_middleware(HostAndOriginGuard, settings=settings)

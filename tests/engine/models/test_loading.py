@@ -175,7 +175,7 @@ def test_a_download_that_was_cut_goes_on_where_it_stopped(
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     hub.cut_once = "transformer/diffusion_pytorch_model.safetensors"
     path = loading.pull(REPOSITORY)
-    assert checks.check_folder(path).pipeline_class == "FluxPipeline"
+    assert checks.check_folder(path).class_name == "FluxPipeline"
     ranges = [
         given
         for _, asked, given in hub.requests

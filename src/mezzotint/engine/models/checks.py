@@ -40,7 +40,8 @@ _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, 
 class ModelFiles:
     """What will be read of a checked model."""
 
-    pipeline_class: str
+    class_name: str
+    """Of the pipeline, or of a part that stands alone."""
     variant: str | None
     weights: dict[str, list[Path]]
     """Safetensors files by component."""
@@ -72,6 +73,24 @@ def check_folder(folder: Path, *, source: str = "", allow_remote_code: bool = Fa
         if found := _weights(place, variant):
             weights[component] = found
     return ModelFiles(name, variant, weights)
+
+
+def check_part(folder: Path) -> ModelFiles:
+    """Whether `folder` is one whole part of a pipeline, such as a ControlNet, with safetensors weights."""
+    config = folder / sources.PART
+    if not config.is_file():
+        raise ModelLoadError(
+            f"{folder} has no {sources.PART}; give a folder as `save_pretrained` of diffusers writes it",
+            code="missing_file",
+        )
+    try:
+        name = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ModelLoadError(
+            f"{config} names no class: {error}; fetch it again", code="corrupt_file"
+        ) from error
+    variant = sources.choose_variant(path.name for path in folder.iterdir())
+    return ModelFiles(str(name), variant, {folder.name: _weights(folder, variant)})
 
 
 def check_class(name: str) -> Any:
@@ -106,14 +125,20 @@ def check_text_to_image(pipeline: Any) -> None:
 
 
 def check_memory(
-    files: ModelFiles, dtype: torch.dtype, free: int, total: int, *, offload: bool = False
+    files: ModelFiles,
+    dtype: torch.dtype,
+    free: int,
+    total: int,
+    *,
+    offload: bool = False,
+    what: str = "the model",
 ) -> int:
-    """Estimated bytes of the loaded model; ModelLoadError if they are more than `free`."""
+    """Estimated bytes of `what` once loaded; ModelLoadError if they are more than `free`."""
     sizes = [sum(loaded_bytes(path, dtype) for path in paths) for paths in files.weights.values()]
     needed = int((max(sizes, default=0) if offload else sum(sizes)) * OVERHEAD)
     if needed > free:
         raise ModelLoadError(
-            f"the model needs about {_gigabytes(needed)} in {str(dtype).removeprefix('torch.')} and "
+            f"{what} needs about {_gigabytes(needed)} in {str(dtype).removeprefix('torch.')} and "
             f"{_gigabytes(free)} of {_gigabytes(total)} are free; choose a smaller dtype, turn on offload, "
             "stop what else uses the memory, or host it on a larger machine",
             code="not_enough_memory",

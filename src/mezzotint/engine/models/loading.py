@@ -12,9 +12,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from diffusers.loaders import single_file_utils
 from safetensors import SafetensorError
 
 from mezzotint.engine import manifest
-from mezzotint.engine.models import checks, hardware, remote_code, sources
+from mezzotint.engine.models import checks, controlnets, hardware, remote_code, sources
 from mezzotint.engine.models.schedulers import set_scheduler
 from mezzotint.engine.models.watch import LoadWatch
 from mezzotint.errors import ModelLoadError
@@ -59,6 +59,8 @@ class Loaded:
     num_parameters: int
     load_s: float
     manifest: manifest.Manifest = manifest.EMPTY
+    controlnets: Mapping[str, Any] = field(default_factory=dict)
+    """By route, in the endpoint's order."""
 
 
 def load(
@@ -99,6 +101,12 @@ def load(
         set_scheduler(pipe, settings.scheduler, settings.scheduler_settings)
         _move(pipe, device, offload=settings.offload)
         tune(pipe, settings.performance)
+    beside = controlnets.read(
+        pipe, settings.controlnets, chosen, device, offload=settings.offload, progress=progress
+    )
+    if settings.performance != "reference":
+        for each in beside.values():
+            _align(each)
     return Loaded(
         pipe=pipe,
         dtype=next(name for name, value in hardware.DTYPES.items() if value == chosen),
@@ -106,10 +114,13 @@ def load(
         num_threads=threads,
         performance=settings.performance,
         num_parameters=sum(
-            parameter.numel() for module in _modules(pipe) for parameter in module.parameters()
+            parameter.numel()
+            for module in (*_modules(pipe), *beside.values())
+            for parameter in module.parameters()
         ),
         load_s=time.perf_counter() - start,
         manifest=said,
+        controlnets=beside,
     )
 
 
@@ -140,8 +151,7 @@ def tune(pipe: Any, performance: Performance) -> None:
         for parameter in module.parameters():
             if parameter.ndim == 4 and name in DECODERS:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-            if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
-                parameter.data = parameter.data.clone()
+        _align(module)
     denoiser = getattr(pipe, family(type(pipe).__name__).denoiser, None)
     if denoiser is None:
         return
@@ -149,6 +159,12 @@ def tune(pipe: Any, performance: Performance) -> None:
         denoiser.forward = torch.compile(denoiser.forward, dynamic=True)
     else:
         _pack(denoiser)
+
+
+def _align(module: torch.nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def _pack(denoiser: torch.nn.Module) -> None:

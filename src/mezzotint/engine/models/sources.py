@@ -26,6 +26,8 @@ OnProgress = Callable[[str, float | None], None]
 """Called with the stage of a Loading message and the fraction done, where known."""
 
 INDEX = hub.PIPELINE_INDEX
+PART = "config.json"
+"""The file that makes a folder a part of a pipeline."""
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model)(\.(?P<variant>\w+))?(-\d{5}-of-\d{5})?\.safetensors"
     r"|(diffusion_pytorch_model|model)\.safetensors\.index(\.(?P<index_variant>\w+))?\.json"
@@ -90,6 +92,30 @@ def fetch(
     files = choose_files(sizes, index, code=code, weights=weights)
     bar = _bar(progress, sum(sizes.get(file, 0) for file in files if not (folder / file).is_file()))
     return _snapshot(repository, folder.name, files, bar)
+
+
+def locate_part(source: str, *, progress: OnProgress = ignore_progress) -> Path:
+    """The folder of one part of a pipeline: one that is here, or a repository `owner/name[@revision]`."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    found = hub.parse_reference(source)
+    if found is None or found.file or path.exists():
+        raise ModelLoadError(
+            f"{echo(source)} was not found: it is no folder here and no repository id (owner/name)",
+            code="model_not_found",
+        )
+    progress(DOWNLOADING, None)
+    folder = _snapshot(found.repository, found.revision, [PART])
+    sizes = {file: size for file, size in _files(found.repository, folder).items() if "/" not in file}
+    wanted = choose_variant(sizes)
+    files = [PART]
+    for file in sizes:
+        match = WEIGHTS.fullmatch(file)
+        if match is not None and (match["variant"] or match["index_variant"]) in (wanted, None):
+            files.append(file)
+    bar = _bar(progress, sum(sizes[file] for file in files if not (folder / file).is_file()))
+    return _snapshot(found.repository, folder.name, files, bar)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ A Call is one parked forward with its arguments by name. A Rule says for one mod
 - "row": a tensor [rows, ...], or with the rows in the dimension that the Rule names;
 - "scalar": one value for all rows of a call, as a 0-d or one-element tensor (expanded to rows), or a "row";
 - "shared": a tensor without rows, or of which only row 0 is read; it must be equal, one copy is passed;
-- "list": a Python list with one entry per row.
+- "list": a Python list with one entry per row;
+- "rows": a Python list or tuple of "row" tensors, such as the residuals of a ControlNet.
 
 "outer.inner" names an entry of a dict, list or tuple. Every other argument must be equal and hold no tensor.
 Calls merge only if they agree in everything but the number of rows; a call that its Rule does not fully
@@ -25,7 +26,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mezzotint.engine.lora.bank import Lease
 
-Kind = Literal["row", "scalar", "shared", "list"]
+Kind = Literal["row", "scalar", "shared", "list", "rows"]
+Lists = Literal["list", "rows"]
+"""What a list in a result is: one entry per row, or tensors that each have rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,13 @@ class Rule:
     """For a list of tensors: the model pads each to a multiple of this; lengths that pad alike are equal."""
     dimensions: Mapping[str, int] = field(default_factory=dict)
     """Where the row is not dimension 0 of a tensor: which it is."""
+    results: Lists = "list"
+
+    def kind(self, name: str) -> Kind | None:
+        """The kind of an argument; an entry of "rows" is a "row"."""
+        found = self.arguments.get(name)
+        in_rows = found is None and self.arguments.get(name.rpartition(".")[0]) == "rows"
+        return "row" if in_rows else found
 
 
 class NotMergeable(Exception):
@@ -133,28 +143,29 @@ def merge(parts: Sequence[Part], num_rows: int) -> dict[str, Any]:
     }
 
 
-def split(result: Any, sizes: Sequence[int]) -> list[Any]:
+def split(result: Any, sizes: Sequence[int], lists: Lists = "list") -> list[Any]:
     """The rows of a forward's result, cut into pieces of `sizes` rows; what is left over is padding.
 
     Pieces are copies: none keeps the whole batch in memory, and none has another alignment than when alone.
     """
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [_slice(result, start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    return [_slice(result, start, start + size, lists) for start, size in zip(starts, sizes, strict=True)]
 
 
-def join(pieces: Sequence[Any]) -> Any:
+def join(pieces: Sequence[Any], lists: Lists = "list") -> Any:
     """The result of a call that ran in several forwards, from their pieces in order."""
     if len(pieces) == 1:
         return pieces[0]
     first = pieces[0]
     if isinstance(first, Tensor):
         return torch.cat(list(pieces))
-    if isinstance(first, list):
+    if isinstance(first, list) and lists == "list":
         return [entry for piece in pieces for entry in piece]
-    if isinstance(first, tuple):
-        return tuple(join(column) for column in zip(*pieces, strict=True))
+    if isinstance(first, (list, tuple)):
+        columns = [join(column, lists) for column in zip(*pieces, strict=True)]
+        return columns if isinstance(first, list) else tuple(columns)
     if isinstance(first, dict):  # a diffusers BaseOutput is one
-        return type(first)(**{name: join([piece[name] for piece in pieces]) for name in first})
+        return type(first)(**{name: join([piece[name] for piece in pieces], lists) for name in first})
     return first
 
 
@@ -177,7 +188,7 @@ def rebuilt(value: Any, change: Callable[[str, Any], Any]) -> Any:
 def leaves(arguments: Mapping[str, Any], rule: Rule) -> Iterator[tuple[str, Any]]:
     """Every (dotted name, value) of possibly nested arguments; a list of rows is one."""
     for name, value in arguments.items():
-        inner = None if rule.arguments.get(name) == "list" else entries(value)
+        inner = None if rule.kind(name) == "list" else entries(value)
         if inner is None:
             yield name, value
         else:
@@ -186,7 +197,7 @@ def leaves(arguments: Mapping[str, Any], rule: Rule) -> Iterator[tuple[str, Any]
 
 def _num_rows(arguments: Mapping[str, Any], rule: Rule) -> int:
     for name, value in leaves(arguments, rule):
-        kind = rule.arguments.get(name)
+        kind = rule.kind(name)
         if kind == "list" and isinstance(value, list):
             return len(value)
         if kind == "row" and isinstance(value, Tensor):
@@ -196,7 +207,7 @@ def _num_rows(arguments: Mapping[str, Any], rule: Rule) -> int:
 
 def _key(name: str, value: Any, rule: Rule, rows: int) -> Hashable:
     """What must be equal for this argument to merge."""
-    kind = rule.arguments.get(name)
+    kind = rule.kind(name)
     if isinstance(value, Tensor):
         return _tensor_key(name, value, kind, rule.dimensions.get(name, 0), rows)
     if kind == "list" and isinstance(value, list):
@@ -252,7 +263,7 @@ _CONTENTS: MutableMapping[Tensor, bytes] = WeakIdKeyDictionary()
 
 
 def _merge(name: str, values: list[Any], parts: Sequence[Part], rule: Rule, num_rows: int) -> Any:
-    first, kind = values[0], rule.arguments.get(name)
+    first, kind = values[0], rule.kind(name)
     if kind == "list" and isinstance(first, list):
         rows = [
             entry
@@ -282,17 +293,18 @@ def _rows(value: Tensor, part: Part, kind: Kind | None, dimension: int) -> Tenso
     return value.narrow(dimension, part.start, part.stop - part.start)
 
 
-def _slice(result: Any, start: int, stop: int) -> Any:
+def _slice(result: Any, start: int, stop: int, lists: Lists) -> Any:
     if isinstance(result, Tensor):
         if result.ndim == 0 or len(result) < stop:
             raise NotMergeable(f"the result has no row {stop - 1}: its shape is {tuple(result.shape)}")
         return result[start:stop].clone()
-    if isinstance(result, list):
+    if isinstance(result, list) and lists == "list":
         return [entry.clone() if isinstance(entry, Tensor) else entry for entry in result[start:stop]]
-    if isinstance(result, tuple):
-        return tuple(_slice(entry, start, stop) for entry in result)
+    if isinstance(result, (list, tuple)):
+        pieces = [_slice(entry, start, stop, lists) for entry in result]
+        return pieces if isinstance(result, list) else tuple(pieces)
     if isinstance(result, dict):
-        return type(result)(**{name: _slice(entry, start, stop) for name, entry in result.items()})
+        return type(result)(**{name: _slice(entry, start, stop, lists) for name, entry in result.items()})
     if result is None:
         return None
     raise NotMergeable(f"the result holds a {type(result).__name__}")

@@ -42,7 +42,7 @@ def exact_row_counts(call: Call, num_rows: int, adapted: AdapterContext = _no_ad
     def rows_of(order: Sequence[int]) -> list[Any]:
         chosen = map_rows(arguments, rule, lambda rows: [rows[index] for index in order])
         with adapted(order):
-            return split(call.run(**chosen), [1] * len(order))
+            return split(call.run(**chosen), [1] * len(order), rule.results)
 
     everyone = list(range(num_rows))
     wanted = rows_of(everyone)
@@ -60,7 +60,7 @@ def map_rows(arguments: Mapping[str, Any], rule: Rule, change: Callable[[list[An
     """The arguments with `change` applied to the list of rows of every argument that has rows."""
 
     def changed(name: str, value: Any) -> Any:
-        kind: Kind | None = rule.arguments.get(name)
+        kind: Kind | None = rule.kind(name)
         if kind in ("row", "scalar") and isinstance(value, Tensor):
             dimension = rule.dimensions.get(name, 0)
             return torch.stack(change(list(value.unbind(dimension))), dimension).contiguous()

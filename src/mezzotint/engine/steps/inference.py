@@ -216,19 +216,19 @@ def prove(laboratory: Laboratory, trial: Trial, name: str) -> None:
 
 def _check_merged(calls: list[Call], alone: list[Any]) -> None:
     rows = sum(call.rows for call in calls)
+    rule = calls[0].rule
+    assert rule is not None, "a call with a key has a Rule"
     for order, padding in ((1, 1), (-1, 0)):
         turned, wanted = calls[::order], alone[::order]
         result = _forward(turned, rows + padding)
-        pieces = split(result, [call.rows for call in turned])
+        pieces = split(result, [call.rows for call in turned], rule.results)
         if not all(agrees(one, other) for one, other in zip(wanted, pieces, strict=True)):
             raise NotMergeable("merged calls give other results than calls alone")
-    rule = calls[0].rule
-    assert rule is not None, "a call with a key has a Rule"
     arguments = merge([Part(call, 0, call.rows) for call in calls], rows)
     turned_by_one = map_rows(arguments, rule, lambda each: each[1:] + each[:1])
-    pieces = split(calls[0].run(**turned_by_one), [1] * rows)
-    back = join(pieces[-1:] + pieces[:-1])
-    if not agrees(join(alone), back):
+    pieces = split(calls[0].run(**turned_by_one), [1] * rows, rule.results)
+    back = join(pieces[-1:] + pieces[:-1], rule.results)
+    if not agrees(join(alone, rule.results), back):
         raise NotMergeable("a row's result depends on its place among the rows")
 
 

@@ -20,7 +20,22 @@ RULES: Mapping[str, Rule] = {
             "guidance": "row",
             "img_ids": "shared",
             "txt_ids": "shared",
+            "controlnet_block_samples": "rows",
+            "controlnet_single_block_samples": "rows",
         }
+    ),
+    "FluxControlNetModel": Rule(
+        {
+            "hidden_states": "row",
+            "controlnet_cond": "row",
+            "encoder_hidden_states": "row",
+            "pooled_projections": "row",
+            "timestep": "row",
+            "guidance": "row",
+            "img_ids": "shared",
+            "txt_ids": "shared",
+        },
+        results="rows",
     ),
     "Flux2Transformer2DModel": Rule(  # the ids have a batch dimension, but only row 0 is read
         {
@@ -40,7 +55,21 @@ RULES: Mapping[str, Rule] = {
             "timestep_cond": "row",
             "added_cond_kwargs.text_embeds": "row",
             "added_cond_kwargs.time_ids": "row",
+            "down_block_additional_residuals": "rows",
+            "mid_block_additional_residual": "row",
         }
+    ),
+    "ControlNetModel": Rule(  # of Stable Diffusion 1.x and XL
+        {
+            "sample": "row",
+            "timestep": "scalar",
+            "encoder_hidden_states": "row",
+            "controlnet_cond": "row",
+            "timestep_cond": "row",
+            "added_cond_kwargs.text_embeds": "row",
+            "added_cond_kwargs.time_ids": "row",
+        },
+        results="rows",
     ),
     "SD3Transformer2DModel": Rule(
         {
@@ -48,7 +77,18 @@ RULES: Mapping[str, Rule] = {
             "encoder_hidden_states": "row",
             "pooled_projections": "row",
             "timestep": "row",
+            "block_controlnet_hidden_states": "rows",
         }
+    ),
+    "SD3ControlNetModel": Rule(
+        {
+            "hidden_states": "row",
+            "controlnet_cond": "row",
+            "encoder_hidden_states": "row",
+            "pooled_projections": "row",
+            "timestep": "row",
+        },
+        results="rows",
     ),
     "PixArtTransformer2DModel": Rule(
         {
@@ -77,7 +117,19 @@ RULES: Mapping[str, Rule] = {
             "timestep": "row",
             "guidance": "row",
             "img_shapes": "list",
+            "controlnet_block_samples": "rows",
         }
+    ),
+    "QwenImageControlNetModel": Rule(
+        {
+            "hidden_states": "row",
+            "controlnet_cond": "row",
+            "encoder_hidden_states": "row",
+            "encoder_hidden_states_mask": "row",
+            "timestep": "row",
+            "img_shapes": "list",
+        },
+        results="rows",
     ),
     "ZImageTransformer2DModel": Rule(
         {"x": "list", "t": "row", "cap_feats": "list"},
@@ -86,16 +138,20 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def tap_all(pipe: Any, denoiser_name: str, *, by_rule: bool) -> list[Tap]:
+def tap_all(pipe: Any, denoiser_name: str, controlnets: Mapping[str, Any], *, merges: bool) -> list[Tap]:
     """Taps on everything that computes: VAEs by `encode` and `decode`, all else by `forward`.
 
-    `by_rule`: the denoiser merges by the Rule of its class.
+    With `merges` the denoiser and the ControlNets (by route) have the Rule of their class.
     """
-    taps = []
+    rules = RULES if merges else {}
+    taps = [
+        Tap(f"controlnet {route}", each, "forward", rules.get(type(each).__name__))
+        for route, each in controlnets.items()
+    ]
     for name, component in pipe.components.items():
         if not isinstance(component, torch.nn.Module):
             continue
-        rule = RULES.get(type(component).__name__) if by_rule and name == denoiser_name else None
+        rule = rules.get(type(component).__name__) if name == denoiser_name else None
         found = [each for each in ("encode", "decode") if hasattr(component, each)] or ["forward"]
         found += ["generate"] * hasattr(component, "generate")
         taps += [Tap(name, component, each, rule) for each in found]

@@ -105,14 +105,18 @@ class Runner:
 
     def _together(self, calls: Sequence[Call], allowed: Sequence[int], forwards: list[Forward]) -> list[Any]:
         """Results of calls in shared forwards of `allowed` row counts; () allows whatever there is."""
+        if not calls:
+            return []
+        rule = calls[0].rule
+        assert rule is not None, "only calls with a Rule merge"
         pieces: dict[int, list[Any]] = {id(call): [] for call in calls}
-        for parts in partition(calls, self.num_rows) if calls else ():
+        for parts in partition(calls, self.num_rows):
             sizes = [part.stop - part.start for part in parts]
             rows = next((count for count in allowed if count >= sum(sizes)), sum(sizes))
             result = self._merged(parts, sizes, rows, forwards)
-            for part, piece in zip(parts, split(result, sizes), strict=True):
+            for part, piece in zip(parts, split(result, sizes, rule.results), strict=True):
                 pieces[id(part.call)].append(piece)
-        return [join(pieces[id(call)]) for call in calls]
+        return [join(pieces[id(call)], rule.results) for call in calls]
 
     def _exact_row_counts(self, call: Call) -> tuple[int, ...]:
         """Row counts that forwards of such calls may have; () for unmerged.

@@ -7,10 +7,11 @@ import base64
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import structlog
-from fastapi import APIRouter, FastAPI, Header, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from fastapi.responses import Response
 from pydantic import MISSING
 
@@ -33,98 +34,105 @@ from mezzotint.server.api import answers, sse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.submissions import (
     CurrentHead,
+    Preference,
     RequestHead,
     body_fingerprint,
     parse_prefer,
     picture_digests,
+    spec_of,
     with_pictures,
 )
 from mezzotint.server.store.keys import Key
-from mezzotint.server.work.resolve import resolve
+from mezzotint.server.work.resolve import Target, resolve
 from mezzotint.server.work.tickets import Answer, Finish, Picture, Ticket
 from mezzotint.spec import ImageSpec
 
 QUEUED_EVERY_S = 1.0
 """How often a watcher of a waiting request is told its position."""
 
+_MANY_BYTES = 2**18
+"""A longer body is read in a thread."""
+
 router = APIRouter()
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What both routes for pictures read of a request besides its body."""
+
+    request: Request
+    context: Context
+    key: Key
+    head: RequestHead
+    preference: Preference
+
+
+async def _asked(
+    request: Request,
+    context: CurrentContext,
+    key: CurrentKey,
+    head: CurrentHead,
+    prefer: Annotated[str | None, Header(description="`respond-async` answers 202 at once.")] = None,
+    x_friendli_team: Annotated[str | None, Header(description="Accepted, logged and not used.")] = None,
+) -> _Asked:
+    if x_friendli_team:
+        structlog.contextvars.bind_contextvars(team=x_friendli_team[:64])  # on this request's log lines
+    return _Asked(request, context, key, head, parse_prefer(prefer))
+
+
+_CurrentAsked = Annotated[_Asked, Depends(_asked)]
+_ROUTE: dict[str, Any] = {
+    "tags": ["Images"],
+    "response_model": ImageGenerationAnswer,
+    "responses": {
+        202: {"model": RequestState, "description": "Accepted; asked for with `Prefer: respond-async`."},
+        **answers.ERRORS,
+    },
+}
 
 
 @router.post(
     "/dedicated/v1/images/generations",
     summary="Generate images",
-    tags=["Images"],
-    response_model=ImageGenerationAnswer,
-    responses={
-        202: {"model": RequestState, "description": "Accepted; asked for with `Prefer: respond-async`."},
-        **answers.ERRORS,
-    },
     openapi_extra=answers.json_body(DedicatedImageGenerationBody),
+    **_ROUTE,
 )
-async def generate(
-    request: Request,
-    context: CurrentContext,
-    key: CurrentKey,
-    head: CurrentHead,
-    prefer: Annotated[str | None, Header(description="`respond-async` answers 202 at once.")] = None,
-    x_friendli_team: Annotated[str | None, Header(description="Accepted, logged and not used.")] = None,
-) -> Response:
+async def generate(asked: _CurrentAsked) -> Response:
     """Makes images from words: one request, one endpoint, `n` images."""
-    if x_friendli_team:
-        structlog.contextvars.bind_contextvars(team=x_friendli_team[:64])  # on this request's log lines
-    body = parse_body(await request.body())
-    return await _answer(request, context, key, head, body, body.spec, prefer)
+    raw = await asked.request.body()
+    body = parse_body(raw) if len(raw) < _MANY_BYTES else await asyncio.to_thread(parse_body, raw)
+    target = resolve(asked.context.registry, asked.key, body.model)
+    return await _answer(asked, target, body, await spec_of(body, target))
 
 
 @router.post(
     "/dedicated/v1/images/edits",
     summary="Edit images",
-    tags=["Images"],
-    response_model=ImageGenerationAnswer,
-    responses={
-        202: {"model": RequestState, "description": "Accepted; asked for with `Prefer: respond-async`."},
-        **answers.ERRORS,
-    },
     openapi_extra=answers.json_body(DedicatedImageEditBody),
+    **_ROUTE,
 )
-async def edit(
-    request: Request,
-    context: CurrentContext,
-    key: CurrentKey,
-    head: CurrentHead,
-    prefer: Annotated[str | None, Header(description="`respond-async` answers 202 at once.")] = None,
-    x_friendli_team: Annotated[str | None, Header(description="Accepted, logged and not used.")] = None,
-) -> Response:
+async def edit(asked: _CurrentAsked) -> Response:
     """Makes images from pictures and words; a mask says which part is repainted."""
-    if x_friendli_team:
-        structlog.contextvars.bind_contextvars(team=x_friendli_team[:64])
-    raw = await request.body()
-    body = await asyncio.to_thread(parse_edit_body, raw)
-    resolve(context.registry, key, body.model)  # before the work of decoding
+    body = await asyncio.to_thread(parse_edit_body, await asked.request.body())
+    target = resolve(asked.context.registry, asked.key, body.model)
+    spec = await spec_of(body, target, edits=True)
     mask = body.mask if isinstance(body.mask, str) else None
-    spec = await asyncio.to_thread(with_pictures, body.spec, body.image, mask)
-    return await _answer(request, context, key, head, body, spec, prefer)
+    return await _answer(asked, target, body, await asyncio.to_thread(with_pictures, spec, body.image, mask))
 
 
 async def _answer(
-    request: Request,
-    context: Context,
-    key: Key,
-    head: RequestHead,
-    body: DedicatedImageGenerationBody,
-    spec: ImageSpec,
-    prefer: str | None,
+    asked: _Asked, target: Target, body: DedicatedImageGenerationBody, spec: ImageSpec
 ) -> Response:
-    preference = parse_prefer(prefer)
+    admission, preference = asked.context.admission, asked.preference
     kind = "dedicated edit" if spec.images else "dedicated"
-    fields = body.model_dump(mode="json", exclude={"image", "mask"}) | picture_digests(spec)
-    ticket = await context.admission.submit(
-        head.submission(
-            resolve(context.registry, key, body.model),
-            key,
+    texts = body.model_dump(mode="json", exclude={"image", "mask", "control_images"})
+    ticket = await admission.submit(
+        asked.head.submission(
+            target,
+            asked.key,
             spec,
-            _finish(context, body, context.base_url(request)),
-            body_fingerprint(kind, fields),
+            _finish(asked.context, body, asked.context.base_url(asked.request)),
+            body_fingerprint(kind, texts | picture_digests(spec)),
             num_images=body.num_images,
             num_previews=preference.num_previews,
             hold=preference.respond_async,
@@ -132,7 +140,7 @@ async def _answer(
     )
     if preference.respond_async:
         return Response(_state_json(ticket), 202, media_type="application/json")
-    return answers.AnswerResponse(ticket, context.admission.attached(ticket))
+    return answers.AnswerResponse(ticket, admission.attached(ticket))
 
 
 def _finish(context: Context, body: DedicatedImageGenerationBody, base_url: str) -> Finish:

@@ -47,6 +47,8 @@ IMAGE_PATHS = (
     *FORM_PATHS, "/dedicated/v1/images/edits", "/sdapi/v1/img2img", "/sdapi/v1/png-info",
 )  # fmt: skip
 """Where a body holds pictures, and so may be larger."""
+CONTROL_PATHS = ("/dedicated/v1/images/generations", "/v1/images/generations")
+"""Where it may, if an endpoint has ControlNets."""
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 
 log = structlog.get_logger(__name__)
@@ -187,11 +189,19 @@ class HostAndOriginGuard:
 class BodyReader:
     """Reads the whole body before the routes see the request, and checks its size, time and type."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_image_bytes: int, timeout_s: float) -> None:
-        """`max_image_bytes` holds where a body has pictures in it."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        max_image_bytes: int,
+        timeout_s: float,
+        has_controls: Callable[[], bool],
+    ) -> None:
+        """`max_image_bytes` holds where a body may have pictures in it."""
         self._app = app
         self._max_bytes = max_bytes
         self._max_image_bytes = max_image_bytes
+        self._has_controls = has_controls
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -204,7 +214,7 @@ class BodyReader:
         headers, path = Headers(scope=scope), scope["path"]
         if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
             _require_type(headers.get("content-type"), (JSON_TYPE, FORM_TYPE)[: 1 + (path in FORM_PATHS)])
-        pictures = path in IMAGE_PATHS
+        pictures = path in IMAGE_PATHS or (path in CONTROL_PATHS and self._has_controls())
         limit = self._max_image_bytes if pictures else self._max_bytes
         too_large = _too_large(limit, "max_image_body_bytes" if pictures else "max_body_bytes")
         body = await self._read(headers, receive, limit, too_large)

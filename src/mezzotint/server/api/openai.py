@@ -35,7 +35,7 @@ from mezzotint.server.api import answers, sse
 from mezzotint.server.api.answers import AnswerResponse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.foreign import meet_half_way
-from mezzotint.server.api.submissions import CurrentHead, RequestHead, body_fingerprint
+from mezzotint.server.api.submissions import CurrentHead, RequestHead, body_fingerprint, spec_of
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.resolve import Target, resolve, resolve_short, usable_endpoints
@@ -147,7 +147,8 @@ async def generate(request: Request, context: CurrentContext, key: CurrentKey, h
     target = resolve_short(context.registry, key, values.get("model"))
     asked = parse_request(values, target, context.settings.foreign_values)
     fingerprint = body_fingerprint("openai", values)
-    return await answer(request, context, key, head, target, asked, asked.body.spec, fingerprint)
+    spec = await spec_of(asked.body, target)
+    return await answer(request, context, key, head, target, asked, spec, fingerprint)
 
 
 async def answer(
@@ -432,6 +433,7 @@ def _abilities(endpoint: Endpoint) -> dict[str, Any]:
         "size_multiple": info.size_multiple if info else None,
         "max_pixels": spec.max_pixels or (4 * info.width * info.height if info else None),
         "sizes": info.sizes if info else None,
+        "controlnets": endpoint.profile.controlnets,
         "examples": info.examples if info else None,
     }
 

@@ -27,6 +27,7 @@ from mezzotint.server.api.submissions import (
     body_fingerprint,
     checked_strength,
     picture_digests,
+    spec_of,
     with_pictures,
 )
 from mezzotint.server.work.resolve import resolve_short
@@ -83,7 +84,8 @@ async def edit(request: Request, context: CurrentContext, key: CurrentKey, head:
     target = resolve_short(context.registry, key, values.get("model"))
     images, mask, strength = _take_pictures(values)
     asked = openai.parse_request(values, target, context.settings.foreign_values)
-    spec = await run_in_threadpool(with_pictures, asked.body.spec, images, mask, alpha=True)
+    words = await spec_of(asked.body, target, edits=True)
+    spec = await run_in_threadpool(with_pictures, words, images, mask, alpha=True)
     spec = replace(spec, strength=strength)
     fingerprint = body_fingerprint("openai edit", values | {"strength": strength} | picture_digests(spec))
     return await openai.answer(

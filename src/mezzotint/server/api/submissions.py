@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -14,7 +15,7 @@ from fastapi import Depends, Header, Request
 
 from mezzotint.errors import InvalidRequestError, echo
 from mezzotint.input_pictures import decode_text, read_mask, read_pictures
-from mezzotint.schemas import shown
+from mezzotint.schemas import DedicatedImageGenerationBody, shown
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.resolve import Target
 from mezzotint.server.work.tickets import Finish, Submission
@@ -125,6 +126,22 @@ def with_pictures(
     return replace(spec, images=pictures, mask=shown)
 
 
+async def spec_of(body: DedicatedImageGenerationBody, target: Target, *, edits: bool = False) -> ImageSpec:
+    """What a body asks of a target, with its pictures for ControlNets; those to edit come later.
+
+    InvalidRequestError before anything is decoded if the endpoint has no ControlNets for them.
+    """
+    spec = body.spec
+    texts = body.control_images if isinstance(body.control_images, tuple) else ()
+    target.endpoint.profile.check_controls(len(texts), spec.controlnet_weights, edits=edits)
+    return await asyncio.to_thread(_with_controls, spec, texts) if texts else spec
+
+
+def _with_controls(spec: ImageSpec, texts: Sequence[str]) -> ImageSpec:
+    files = [decode_text(text, "control_images") for text in texts]
+    return replace(spec, control_images=read_pictures(files, "control_images"))
+
+
 def _file_of(picture: str | bytes, param: str) -> bytes:
     return picture if isinstance(picture, bytes) else decode_text(picture, param)
 
@@ -145,7 +162,7 @@ def checked_strength(value: Any, param: str = "strength") -> float | None:
 
 def picture_digests(spec: ImageSpec) -> dict[str, Any]:
     """The pictures' part of a fingerprint; empty without pictures."""
-    return {"pictures": [picture.digest for picture in spec.pictures]} if spec.images else {}
+    return {"pictures": [picture.digest for picture in spec.pictures]} if spec.pictures else {}
 
 
 @dataclass(frozen=True, slots=True)

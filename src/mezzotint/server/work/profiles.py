@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mezzotint.config import EndpointSettings
 from mezzotint.errors import InvalidRequestError
-from mezzotint.input_pictures import output_size, require_pictures
+from mezzotint.input_pictures import output_size, require_controls, require_pictures
 from mezzotint.messages import LoadModel, ModelInfo
 from mezzotint.spec import MAX_PICTURES, ImageSpec, default_strength, sizes_text
 
@@ -125,8 +126,18 @@ class Profile:
         """Seconds that this job would take alone; the text encoder and the decoder count as one step."""
         return (spec.num_steps + 1) * self.step_s(spec.width, spec.height)
 
+    def check_controls(self, num_images: int, weights: Sequence[float], *, edits: bool = False) -> None:
+        """InvalidRequestError unless the endpoint has ControlNets for so many pictures."""
+        require_controls(num_images, weights, f"endpoint {self.spec.id}", self.controlnets, edits=edits)
+
+    @property
+    def controlnets(self) -> list[str]:
+        """The routes of the endpoint's ControlNets, in the order of a request's pictures for them."""
+        return [each.route for each in self.spec.controlnets]
+
     def check(self, spec: ImageSpec) -> None:
         """InvalidRequestError if this model is known to be unable to draw this."""
+        self.check_controls(len(spec.control_images), spec.controlnet_weights, edits=bool(spec.images))
         if self.info is None:
             return
         require_pictures(
