@@ -73,7 +73,7 @@ class Engine:
         """Takes a loaded pipeline as it is; `rows` are those of every merged forward in `exact` mode.
 
         `manifest` is what the model's folder says of it; `load` reads it. Of `settings` only the size, steps,
-        guidance and arguments of a request that names none are read. `controlnets` are by route, in their order.
+        guidance and arguments of a request that names none are read. `controlnets` are by route.
         `max_merge_pixels`: in `exact` mode larger pictures are never merged; None is no limit. It is part
         of what the bytes depend on, as `rows` is.
         """
