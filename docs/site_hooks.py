@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from mezzotint.config import Settings
+from mezzotint.server.api.reference import operations
+from mezzotint.server.app import create_app
 
 ROOT = Path(__file__).parents[1]
 _PLAYGROUND = "src/mezzotint/server/api/playground/page"
@@ -28,15 +33,40 @@ ELSEWHERE = {
     f"{_PLAYGROUND}/garamond-italic.woff2": "assets/garamond-italic.woff2",
 }
 """Path in the repository -> path in the site."""
+_ADDRESSES = """---
+hide: [navigation]
+---
+
+# Every address and field
+
+This page has what `/docs` shows on a running server, where the examples name that server. `/openapi.json`
+has the same for programs. [The HTTP interface](http.md) says how the addresses are used. The examples take
+the key from `MEZZOTINT_API_KEY` and ask the endpoint `emoji`."""
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the files from elsewhere."""
+    """Adds the files from elsewhere, and the page of all addresses."""
     for source, place in ELSEWHERE.items():
         if source != "README.md":
             files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
+    files.append(File.generated(config, "addresses.md", content=addresses()))
     return files
+
+
+def addresses() -> str:
+    """The parts of the page `/docs`, under headings of Markdown."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = create_app(Settings(data_dir=Path(folder))).openapi()
+    parts, tag = [_ADDRESSES], ""
+    for one in operations(made, "http://127.0.0.1:8000"):
+        if one.tag != tag:
+            tag = one.tag
+            parts.append(f"## {tag}")
+        parts.append(f"### {one.method} {one.path} {{#{one.anchor}}}")
+        parts.append(f"{one.summary}.")
+        parts.append(f'<div class="reference">{one.body}</div>')
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -14,13 +14,13 @@ from tests.server.hosting import endpoint, hosting, settings_for
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def main_of(name: str) -> Callable[[str, str], None]:
+def main_of(name: str) -> Callable[..., None]:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    main: Callable[[str, str], None] = module.main
+    main: Callable[..., None] = module.main
     return main
 
 
@@ -55,6 +55,22 @@ def test_the_engine_works_offline(tmp_path: Path) -> None:
     save("flux", tmp_path / "model", sizes=[(32, 32)])
     main_of("offline")(str(tmp_path / "model"), str(tmp_path))
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_the_trained_adapter_changes_what_its_model_draws(tmp_path: Path) -> None:
+    from mezzotint.engine import Engine, Request
+    from mezzotint.spec import AdapterUse
+
+    save("flux", tmp_path / "model")
+    main_of("train_lora")(str(tmp_path / "model"), str(tmp_path / "ink.safetensors"), "2")
+    engine = Engine.load(str(tmp_path / "model"))
+    engine.enable_adapters().add("ink", tmp_path / "ink.safetensors")
+    used: tuple[tuple[AdapterUse, ...], ...] = ((), (AdapterUse("ink"),))
+    requests = [Request(prompt="a cat", num_inference_steps=2, seed=7, adapters=uses) for uses in used]
+    plain, adapted = engine.generate(requests)
+    assert adapted.error is None
+    assert plain.image is not None
+    assert (plain.image != adapted.image).any()
 
 
 def test_every_example_has_a_test() -> None:
