@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
+import typer
 
-from mezzotint.cli import main
+from mezzotint.cli import app, main
 from mezzotint.cli.hosting import welcome
 from mezzotint.config import Settings, load_settings
 from mezzotint.errors import MezzotintError
@@ -180,6 +182,21 @@ def test_the_openapi_page_and_the_http_page_name_the_same_addresses(
         if path.startswith("/sdapi/"):  # what each of these does is the web UI's to say
             first = "/sdapi/v1/"
         assert first in text, f"{path} is not on the page"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_the_pages_have_the_flags_that_they_use(page: Path) -> None:
+    root: Any = typer.main.get_command(app)
+    texts = "".join(blocks(str(page.relative_to(ROOT)), "(?:sh|bash)"))
+    for line in re.findall(r"^(?:\S*/)?mezzotint (.*)", texts.replace("\\\n", " "), re.MULTILINE):
+        words = shlex.split(line.partition(" | ")[0].partition(" && ")[0], comments=True)
+        command = root
+        while hasattr(command, "commands"):
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        flags = {flag for one in command.params for flag in (*one.opts, *one.secondary_opts)}
+        used = {word.partition("=")[0] for word in words if word.startswith("-")}
+        assert used <= flags, line
 
 
 def test_every_test_that_the_pages_name_is_there() -> None:
