@@ -136,6 +136,8 @@ class ModelInfo:
     """One entry per row count tried: {"rows", "forward_s", "rows_per_s", "uncertainty"}.
 
     `uncertainty` is how far runs of that forward disagreed, relative to `forward_s`; 0.1 and less is sure."""
+    best_rows: int | None = None
+    """The R that the latest measurements of all row counts would give; None where only R was measured."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """Every (width, height) that the model can draw; empty: any of its multiple."""
     step_s: float = 0.0
@@ -150,6 +152,13 @@ class ModelInfo:
 class Ready:
     info: ModelInfo
     load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What an idle worker has found by measuring again; `info.rows` is what it was."""
+
+    info: ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +281,7 @@ ToWorker = LoadModel | AddAdapter | RemoveAdapter | PrefetchAdapter | Generate |
 FromWorker = (
     Loading
     | Ready
+    | Measured
     | LoadFailed
     | AdapterAdded
     | AdapterFailed

@@ -36,7 +36,7 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
 COMMANDS = """serve generate edit pull doctor top ps
     keys-create keys-list keys-revoke
     endpoints-list endpoints-show endpoints-create endpoints-update endpoints-history endpoints-sleep
-    endpoints-wake endpoints-restart endpoints-terminate endpoints-delete
+    endpoints-calibrate endpoints-wake endpoints-restart endpoints-terminate endpoints-delete
     adapters-add adapters-list adapters-show adapters-remove"""
 
 

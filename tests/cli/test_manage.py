@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mezzotint.cli.adapters import split_name
-from mezzotint.cli.endpoints import parse_settings
+from mezzotint.cli.endpoints import calibration_facts, parse_settings
 from mezzotint.cli.running import running_on
 from mezzotint.cli.top import read_metrics
 from mezzotint.errors import InvalidRequestError
@@ -102,6 +102,30 @@ def test_an_endpoint_is_made_shown_changed_put_to_sleep_and_deleted(run: Run) ->
         wait_for_status(run, "second", status)
     assert run("endpoints", "delete", "second").returncode == 0
     assert "second" not in run("endpoints", "list").stdout
+
+
+def test_an_endpoint_is_measured_anew_and_says_how_sure_that_is(run: Run) -> None:
+    done = run("endpoints", "calibrate", "emoji")
+    assert done.returncode == 0, done.stderr
+    assert "rows before" in done.stdout
+    assert "R has changed" not in done.stderr
+    shown = run("endpoints", "show", "emoji").stdout
+    assert "sure" in shown
+    assert "runs agree within" in shown
+
+
+def test_what_was_measured_says_how_sure_it_is() -> None:
+    row = {"rows": 1.0, "forward_s": 0.0123, "rows_per_s": 81.3, "uncertainty": 0.7}
+    facts = calibration_facts("emoji", {"rows": 1, "best_rows": 4, "calibration": [row]})
+    assert facts["1 rows"] == "12.3 ms, 81.3 rows/s"
+    assert facts["sure"].startswith("no (runs differ by 70%): other programs were busy")
+    assert "mezzotint endpoints calibrate emoji" in facts["R by the latest"]
+    sure = calibration_facts(
+        "emoji", {"rows": 1, "best_rows": 1, "calibration": [row | {"uncertainty": 0.03}]}
+    )
+    assert sure["sure"] == "yes (runs agree within 3%)"
+    assert "R by the latest" not in sure
+    assert calibration_facts("emoji", {}) == {}
 
 
 def test_a_setting_that_does_not_fit_is_refused_by_name(run: Run) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 import tomllib
 from typing import Annotated, Any
 
 import typer
 
 from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, ServerFlag
-from mezzotint.cli.reach import ENDPOINTS, managed
+from mezzotint.cli.reach import ENDPOINTS, Server, managed
 from mezzotint.cli.tables import print_facts, print_table
-from mezzotint.errors import InvalidRequestError
+from mezzotint.errors import InvalidRequestError, UnavailableError
+
+PASSING = ("INITIALIZING", "AWAKING", "UPDATING", "STOPPING")
+LOOK_EVERY_S = 0.2
+SURE = 0.1
+"""Runs that agree within this, relative to the shortest, are taken for true, as the engine does."""
 
 endpoints = typer.Typer(help="Manage a running server's endpoints.", no_args_is_help=True)
 
@@ -65,9 +71,7 @@ def show(
         if not replica["stage"]:
             del replica["stage"]
     info = spec.pop("info") or {}
-    calibration = {
-        f"{int(row['rows'])} rows": f"{row['rows_per_s']:.1f} rows/s" for row in info.pop("calibration", [])
-    }
+    calibration = calibration_facts(id, info)
     merging = info.pop("merging", {})
     adapters = [f"{id}:{route}" for route in spec.pop("adapters")]
     shown = {
@@ -145,6 +149,64 @@ def history(
         return
     rows = [(number, spec["creatorId"], spec["mezzotint"]["comment"]) for number, spec in found.items()]
     print_table(("version", "by", "comment"), rows)
+
+
+@endpoints.command()
+def calibrate(
+    id: IdArgument,
+    server: ServerFlag = None,
+    config: ConfigFlag = None,
+    data_dir: DataDirFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measures an endpoint anew: how many rows a forward has (R), and how long a step takes.
+
+    New workers start beside the old ones, and no request fails. Where R changes, the same seed gives other
+    bytes from then on. Do it while the machine is quiet.
+
+    Example: `mezzotint endpoints calibrate emoji`
+    """
+    with managed(server, config, data_dir) as running:
+        before = _info(running, id)
+        running.ask("PUT", f"{ENDPOINTS}/{id}/calibrate")
+        typer.echo(f"measuring {id}; its old workers serve meanwhile", err=True)
+        while (status := running.ask("GET", f"{ENDPOINTS}/{id}/status"))["status"] in PASSING:
+            time.sleep(LOOK_EVERY_S)
+        if status["status"] != "RUNNING":
+            raise UnavailableError(f"endpoint {id} is {status['status']}: {status['message'] or 'stopped'}")
+        after = _info(running, id)
+    rows = {"rows_before": before.get("rows"), "rows": after.get("rows")}
+    if as_json:
+        typer.echo(json.dumps(rows | {"step_s": after["step_s"], "calibration": after["calibration"]}))
+        return
+    print_facts({id: {"rows before": rows["rows_before"], **calibration_facts(id, after)}})
+    if rows["rows"] != rows["rows_before"]:
+        typer.echo("R has changed: the same seed gives other bytes from now on", err=True)
+
+
+def _info(running: Server, id: str) -> dict[str, Any]:
+    """What the server knows of an endpoint's model; empty before it has ever been loaded."""
+    info: dict[str, Any] = running.ask("GET", f"{ENDPOINTS}/{id}")["mezzotint"]["info"] or {}
+    return info
+
+
+def calibration_facts(id: str, info: dict[str, Any]) -> dict[str, str]:
+    """What was measured and how sure it is; takes `calibration` and `best_rows` out of `info`."""
+    rows, best, table = info.get("rows"), info.pop("best_rows", None), info.pop("calibration", [])
+    if not table:
+        return {}
+    facts = {
+        f"{row['rows']:.0f} rows": f"{1e3 * row['forward_s']:.3g} ms, {row['rows_per_s']:.1f} rows/s"
+        for row in table
+    }
+    worst = max(row.get("uncertainty", 0.0) for row in table)
+    sure = f"yes (runs agree within {worst:.0%})"
+    if worst > SURE:
+        sure = f"no (runs differ by {worst:.0%}): other programs were busy; an idle moment measures again"
+    facts |= {"R": str(rows), "sure": sure}
+    if best not in (None, rows):
+        facts["R by the latest"] = f"{best}; `mezzotint endpoints calibrate {id}` takes it, and changes bytes"
+    return facts
 
 
 def _action(name: str, help: str) -> None:

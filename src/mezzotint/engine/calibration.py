@@ -96,14 +96,34 @@ class Timing:
     """Seconds that the computing thread had a core; None where that is not what the run needs of a clock."""
 
 
-class Stopwatch:
-    """Times forwards on `device`; `synchronize` waits for it."""
+class Interrupted(Exception):
+    """There is something better to do than to measure."""
 
-    def __init__(self, device: torch.device, synchronize: Callable[[], None]) -> None:
+
+def never() -> bool:
+    """Nothing interrupts."""
+    return False
+
+
+class Stopwatch:
+    """Times forwards on `device`; `synchronize` waits for it.
+
+    `interrupted` is asked before each; Interrupted once it says so.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        synchronize: Callable[[], None],
+        interrupted: Callable[[], bool] = never,
+    ) -> None:
         self.device = device
         self._synchronize = synchronize
+        self._interrupted = interrupted
 
     def time(self, forward: Callable[[], Any]) -> Timing:
+        if self._interrupted():
+            raise Interrupted
         self._synchronize()
         start, start_cpu = time.perf_counter(), time.thread_time()
         forward()
@@ -136,6 +156,11 @@ class _Runs:
     def uncertainty(self) -> float:
         """Small if the two best runs agree, and the best wall time with them."""
         return max(sorted(self.seconds)[:2][-1], min(self.wall_s)) / max(self.best, 1e-9) - 1
+
+
+def uncertainty(measured: Sequence[Measurement]) -> float:
+    """That of the least certain one."""
+    return max((each.uncertainty for each in measured), default=0.0)
 
 
 def row_counts(call: Call, *, rows: int | None, max_rows: int) -> list[int]:

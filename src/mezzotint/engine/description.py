@@ -36,6 +36,7 @@ def model_info(engine: Engine) -> ModelInfo:
         max_pictures=engine.editing.max_pictures,
         masks=engine.editing.masks,
         strength=engine.editing.strength,
+        best_rows=engine.best_rows,
         calibration=[each.facts() for each in engine.measured],
         step_s=engine.measured[0].forward_s if engine.measured else 0.0,
         sizes=list(engine.profile.manifest.sizes),

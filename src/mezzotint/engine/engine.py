@@ -10,7 +10,7 @@ import functools
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,8 @@ class Engine:
         """What loading decided; set by `load`."""
         self.measured: list[Measurement] = []
         """Filled by `calibrate`: read for the step times and by `info`."""
+        self.best_rows: int | None = None
+        """The R that all row counts as last measured would give; None where only R itself was measured."""
         self.times = StepTimes()
         self._shares = FairShares()
         num_rows = rows if batching == "exact" else max_rows
@@ -462,8 +464,27 @@ class Engine:
             stopwatch = Stopwatch(self._device, self._synchronize)
             self.measured = measure(call, counts, max_stretch=max_stretch, stopwatch=stopwatch)
             if exact:
-                self.runner.num_rows = rows or find_rows(call, self.measured, min_gain, max_stretch)
+                self.best_rows = None if rows else find_rows(call, self.measured, min_gain, max_stretch)
+                self.runner.num_rows = rows or self.best_rows or 1
         self.times.add(self.profile.width, self.profile.height, self.measured[0].forward_s)
+
+    def measure_again(
+        self, interrupted: Callable[[], bool], *, min_gain: float = 1.4, max_stretch: float = 2.5
+    ) -> list[Measurement]:
+        """Forwards of every row count as they take now, and `best_rows` by them. R stays: bytes are promised.
+
+        For an engine without jobs; Interrupted as soon as `interrupted` says so.
+        """
+        exact = self.runner.mode == "exact"
+        stopwatch = Stopwatch(self._device, self._synchronize, interrupted)
+        with torch.inference_mode():
+            call = first_call(self.profile, self.attention, trial_request(self.profile)).call
+            assert call is not None, "it was measured at load"
+            counts = row_counts(call, rows=None, max_rows=self.max_rows if exact else 1)
+            measured = measure(call, counts, max_stretch=max_stretch, stopwatch=stopwatch)
+            if exact:
+                self.best_rows = find_rows(call, measured, min_gain, max_stretch)
+        return measured
 
     def warm_up(self) -> None:
         """Draws a few pictures if that is quick, so that the first request is fast and has previews."""

@@ -25,6 +25,7 @@ from tqdm.std import tqdm
 
 from mezzotint.engine import Engine
 from mezzotint.engine.lora.bank import CheckedFile
+from mezzotint.engine.recheck import Recheck
 from mezzotint.engine.steps.runner import is_out_of_memory
 from mezzotint.errors import ModelLoadError
 from mezzotint.messages import (
@@ -40,6 +41,7 @@ from mezzotint.messages import (
     LoadFailed,
     Loading,
     LoadModel,
+    Measured,
     Message,
     Ping,
     Pong,
@@ -53,7 +55,7 @@ from mezzotint.messages import (
     decode,
     encode,
 )
-from mezzotint.spec import AdapterSpec
+from mezzotint.spec import AdapterSpec, EngineSettings
 
 MAX_BACKLOG = 256
 """Unsent messages above which progress, previews and stats are dropped: a sleeping reader costs little."""
@@ -86,7 +88,7 @@ def run(connection: Connection) -> None:
         assert isinstance(message, LoadModel), "the first message names the model"
         loaded = _load(message, outbox)
         if isinstance(loaded, Engine):
-            Worker(connection, outbox, loaded).loop()
+            Worker(connection, outbox, loaded, message.settings).loop()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the server is gone: nobody is left to work for
     finally:
@@ -214,7 +216,9 @@ class Pulse:
 class Worker:
     """The loop around one engine."""
 
-    def __init__(self, connection: Connection, outbox: Outbox, engine: Engine) -> None:
+    def __init__(
+        self, connection: Connection, outbox: Outbox, engine: Engine, settings: EngineSettings
+    ) -> None:
         self.engine = engine
         self._connection = connection
         self._outbox = outbox
@@ -228,13 +232,14 @@ class Worker:
         """Requests for those adapters."""
         self._woken, self._wake = Pipe(duplex=False)
         """Both ends of a pipe through which a finished check wakes the idle loop."""
+        self._recheck = Recheck(engine, settings, lambda: connection.poll() or self._woken.poll())
 
     def loop(self) -> None:
         """Runs until Shutdown; EOFError when the other end is gone."""
         try:
             while self._open and not self._outbox.broken.is_set():
                 if not self.engine.has_work and not self._stats.pending:
-                    wait([self._connection, self._woken])
+                    self._idle()
                 with self._pulse.turn():
                     self._turn()
         finally:
@@ -242,10 +247,20 @@ class Worker:
             self._checker.shutdown(wait=False, cancel_futures=True)
             self.engine.close()
 
+    def _idle(self) -> None:
+        """Waits for the next message; measures again meanwhile if there is time and a reason."""
+        while not wait([self._connection, self._woken], self._recheck.due_s()):
+            with self._pulse.turn():
+                found = self._recheck.measure()
+            if found is not None:
+                self._outbox.send(Measured(found))
+
     def _turn(self) -> None:
         while self._open and self._connection.poll():
             self._receive(decode(self._connection.recv_bytes()))
         self._finish_checks()
+        if self.engine.has_work:
+            self._recheck.worked()
         for event in self.engine.step():
             self._outbox.send(event)
         stats = self._stats.due()

@@ -138,6 +138,11 @@ class StepTimes:
         if len(self._latest) > MAX_SIZES:
             del self._latest[next(iter(self._latest))]
 
+    def restart(self, width: int, height: int, seconds: float) -> None:
+        """Begins anew with a measurement that replaces all earlier ones of this size."""
+        self._latest.pop((width, height), None)
+        self.add(width, height, seconds)
+
     def estimate(self, width: int, height: int) -> float:
         """Seconds of one forward; an unmeasured size is scaled by pixels from the nearest measured one."""
         known = self._latest.get((width, height))

@@ -233,6 +233,13 @@ async def restart(endpoint: PathEndpoint, context: CurrentContext) -> EndpointSt
     return status_of(endpoint)
 
 
+@router.put("/{endpoint_id}/calibrate", summary="Measure an endpoint anew", response_model=EndpointStatus)
+async def calibrate(endpoint: PathEndpoint, context: CurrentContext) -> EndpointStatus:
+    """New workers choose R, the rows of a merged forward, again. Where R changes, so do a seed's bytes."""
+    await context.registry.calibrate(endpoint)
+    return status_of(endpoint)
+
+
 @router.put("/{endpoint_id}/terminate", summary="Terminate an endpoint", response_model=EndpointStatus)
 async def terminate(endpoint: PathEndpoint, context: CurrentContext) -> EndpointStatus:
     """Takes no new request, gives the running ones the server's `drain_s`, then ends the workers."""

@@ -90,7 +90,7 @@ class Admission:
         estimate = Estimate.of(
             [job.work_s for job in ticket.jobs],
             endpoint.dispatcher.speed,
-            start_s=endpoint.start_left_s(now),
+            start_s=endpoint.current.start_left_s(now),
             wait_s=endpoint.wait_s(key, now),
         )
         refusal = estimate.refusal(endpoint.id, timeout_s=timeout_s, max_queue_s=endpoint.spec.max_queue_s)

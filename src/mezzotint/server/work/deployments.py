@@ -54,7 +54,8 @@ class Deployment:
 
     @property
     def failed(self) -> bool:
-        return all(replica.state is ReplicaState.FAILED for replica in self.replicas)
+        states = [replica.state for replica in self.replicas if not self._waits_for_rows(replica)]
+        return all(state is ReplicaState.FAILED for state in states)
 
     @property
     def failure(self) -> str:
@@ -83,16 +84,25 @@ class Deployment:
         return max(0.0, expected_s - (now - min(started))) if started else expected_s
 
     def start(self) -> None:
-        """Starts the replicas that do not run."""
+        """Starts the replicas that do not run; where rows are not known yet, first the one that measures."""
         for replica in self.replicas:
-            if replica.state in (ReplicaState.STOPPED, ReplicaState.FAILED):
+            stands = replica.state in (ReplicaState.STOPPED, ReplicaState.FAILED)
+            if stands and not self._waits_for_rows(replica):
                 replica.start()
+
+    def _waits_for_rows(self, replica: Replica) -> bool:
+        """Whether the first replica measures R for this one: all of them must have the same."""
+        measures = self.calibration is None and self.spec.batching == "exact"
+        return measures and replica is not self.replicas[0]
 
     async def stop(self) -> None:
         await asyncio.gather(*(replica.stop() for replica in self.replicas))
 
     def became_ready(self, replica: Replica) -> None:
-        """Takes note of what a replica that has just become ready measured."""
+        """Takes note of what a replica measured that has just become ready, or has measured again."""
         assert replica.info is not None
+        first = self.calibration is None
         self.proven = True
         self.calibration = Calibration(settings_digest(self.spec), replica.info, replica.load_s, self.version)
+        if first:
+            self.start()  # those that waited for it

@@ -25,12 +25,19 @@ from mezzotint.server.workers.replica import Replica
 MAX_LONE_DEATHS = 4
 """A job during which this many workers died that held nothing else is given up, wherever they died."""
 
+NEWS = 1.2
+"""Steps that take so many times longer, or less long, than thought have the waiting work counted anew."""
+
 
 class Dispatcher:
     """The jobs of one endpoint, waiting and running. `ready` gives the workers that may be handed some."""
 
-    def __init__(self, profile: Callable[[], Profile], ready: Callable[[], list[Replica]]) -> None:
-        self.queue = JobQueue(profile().spec.max_wait_s)
+    def __init__(
+        self, max_wait_s: float, profile: Callable[[], Profile], ready: Callable[[], list[Replica]]
+    ) -> None:
+        self.step_seconds: dict[str, float] = {}
+        """Seconds of a lone job's step by size, as the slowest worker last said; `receive` keeps it."""
+        self.queue = JobQueue(max_wait_s)
         self.last_used = 0.0
         """When a job last came or was done; the endpoint falls asleep by it."""
         self.closed = False
@@ -209,7 +216,22 @@ class Dispatcher:
             case Cancelled(job_id):
                 self._ended(replica, job_id, RequestCancelledError("the request was cancelled"))
             case Stats():
-                self._stats[replica] = message
+                self._learn_speed(replica, message)
+
+    def _learn_speed(self, replica: Replica, stats: Stats) -> None:
+        """Estimates follow the steps that were measured last, from the first ones on."""
+        before = self._profile().step_s(None, None)
+        self._stats[replica] = stats
+        self._collect_step_seconds()
+        now = self._profile().step_s(None, None)
+        if max(before, now) > NEWS * min(before, now):
+            self.refit()
+
+    def _collect_step_seconds(self) -> None:
+        self.step_seconds = {}
+        for stats in self._stats.values():
+            for size, seconds in stats.step_s.items():
+                self.step_seconds[size] = max(seconds, self.step_seconds.get(size, 0.0))
 
     def take_back(self, replica: Replica, crashed: bool) -> int:
         """Takes the jobs of a worker that has ended back into the queue; they will give the same bytes.
@@ -218,6 +240,7 @@ class Dispatcher:
         """
         now = asyncio.get_running_loop().time()
         self._stats.pop(replica, None)
+        self._collect_step_seconds()
         jobs = list(self._held.pop(replica, {}).values())
         blamed = 0
         for job in jobs:

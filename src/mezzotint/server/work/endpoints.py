@@ -17,7 +17,7 @@ import structlog
 
 from mezzotint.config import EndpointSettings
 from mezzotint.errors import ConflictError, RequestCancelledError, UnavailableError, without_folders
-from mezzotint.messages import AdapterAdded, AdapterFailed, FromWorker, ModelInfo, Stats
+from mezzotint.messages import AdapterAdded, AdapterFailed, FromWorker, Measured, ModelInfo, Stats
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.deployments import Deployment
@@ -100,7 +100,7 @@ class Endpoint:
             lambda: [*self.current.ready, *(self.next.ready if self.next else ())],
             lambda: self.info.pipeline_class if self.info else None,
         )
-        self.dispatcher = Dispatcher(lambda: self.profile, lambda: self.current.ready)
+        self.dispatcher = Dispatcher(spec.max_wait_s, lambda: self.profile, lambda: self.current.ready)
 
     # ------------------------------------------------------------ what it is
 
@@ -123,7 +123,7 @@ class Endpoint:
 
     @property
     def profile(self) -> Profile:
-        return Profile(self.spec, self.info)
+        return Profile(self.spec, self.info, self.dispatcher.step_seconds)
 
     @property
     def failure(self) -> str:
@@ -139,15 +139,11 @@ class Endpoint:
             return loading.text
         return "" if self.state is State.READY else str(self.state)
 
-    def start_left_s(self, now: float) -> float:
-        """Estimated seconds until the endpoint takes jobs; 0 when it does, and when nobody knows."""
-        return self.current.start_left_s(now)
-
     def wait_s(self, key: Key, now: float) -> float:
         """Estimated seconds before a new job of this key would get its turn."""
         limits = key.limits
         work_s = self.dispatcher.queue.work_before(key.id, limits.weight, limits.priority, now)
-        return self.start_left_s(now) + work_s / self.dispatcher.speed
+        return self.current.start_left_s(now) + work_s / self.dispatcher.speed
 
     def left_s(self, job: Job, now: float) -> float:
         """Estimated seconds until this job is done."""
@@ -155,7 +151,7 @@ class Endpoint:
             return job.remaining_s
         queue = self.dispatcher.queue
         ahead_s = queue.running_s() + sum(other.work_s for other in queue.ahead(job))
-        return self.start_left_s(now) + ahead_s / self.dispatcher.speed + job.work_s
+        return self.current.start_left_s(now) + ahead_s / self.dispatcher.speed + job.work_s
 
     def require_available(self) -> None:
         """UnavailableError when a job could not be run however long it waited."""
@@ -227,6 +223,11 @@ class Endpoint:
         self.next = self._deployment(version, spec)
         self.update_failure = ""
         self._act(Command.UPDATE)
+
+    def calibrate(self) -> None:
+        """Starts workers that measure anew how many rows a forward has; seeds may then give other bytes."""
+        self._calibration = self.current.calibration = None
+        self.obey(Command.RESTART)
 
     async def settled(self) -> State:
         """Waits for the end of a drain or a stop."""
@@ -451,6 +452,10 @@ class Endpoint:
         match message:
             case AdapterAdded() | AdapterFailed():
                 self.adapters.receive(replica, message)
+            case Measured(info) if replica in self.current.replicas:
+                replica.info = info
+                self.current.became_ready(replica)
+                self._take_calibration()
             case Stats():
                 self._metrics.stats(self.id, message)
                 self.dispatcher.receive(replica, message)

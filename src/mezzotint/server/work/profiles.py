@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mezzotint.config import EndpointSettings
@@ -32,6 +32,8 @@ class Profile:
 
     spec: EndpointSettings
     info: ModelInfo | None
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of a lone job's step by "WIDTHxHEIGHT", as the workers' latest steps took."""
 
     @property
     def rows(self) -> int:
@@ -105,13 +107,19 @@ class Profile:
         return fitted[0], fitted[1]
 
     def step_s(self, width: int | None, height: int | None) -> float:
-        """Seconds that one step of a lone job takes, as calibrated, scaled by pixels to other sizes."""
+        """Seconds that one step of a lone job takes: of this size as measured, else scaled by pixels.
+
+        Before the first job's steps it is as calibrated.
+        """
         if self.info is None or self.info.step_s <= 0:
             return GUESSED_STEP_S
+        own = f"{self.info.width}x{self.info.height}"
+        own_s = self.step_seconds.get(own, self.info.step_s)
         size = self.size(width, height)
         if size is None:
-            return self.info.step_s
-        return self.info.step_s * (size[0] * size[1]) / (self.info.width * self.info.height)
+            return own_s
+        scaled_s = own_s * (size[0] * size[1]) / (self.info.width * self.info.height)
+        return self.step_seconds.get(f"{size[0]}x{size[1]}", scaled_s)
 
     def guidance_scale(self, asked: float | None) -> float | None:
         """The guidance asked for, else the endpoint's own unless the model is known to ignore it.

@@ -181,6 +181,13 @@ class Registry:
             await asyncio.to_thread(self._set_row, endpoint.id, desired=str(DESIRED_BY[command]))
             endpoint.obey(command, drain_s=drain_s)
 
+    async def calibrate(self, endpoint: Endpoint) -> None:
+        """Forgets what was measured of an endpoint and has new workers measure it, as an owner asks."""
+        async with self._change(endpoint, Command.RESTART):
+            values = {"calibration": None, "desired": str(Desired.RUNNING)}
+            await asyncio.to_thread(self._set_row, endpoint.id, **values)
+            endpoint.calibrate()
+
     async def delete(self, endpoint: Endpoint) -> None:
         """Ends an endpoint's requests and workers at once and forgets it with its history."""
         async with self._change(endpoint, Command.TERMINATE):
