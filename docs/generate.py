@@ -22,7 +22,7 @@ from mezzotint.spec import ControlNetSettings, Table
 
 DOCS = Path(__file__).parent
 _NOTE = "<!-- Written by docs/generate.py from the program; change that, not this. -->"
-_COMPLETION = "`mezzotint --install-completion` teaches the shell to complete all of this."
+_COMPLETION = "`mezzotint --install-completion` lets your shell complete commands and flags."
 
 
 def settings_page() -> str:
@@ -30,16 +30,18 @@ def settings_page() -> str:
     parts = [
         "# Settings",
         _NOTE,
-        "A setting comes from a flag of `mezzotint serve`, else from the environment, else from the file "
-        "`mezzotint.toml` in the working folder (or `--config FILE`, or `MEZZOTINT_CONFIG`). Otherwise it "
-        "has its default. A bad value or an unknown name stops the start; the error names file and setting. "
+        "This page lists every setting. The server looks for a setting in three places and takes the first "
+        "that has it: a flag of `mezzotint serve`, the environment, and the file `mezzotint.toml`. The file "
+        "is in the working folder, or where `--config FILE` or `MEZZOTINT_CONFIG` says. A setting that is in "
+        "none of them has its default. A bad value or an unknown name stops the start, and the error names "
+        "the file and the setting. "
         "`mezzotint serve --print-config` prints the settings in force as a file to start from.",
         '```toml\n[server]\nport = 8000\n\n[[endpoints]]\nid = "emoji"\nmodel = "emoji"\n\n'
         '[[endpoints]]\nid = "flux"\nmodel = "black-forest-labs/FLUX.1-schnell"\n\n'
         '[[endpoints.adapters]]\nroute = "ink"\nsource = "loras/ink.safetensors"\n```',
         "## `[server]`",
-        "The environment has each as `MEZZOTINT_` and its name in capitals (`MEZZOTINT_PORT`). A list's "
-        "entries are separated by commas there.",
+        "In the environment, a setting is called `MEZZOTINT_` and its name in capitals (`MEZZOTINT_PORT`). "
+        "Commas separate the entries of a list there.",
         _settings_table(Settings),
         "## `[[endpoints]]`",
         _settings_table(EndpointSettings),
