@@ -232,6 +232,7 @@ def test_a_file_from_the_real_server_tells_what_made_it(images: Talks, tmp_path:
     assert read_parameters(path.read_bytes()) == Parameters(
         "emoji",
         ImageSpec(prompt="a cat", num_inference_steps=8, seed=3, guidance_scale=2.5, width=16, height=16),
+        {"dtype": "fp32"},
     )
 
 

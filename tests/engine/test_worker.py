@@ -344,7 +344,7 @@ def test_a_request_whose_adapter_goes_while_it_waits_for_it_ends(ready: Process,
 def test_a_reader_that_sleeps_never_holds_up_the_sender() -> None:
     ours, theirs = Pipe()
     outbox = Outbox(theirs)
-    picture = bytes(200_000)  # more than a pipe holds
+    picture = bytes(2_000_000)  # more than the kernel holds of it
     outbox.send(Done("first", 1, 1, 0.0, picture))
     for step in range(20 * MAX_BACKLOG):
         outbox.send(Progress("a", step, 50))

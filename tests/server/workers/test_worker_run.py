@@ -137,7 +137,7 @@ def test_a_start_that_never_comes_back_is_given_up_after_the_time_for_loading() 
         stage.carrier.stuck = True
         stage.replica.start()
         await stage.until(lambda: stage.failures)
-        assert "(stage: starting the process)" in stage.failures[0]
+        assert "(stage: starting a worker)" in stage.failures[0]
         stage.carrier.stuck = False
         await stage.until_state(ReplicaState.READY)
 
