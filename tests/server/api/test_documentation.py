@@ -49,6 +49,7 @@ def test_the_page_names_every_address_and_needs_nothing_from_elsewhere(host: Hos
         assert "://" not in address
         assert host.client.get(f"/{address}").status_code == 200, address
     assert '<a href="./">Playground</a>' in answer.text
+    assert f"curl -sS {host.url}/dedicated/v1/images/generations" in answer.text
 
 
 def test_the_page_has_types_defaults_and_limits(host: Host) -> None:
