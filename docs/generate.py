@@ -1,17 +1,20 @@
-"""Writes the pages and tables that the program itself knows: settings, command line, errors by code.
+"""Writes the pages and tables that the program itself knows: settings, command line, errors, attacks.
 
-python docs/generate.py            writes docs/settings.md, docs/cli.md and the tables of docs/http.md
+python docs/generate.py            writes docs/settings.md, docs/cli.md, the tables of docs/http.md and
+                                   that of docs/security.md
 python docs/generate.py --check    changes nothing; exit status 1 when one of them is out of date
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import typer
 
@@ -21,6 +24,7 @@ from mezzotint.config import AdapterSettings, EndpointSettings, Settings, defaul
 from mezzotint.spec import ControlNetSettings, Table
 
 DOCS = Path(__file__).parent
+TESTS = DOCS.parent / "tests"
 _NOTE = "<!-- Written by docs/generate.py from the program; change that, not this. -->"
 _COMPLETION = "`mezzotint --install-completion` lets your shell complete commands and flags."
 
@@ -142,6 +146,44 @@ def local_error_table() -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """One mark of `tests/attacks.py`, as it stands before a test."""
+
+    what: str
+    outcome: str
+    test: str
+    """`FILE::NAME` below tests/."""
+
+
+def attacks() -> list[Attack]:
+    """The marks of all tests, in the order of files and lines; read from the source, so nothing runs."""
+    found = []
+    for file in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                test = f"{file.relative_to(TESTS).as_posix()}::{node.name}"
+                found += [_attack(mark, test) for mark in node.decorator_list if _is_attack(mark)]
+    return found
+
+
+def _is_attack(mark: ast.expr) -> TypeGuard[ast.Call]:
+    return isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "attack"
+
+
+def _attack(mark: ast.Call, test: str) -> Attack:
+    values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in mark.keywords}
+    return Attack(ast.literal_eval(mark.args[0]), values["outcome"], test)
+
+
+def attack_table() -> str:
+    """What was tried against the server, what comes of it, and which test tries it."""
+    found = attacks()
+    lines = [f"{len(found)} attacks.", "", "| attack | outcome | test |", "|---|---|---|"]
+    lines += [f"| {each.what} | {each.outcome} | `{each.test}` |" for each in found]
+    return "\n".join(lines)
+
+
 def _codes(cls: type[errors.MezzotintError]) -> str:
     return ", ".join(f"`{code}`" for code in cls.codes)
 
@@ -152,18 +194,19 @@ def with_table(page: str, name: str, table: str) -> str:
     before, _, rest = page.partition(start)
     _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"docs/http.md: no {start} ... {end} to write the table into")
+        raise SystemExit(f"a page has no {start} ... {end} to write its table into")
     return f"{before}{start}\n{table}\n{end}{after}"
 
 
 def pages() -> dict[Path, str]:
     """Every file this program writes, with what belongs in it."""
-    http = DOCS / "http.md"
+    http, security = DOCS / "http.md", DOCS / "security.md"
     text = with_table(http.read_text(encoding="utf-8"), "errors", error_table())
     return {
         DOCS / "settings.md": settings_page(),
         DOCS / "cli.md": cli_page(),
         http: with_table(text, "local errors", local_error_table()),
+        security: with_table(security.read_text(encoding="utf-8"), "attacks", attack_table()),
     }
 
 

@@ -9,6 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from mezzotint.config import EndpointSettings, Settings, as_toml, load_settings
 from mezzotint.errors import ConfigError
+from tests.attacks import attack
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +134,35 @@ def test_a_bad_file_stops_the_start_with_a_sentence_naming_file_and_key(text: st
 
 def test_a_bad_value_in_the_file_is_told_even_where_a_flag_overrides_it() -> None:
     assert complaint("[server]\nport = -1\n", flags={"port": 8000}).startswith("mezzotint.toml: port:")
+
+
+@attack("A configuration file made to end in a traceback", outcome="one sentence, exit status 2")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[server]\nport = 1" + "0" * 5000,
+        "x = " + "[" * 5000,
+        "x = " + "{a=" * 3000,
+        "\x00",
+        "[server]\npublic_url = 'http://['",
+        "[server]\npublic_url = 'http://a:b/'",
+        "[server]\npublic_url = 'http://\u2100/'",
+        "[server]\ndrain_s = inf",
+        "endpoints = 5",
+        "[[endpoints]]\nid = {a = 1}",
+        "[[endpoints]]\nid = 'a'\nadapters = [5]",
+    ],
+)
+def test_a_file_made_to_break_the_reader_is_refused_with_a_sentence(text: str) -> None:
+    message = complaint(text)
+    assert message.startswith("mezzotint.toml: ")
+    assert len(message) < 1000
+
+
+@attack("heartbeat_s = 0, which would ask workers all the time", outcome="refused at the start")
+@pytest.mark.parametrize("name", ["heartbeat_s", "body_timeout_s", "load_timeout_s", "encode_threads"])
+def test_a_setting_that_cannot_work_at_zero_is_refused(name: str) -> None:
+    assert "greater than or equal to" in complaint(f"[server]\n{name} = 0")
 
 
 def test_a_missing_file_is_named() -> None:

@@ -33,6 +33,15 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+def test_the_table_of_attacks_is_long_and_says_each_once() -> None:
+    rows = re.findall(
+        r"^\| (.+) \| (.+) \| `(.+)::(test_.+)` \|$", (ROOT / "docs" / "security.md").read_text(), re.M
+    )
+    assert len(rows) >= 80
+    assert len({what for what, *_ in rows}) == len(rows)
+    assert all((ROOT / "tests" / file).is_file() for *_, file, _ in rows)
+
+
 @pytest.fixture(autouse=True)
 def _empty_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

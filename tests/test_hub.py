@@ -13,6 +13,8 @@ import pytest
 
 from mezzotint import hub
 
+TENSOR: dict[str, Any] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
 
 @pytest.mark.parametrize(
     ("source", "expected"),
@@ -40,16 +42,17 @@ def written(path: Path, header: Any, data: bytes = b"", length: int | None = Non
 
 
 def test_a_header_lists_the_tensors_of_a_whole_file(tmp_path: Path) -> None:
-    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    file = written(tmp_path / "a", {"__metadata__": {"format": "pt"}, "weight": entry}, bytes(8))
-    assert hub.read_header(file) == {"weight": entry}
+    file = written(tmp_path / "a", {"__metadata__": {"format": "pt"}, "weight": TENSOR}, bytes(8))
+    assert hub.read_header(file) == {"weight": TENSOR}
 
 
 @pytest.mark.parametrize(
     ("header", "data", "length", "reason"),
     [
-        ({"a": {"data_offsets": [0, 8]}}, bytes(7), None, "its table says"),
-        ({"a": {"data_offsets": [0, 8]}}, bytes(9), None, "its table says"),
+        ({"a": TENSOR}, bytes(7), None, "its table says"),
+        ({"a": TENSOR}, bytes(9), None, "its table says"),
+        ({"a": TENSOR | {"shape": ["x"]}}, bytes(8), None, "no table of tensors"),
+        ({"a": TENSOR | {"dtype": 1}}, bytes(8), None, "no table of tensors"),
         ({}, b"", 2**62, "longer than the file"),
         (b"no json", b"", None, "no table of tensors"),
         ([1, 2], b"", None, "no table of tensors"),

@@ -25,6 +25,7 @@ from mezzotint.images import (
     read_infotext,
     read_parameters,
 )
+from tests.attacks import attack
 
 
 def made(**fields: Any) -> Parameters:
@@ -277,6 +278,7 @@ def test_what_is_no_picture_is_refused(data: bytes) -> None:
     assert caught.value.code == "invalid_image"
 
 
+@attack("A damaged file for png-info", outcome="422")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on broken EXIF
 @given(st.data())
 def test_a_damaged_file_never_crashes_the_reader(data: st.DataObject) -> None:

@@ -17,6 +17,7 @@ from mezzotint import input_pictures
 from mezzotint.errors import InvalidRequestError
 from mezzotint.input_pictures import decode_text, output_size, read_mask, read_pictures, to_image
 from mezzotint.spec import InputPicture
+from tests.attacks import attack
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -103,6 +104,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+@attack("A decompression bomb as a picture", outcome="422 before it is decoded")
 @pytest.mark.parametrize("side", [5793, 10_000, 20_000, 60_000])
 def test_a_bomb_is_refused_before_it_is_decoded(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data = bomb(side, side)
@@ -135,6 +137,7 @@ def test_each_fault_has_its_code() -> None:
         read_pictures([])
 
 
+@attack("Pictures with bytes changed at random", outcome="a picture or 422")
 def test_damaged_files_give_a_picture_or_one_of_our_errors() -> None:
     chance = random.Random(0)
     image = Image.effect_noise((48, 40), 60)

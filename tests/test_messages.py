@@ -21,6 +21,7 @@ from mezzotint.spec import (
     ImageSpec,
     InputPicture,
 )
+from tests.attacks import attack
 
 CLASSES: tuple[type[Message], ...] = (*get_args(ToWorker), *get_args(FromWorker))
 JSON = (
@@ -120,6 +121,7 @@ SPECIFIC = {
 }
 
 
+@attack("Bytes on the workers' pipe that are no message", outcome="refused with one kind of error")
 @pytest.mark.parametrize(
     "bad",
     [

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
@@ -38,6 +39,8 @@ from mezzotint.spec import (
 BUILT_IN_MODEL = "emoji"
 ENVIRONMENT_PREFIX = "MEZZOTINT_"
 CONFIG_FILE = "mezzotint.toml"
+MAX_PATH = 4096
+"""Most characters of a path or a repository's name."""
 NOT_SETTINGS = frozenset({"config", "api_key", "url", "base_url"})
 """Names under ENVIRONMENT_PREFIX that the command line and the SDK read themselves."""
 
@@ -50,6 +53,7 @@ class AdapterSettings(Table):
     )
     source: str = Field(
         min_length=1,
+        max_length=MAX_PATH,
         description="A safetensors file, a folder, or a Hub repository (`owner/name[:file][@revision]`).",
     )
     scale: Annotated[float, between("adapter scale")] = Field(
@@ -62,6 +66,7 @@ class _Hosted(Table):
     model: str = Field(
         BUILT_IN_MODEL,
         min_length=1,
+        max_length=MAX_PATH,
         description="Built-in name (`emoji`), diffusers folder, Hub repository id, or safetensors file.",
     )
 
@@ -77,7 +82,9 @@ class EndpointSettings(EngineSettings, _Hosted):
     embed_parameters: bool = Field(
         True, description="Write the generation parameters into PNG and JPEG files."
     )
-    deadline_s: Seconds = Field(600.0, description="A request not done after this long is ended with 504.")
+    deadline_s: float = Field(
+        600.0, ge=0.1, description="A request not done after this long is ended with 504."
+    )
     max_queue_s: Seconds = Field(
         300.0, description="Estimated seconds of queued work above which requests get 429."
     )
@@ -118,6 +125,9 @@ class Settings(Table):
     )
     auth: bool = Field(True, description="Ask for API keys. May be false only on a loopback address.")
     url_ttl_s: Seconds = Field(3600.0, description="Life of a picture URL.")
+    max_stored_bytes: Bytes = Field(
+        20 * 2**30, description="Most that the stored pictures of one key may take on disk."
+    )
     gallery_size: int = Field(
         100,
         ge=0,
@@ -131,8 +141,11 @@ class Settings(Table):
     max_image_body_bytes: Bytes = Field(
         32 * 2**20, description="Largest request body on the routes where it holds pictures."
     )
-    body_timeout_s: Seconds = Field(
-        30.0, description="A body that has not arrived after this long is refused (408)."
+    body_timeout_s: float = Field(
+        30.0,
+        ge=0.1,
+        description="A body that has not arrived after this long is refused (408). A connection without "
+        "a request ends after as long.",
     )
     attach_window_s: Seconds = Field(
         10.0, description="How long the job of a vanished client waits for the same request to come back."
@@ -143,13 +156,14 @@ class Settings(Table):
     worker_start: Literal["forkserver", "spawn"] = Field(
         "forkserver", description="How worker processes start; forkserver restarts in hundredths of a second."
     )
-    heartbeat_s: Seconds = Field(
+    heartbeat_s: float = Field(
         30.0,
+        ge=0.1,
         description="A worker that has said nothing for this long while it should is killed and restarted, "
         "and so is one that is busy with one forward for 20 times as long.",
     )
-    load_timeout_s: Seconds = Field(
-        1800.0, description="A model that has not loaded after this long has failed."
+    load_timeout_s: float = Field(
+        1800.0, ge=0.05, description="A model that has not loaded after this long has failed."
     )
     max_restarts: int = Field(
         5,
@@ -182,6 +196,18 @@ class Settings(Table):
     @classmethod
     def _home_is_expanded(cls, folder: Path) -> Path:
         return folder.expanduser()
+
+    @field_validator("public_url")
+    @classmethod
+    def _public_url_is_one(cls, url: str | None) -> str | None:
+        try:
+            parts = urlsplit(url or "")
+            found = url is None or (parts.hostname and (parts.port is None or parts.port))
+        except ValueError:
+            found = False
+        if not found:
+            raise ValueError("is no URL of a server; write https://HOST or https://HOST:PORT/PATH")
+        return url
 
     @field_validator("endpoints")
     @classmethod
@@ -294,8 +320,10 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file}: cannot be read ({error.strerror}); give a readable file with --config"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{file}: not valid TOML: it is nested too deeply") from None
     unknown = sorted(set(table) - {"server", "endpoints"})
     if unknown:
         raise ConfigError(f"{file}: unknown table [{unknown[0]}]; known are [server] and [[endpoints]]")

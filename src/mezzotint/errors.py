@@ -107,7 +107,7 @@ class MisdirectedError(MezzotintError):
 class InvalidRequestError(MezzotintError):
     status = 422
     codes = (
-        "invalid_value", "invalid_json", "invalid_form", "duplicate_key",
+        "invalid_value", "invalid_json", "invalid_form", "duplicate_key", "ambiguous_length",
         "unknown_field", "missing_field", "invalid_type",
         "out_of_range", "not_supported", *IMAGE_CODES, *ADAPTER_CODES,
     )  # fmt: skip
@@ -146,6 +146,7 @@ class UnavailableError(MezzotintError):
     status = 503
     codes = (
         "endpoint_starting", "endpoint_failed", "endpoint_stopped", "server_stopping", "database_unavailable",
+        "server_busy",
     )  # fmt: skip
     retryable = True
 
@@ -157,7 +158,7 @@ class DeadlineError(MezzotintError):
 
 class StorageFullError(MezzotintError):
     status = 507
-    codes = ("storage_full",)
+    codes = ("storage_full", "too_many_pictures")
 
 
 ANSWERS: tuple[type[MezzotintError], ...] = tuple(MezzotintError.__subclasses__())

@@ -124,22 +124,32 @@ def download(
         )
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The tensors of a safetensors file by name, as its header lists them; HeaderError for a damaged file."""
+def read_header(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, dict[str, Any]]:
+    """The tensors of a safetensors file by name, as its header lists them; HeaderError for a damaged file.
+
+    A header of more than `max_bytes` counts as damage: reading one holds up everything else in the process.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise HeaderError("its header is longer than the file or than the format allows")
+        if size < 8 or length > min(max_bytes, size - 8):
+            raise HeaderError(f"its header is longer than the file or than {max_bytes} bytes")
         text = file.read(length)
     try:
         tensors = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        if not all(_is_tensor(entry) for entry in tensors.values()):
+            raise ValueError
         end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise HeaderError(f"its header is no table of tensors: {type(error).__name__}") from None
     if end != size:
         raise HeaderError(f"it has {size} bytes, its table says {end}")
     return tensors
+
+
+def _is_tensor(entry: dict[str, Any]) -> bool:
+    counts = [*entry["shape"], *entry["data_offsets"]]
+    return isinstance(entry["dtype"], str) and all(type(each) is int and 0 <= each < 2**63 for each in counts)
 
 
 @contextlib.contextmanager

@@ -269,6 +269,12 @@ FORMATS: Mapping[str, Format] = {
 # ---------------------------------------------------------------- reading parameters back
 
 
+MAX_HEAD_BYTES = 2**20
+"""How far into a PNG or JPEG its texts are looked for."""
+MAX_TEXT = 2**17
+"""Most characters of parameters that are read: two of the longest prompts, and to spare."""
+
+
 def read_parameters(data: bytes) -> Parameters | None:
     """What made this picture file, None if it does not say; InvalidRequestError if it is no picture."""
     texts = _read_texts(data)
@@ -277,12 +283,14 @@ def read_parameters(data: bytes) -> Parameters | None:
 
 def read_infotext(data: bytes) -> str | None:
     """The `parameters` text of a picture file, whoever wrote it; InvalidRequestError if it is no picture."""
-    return _read_texts(data).get("parameters")
+    text = _read_texts(data).get("parameters")
+    return None if text is None or len(text) > MAX_TEXT else text
 
 
 def _read_texts(data: bytes) -> dict[str, str]:
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        head = data if data.startswith(b"RIFF") else data[:MAX_HEAD_BYTES]  # WebP has its texts at the end
+        image = Image.open(io.BytesIO(head), formats=("PNG", "JPEG", "WEBP"))
         if image.format == "PNG":
             return {name: str(image.info[name]) for name in ("parameters", "mezzotint") if name in image.info}
         texts = {"mezzotint": image.info.get("comment", b"").decode("utf-8", "replace")}
@@ -300,6 +308,8 @@ def _read_texts(data: bytes) -> dict[str, str]:
 
 
 def _from_json(text: str) -> Parameters | None:
+    if len(text) > MAX_TEXT:
+        return None
     try:
         return Parameters.from_dict(json.loads(text))
     except (ValueError, TypeError, RecursionError):
@@ -310,7 +320,12 @@ _PAIR = re.compile(r'([\w ]{1,40}): ("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 def parse_infotext(text: str) -> Parameters | None:
-    """The parameters in a `parameters` text, None if it lacks steps or seed; unknown settings are skipped."""
+    """The parameters in a `parameters` text, None if it lacks steps or seed; unknown settings are skipped.
+
+    A text of more than MAX_TEXT characters is not read.
+    """
+    if len(text) > MAX_TEXT:
+        return None
     *lines, last = text.strip().split("\n")
     values = {key.strip(): _unquoted(value) for key, value in _PAIR.findall(last)}
     if not all(re.fullmatch(r"\d{1,20}", values.get(name, "")) for name in ("Steps", "Seed")):

@@ -34,6 +34,8 @@ MAX_PROMPT = 10_000
 MAX_FOREIGN_PROMPT = 32_000
 """The same where OpenAI's limit is what clients expect."""
 MAX_FOREIGN_IMAGES = 10
+MAX_MESSAGE = 2000
+"""Most characters of an error's message on the wire."""
 
 DedicatedImageGenerationBodyResponseFormat = Literal["url", "raw", "png", "jpeg", "jpg"]
 _NOT_BLANK = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
@@ -300,10 +302,12 @@ class ErrorBody(BaseModel):
     @classmethod
     def of(cls, error: MezzotintError, request_id: str | None = None) -> Self:
         """The body for `error`."""
-        detail = ErrorDetail(
-            message=error.message, type=error_type(error.status), param=error.param, code=error.code
+        message = (
+            error.message if len(error.message) <= MAX_MESSAGE else error.message[: MAX_MESSAGE - 1] + "…"
         )
-        return cls(error=detail, detail=error.message, request_id=request_id or error.request_id)
+        param = None if error.param is None else error.param[:MAX_ECHO]
+        detail = ErrorDetail(message=message, type=error_type(error.status), param=param, code=error.code)
+        return cls(error=detail, detail=message, request_id=request_id or error.request_id)
 
 
 class LoadingState(_Answer):

@@ -189,7 +189,9 @@ class ControlNetSettings(Table):
 class EngineSettings(Table):
     """How a model is loaded and run. An endpoint has all of these; each reaches its workers by name."""
 
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub repository.")
+    revision: str | None = Field(
+        None, max_length=250, description="Branch, tag or commit of a Hub repository."
+    )
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_dtype_of)] = Field(
         "auto",
         description="`auto` is bf16 on a GPU and on a CPU with AMX or AVX512-BF16, else fp32. torch's own "
@@ -197,7 +199,7 @@ class EngineSettings(Table):
     )
     device: str = Field(
         "auto",
-        pattern=r"^[a-z]+(:[0-9]+)?$",
+        pattern=r"^[a-z]{1,20}(:[0-9]{1,4})?$",
         description="`auto` (cuda, then mps, then cpu), or a torch device such as `cuda:1`.",
     )
     num_threads: int = Field(0, ge=0, le=1024, description="torch threads of the worker; 0 is one per core.")

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Error
 from mezzotint import images
 from mezzotint.fake_worker import EXAMPLES
 from mezzotint.images import read_parameters
+from tests.attacks import attack
 from tests.browser.conftest import Visit, new_key, open_page
 from tests.server.hosting import Host, client, endpoint, hosting, settings_for
 
@@ -362,6 +363,7 @@ def test_the_page_is_light_and_asks_nobody_else(visit: Visit, host: Host) -> Non
     assert foreign == []
 
 
+@attack("A script injected into the playground", outcome="the browser refuses it")
 def test_scripts_and_styles_in_the_page_itself_are_refused(visit: Visit) -> None:
     with pytest.raises(Error, match="Content Security Policy"):
         visit.page.add_script_tag(content="window.inlineRan = true")

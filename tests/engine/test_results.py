@@ -11,6 +11,7 @@ import pytest
 from mezzotint.engine.results import pixels, repainted
 from mezzotint.errors import GenerationError
 from mezzotint.spec import ImageSpec, InputPicture
+from tests.attacks import attack
 
 
 def returned(*shape: int, name: str = "images") -> Any:
@@ -28,6 +29,15 @@ def test_a_picture_keeps_its_alpha_and_its_layers() -> None:
 @pytest.mark.parametrize("result", [returned(1, 4, 6, 1), returned(1, 4, 6), returned(0, 4, 6, 3), object()])
 def test_what_is_no_colour_picture_is_said(result: Any) -> None:
     with pytest.raises(GenerationError, match="the pipeline returned"):
+        pixels(result)
+
+
+@attack("Weights that make a model paint NaN", outcome="the request fails, instead of a picture of nothing")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_picture_of_no_numbers_is_a_failure(value: float) -> None:
+    result = returned(1, 4, 6, 3)
+    result.images[0, 1, 2, 0] = value
+    with pytest.raises(GenerationError, match="values that are no numbers"):
         pixels(result)
 
 

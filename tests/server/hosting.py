@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
+from fastapi import FastAPI
 
 from mezzotint.config import EndpointSettings, Settings
 from mezzotint.server.api.context import Context
@@ -45,6 +46,7 @@ class Host:
     pool: ThreadPoolExecutor
     first_key: str | None
     """An admin key, unless the data folder had one or the server wants none."""
+    app: FastAPI
 
     def body(self, prompt: str = "a cat", **fields: Any) -> dict[str, Any]:
         values = {"model": "one", "prompt": prompt, "num_inference_steps": 4, "response_format": "png"}
@@ -190,7 +192,7 @@ def hosting(
     thread.start()
     url, loop = started.result(PATIENCE_S)
     with client(url, key or first_key) as http, ThreadPoolExecutor(64) as pool:
-        host = Host(url, service, http, loop, pool, first_key)
+        host = Host(url, service, http, loop, pool, first_key, app)
         try:
             if ready:
                 for one in service.registry:

@@ -10,6 +10,8 @@ import pytest
 import structlog
 
 from mezzotint.server import logs
+from tests.attacks import attack
+from tests.server.hosting import PATIENCE_S
 
 
 class Full(io.StringIO):
@@ -25,6 +27,7 @@ def closed() -> io.StringIO:
     return stream
 
 
+@attack("A log on a full disk, or closed", outcome="the line is lost, the request is not")
 @pytest.mark.parametrize("stream", [Full(), closed()], ids=["full", "closed"])
 def test_a_log_line_that_cannot_be_written_fails_nothing(
     stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
@@ -35,6 +38,7 @@ def test_a_log_line_that_cannot_be_written_fails_nothing(
         monkeypatch.setattr(sys, "stderr", stream)
         structlog.get_logger("test").info("request ended", status="done")
     finally:
+        logs.flush(PATIENCE_S)
         structlog.configure(**before)
 
 
@@ -44,10 +48,12 @@ def test_lines_go_to_the_stderr_of_the_moment(capsys: pytest.CaptureFixture[str]
         logs.configure("info", "json")
         structlog.get_logger("test").info("request ended", status="done")
     finally:
+        logs.flush(PATIENCE_S)
         structlog.configure(**before)
     assert '"status": "done"' in capsys.readouterr().err
 
 
+@attack("A crash that would log keys and prompts", outcome="tracebacks have no values")
 @pytest.mark.parametrize("form", ["console", "json"])
 def test_a_traceback_shows_where_it_was_and_no_values(
     form: Literal["console", "json"], capsys: pytest.CaptureFixture[str]
@@ -64,6 +70,7 @@ def test_a_traceback_shows_where_it_was_and_no_values(
         except ValueError:
             structlog.get_logger("test").exception("defect in a request")
     finally:
+        logs.flush(PATIENCE_S)
         structlog.configure(**before)
     shown = capsys.readouterr().err
     assert "ValueError: broken" in shown

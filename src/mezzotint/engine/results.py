@@ -56,6 +56,11 @@ def pixels(result: Any) -> list[Image]:
         images = result[0] if isinstance(result, tuple) else getattr(result, "images", None)
         images = result.image if images is None else images  # Kandinsky 5's word
         found = np.asarray(images[0])
+        if not np.isfinite(found).all():
+            raise GenerationError(
+                "the model's picture holds values that are no numbers; its weights may be damaged, or fp16 "
+                "too narrow for it: choose another dtype"
+            )
         layers = (found * 255).round().astype(np.uint8)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise GenerationError(f"the pipeline returned no picture ({type(error).__name__}: {error})") from None

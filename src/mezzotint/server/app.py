@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import structlog
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, SQLAlchemyError
+from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -27,6 +28,8 @@ from mezzotint.errors import (
     MethodNotAllowedError,
     MezzotintError,
     NotFoundError,
+    UnavailableError,
+    echo,
 )
 from mezzotint.server.api import (
     a1111,
@@ -40,14 +43,17 @@ from mezzotint.server.api import (
     pictures,
     playground,
 )
-from mezzotint.server.api.context import Context
+from mezzotint.server.api.connections import MAX_HEAD_BYTES, Connections, max_connections
+from mezzotint.server.api.context import Context, caller_of
 from mezzotint.server.api.middleware import BodyReader, Envelope, HostAndOriginGuard, Refusals, error_response
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import database
+from mezzotint.server.store.durable import owned
 from mezzotint.server.store.migrations import Upgrade
 from mezzotint.server.store.pictures import Pictures
 from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.store.signing import load_signer
+from mezzotint.server.threads import DATABASE, UPKEEP, Threads
 from mezzotint.server.work.adapters import AdapterRegistry
 from mezzotint.server.work.admission import Admission
 from mezzotint.server.work.registry import Registry
@@ -58,6 +64,10 @@ BACKLOG = 2048
 """Connections that may wait to be accepted."""
 LAST_WORDS_S = 5
 """How long answers may take to go out once the draining is over."""
+FINISH_LIMIT_S = 120.0
+"""How long turning pixels into an answer may take, its turn and the disk included."""
+ERROR_EVERY_S = 60.0
+"""How often the event loop's complaint that there are no descriptors is logged."""
 UNMATCHED = "unmatched"
 """Route label of requests for no known path, which anyone could make up."""
 
@@ -69,14 +79,14 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
 
     `only` names the one endpoint to serve; what is remembered of the others stays untouched.
 
-    Opens the data folder and the database, and finds the adapters; worker processes start with the app's
-    lifespan.
+    Opens the data folder and the database, and finds the adapters; `serve` starts the workers.
     `app.state.context` is the Context. ConfigError stops the start.
     """
     context = _context(settings, worker)
     try:
-        context.registry.load(settings.endpoints, only)
-        context.adapters.load(context.registry)
+        with owned(settings.data_dir, shared=only is not None):
+            context.registry.load(settings.endpoints, only)
+            context.adapters.load(context.registry)
     except BaseException:
         context.engine.dispose()
         raise
@@ -90,6 +100,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
         openapi_url="/openapi.json",
     )
     app.state.context = context
+    app.state.only = only
     for dialect in (
         dedicated,
         pictures,
@@ -109,6 +120,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
         max_image_bytes=max(settings.max_body_bytes, settings.max_image_body_bytes),
         timeout_s=settings.body_timeout_s,
         has_controls=lambda: any(endpoint.spec.controlnets for endpoint in context.registry),
+        identify=caller_of,
     )
     if not settings.auth:
         app.add_middleware(HostAndOriginGuard, settings=settings)
@@ -135,16 +147,35 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
     return app
 
 
+class _LoopErrors:
+    """What the event loop complains of, in our log. It may say thousands of times that descriptors lack."""
+
+    def __init__(self) -> None:
+        self._said_at = -ERROR_EVERY_S
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            if loop.time() - self._said_at < ERROR_EVERY_S:
+                return
+            self._said_at = loop.time()
+        log.error("defect in the event loop", text=context.get("message"), exc_info=error)
+
+
 class _Server(uvicorn.Server):
     """uvicorn, but what is not done `drain_s` after the signal is answered instead of cut off."""
 
-    def __init__(self, config: uvicorn.Config, context: Context) -> None:
+    def __init__(self, config: uvicorn.Config, state: State) -> None:
+        """`state` is the app's; the end of its lifespan reads from it until when requests may go on."""
         super().__init__(config)
-        self._context = context
+        self._state = state
+        self._context: Context = state.context
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
-        ending = loop.call_later(self._context.settings.drain_s, _drop_requests, self._context)
+        drain_s = self._context.settings.drain_s
+        self._state.drain_until = loop.time() + drain_s
+        ending = loop.call_later(drain_s, _drop_requests, self._context)
         await super().shutdown(sockets)
         ending.cancel()
 
@@ -160,19 +191,25 @@ async def serve(
         app,
         host=settings.host,
         port=settings.port,
+        http=cast(Any, Connections(settings.body_timeout_s, max_connections())),
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         log_config=None,
+        log_level="error",  # anyone can send what it warns of
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=round(settings.drain_s) + LAST_WORDS_S,
         lifespan="on",
     )
+    asyncio.get_running_loop().set_exception_handler(_LoopErrors())
     try:
-        listener = _listen(settings)
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        app.state.on_listening = lambda: on_started(f"http://{shown}:{port}")
-        app.state.server = _Server(config, app.state.context)
-        await app.state.server.serve(sockets=[listener])
+        with owned(settings.data_dir, shared=app.state.only is not None):
+            listener = _listen(settings)
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            app.state.on_listening = lambda: on_started(f"http://{shown}:{port}")
+            app.state.server = _Server(config, app.state)
+            await app.state.server.serve(sockets=[listener])
     finally:
         app.state.context.engine.dispose()  # of a start that failed, too
 
@@ -183,9 +220,10 @@ def _context(settings: Settings, worker: str) -> Context:
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.mkdir(exist_ok=True, mode=0o700)
         signer = load_signer(settings.data_dir)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"data_dir: {settings.data_dir} cannot be used ({error.strerror}); "
+            f"data_dir: {echo(str(settings.data_dir))} cannot be used "
+            f"({error.strerror if isinstance(error, OSError) else error}); "
             "give a folder that this user may write to"
         ) from None
     engine = database.open_database(
@@ -193,20 +231,25 @@ def _context(settings: Settings, worker: str) -> Context:
     )
     metrics = Metrics()
     quotas = Quotas(engine)
-    pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
+    making = Threads("making of answers", settings.encode_threads, FINISH_LIMIT_S)
     return Context(
         settings=settings,
         engine=engine,
         registry=Registry(engine, WorkerSettings.of(settings, worker), metrics),
         adapters=AdapterRegistry(engine, settings.data_dir / "adapters"),
-        admission=Admission(settings, metrics, quotas, pool),
+        admission=Admission(settings, metrics, quotas, making),
         signer=signer,
         pictures=Pictures(
-            engine, folder, signer, settings.url_ttl_s, settings.gallery_size, settings.max_starred
+            engine,
+            folder,
+            signer,
+            settings.url_ttl_s,
+            settings.gallery_size,
+            settings.max_starred,
+            settings.max_stored_bytes,
         ),
         metrics=metrics,
         quotas=quotas,
-        pool=pool,
     )
 
 
@@ -228,12 +271,12 @@ def _lifespan(
             yield
         finally:
             cleaning.cancel()
+            await context.admission.drained(getattr(app.state, "drain_until", 0.0))
             _drop_requests(context)
             await context.admission.wait_for_answers()
             await context.registry.stop()
-            context.pool.shutdown()
-            with contextlib.suppress(SQLAlchemyError):
-                await asyncio.to_thread(context.quotas.store)
+            with contextlib.suppress(SQLAlchemyError, UnavailableError):
+                await DATABASE.run(context.quotas.store)
             context.engine.dispose()
 
     return lifespan
@@ -249,13 +292,13 @@ async def _clean(context: Context) -> None:
     """Removes expired pictures and writes down what was used, now and then."""
     while True:
         try:
-            gone, left = await asyncio.to_thread(context.pictures.clean)
+            gone, left = await UPKEEP.run(context.pictures.clean)
             context.metrics.stored_bytes.set(left)
             context.admission.sweep()
-            await asyncio.to_thread(context.quotas.store)
+            await DATABASE.run(context.quotas.store)
             if gone:
                 log.info("expired pictures removed", num=gone)
-        except (OSError, SQLAlchemyError) as error:
+        except (OSError, SQLAlchemyError, UnavailableError) as error:
             log.error("cleaning up failed; the next try is in a minute", error=str(error))
         await asyncio.sleep(CLEAN_EVERY_S)
 
@@ -273,7 +316,7 @@ def _listen(settings: Settings) -> socket.socket:
     try:
         listener.bind((settings.host, settings.port))
         listener.listen(BACKLOG)  # from now on a connection waits instead of being refused
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError, TypeError) as error:  # the last two: no name of a host at all
         listener.close()
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
@@ -325,6 +368,9 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 
 async def _answer_database(request: Request, error: Exception) -> Response:
     assert isinstance(error, SQLAlchemyError)
+    if isinstance(error, DataError):
+        text = "a text in the request has characters that the database cannot keep (NUL); leave them out"
+        return _refusal(request, InvalidRequestError(text))
     log.error("database does not answer", error=str(error).splitlines()[0])
     return _refusal(request, database.unavailable(error))
 

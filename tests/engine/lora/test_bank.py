@@ -25,6 +25,7 @@ from mezzotint.engine.steps.batching import Call, Part, merge
 from mezzotint.engine.steps.rules import RULES
 from mezzotint.errors import ModelLoadError, NotFoundError
 from mezzotint.messages import Done, Failed
+from tests.attacks import attack
 from tests.engine import adapter_files, tiny
 from tests.engine.adapter_files import (
     ATTENTION,
@@ -528,6 +529,7 @@ REFUSALS: dict[str, tuple[Callable[[Any, Path], Path], str, str]] = {
 }
 
 
+@attack("Adapters of other kinds or for other models", outcome="refused by name")
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_cannot_be_used_is_refused_by_name(case: str, tmp_path: Path) -> None:
     make, code, text = REFUSALS[case]
@@ -562,6 +564,7 @@ def test_differences_that_are_all_zero_are_no_obstacle(pipe: Any, tmp_path: Path
     assert bank_of(pipe).add("a", write(state, tmp_path / "a.safetensors")).file.rank == 4
 
 
+@attack("An adapter's file changed behind the server's back", outcome="its requests fail; it is not used")
 def test_a_file_that_has_changed_since_is_not_used(pipe: Any, tmp_path: Path) -> None:
     file = write(peft("transformer.", pairs(pipe.transformer)), tmp_path / "a.safetensors")
     bank = bank_of(pipe)

@@ -26,6 +26,7 @@ from mezzotint.engine.models import checks, doctor, hardware, host, loading, sou
 from mezzotint.errors import ModelLoadError
 from mezzotint.messages import DOWNLOADING, LOADING
 from mezzotint.spec import EngineSettings
+from tests.attacks import attack
 from tests.engine import fake_hub, tiny
 from tests.engine.tiny import single_file
 
@@ -149,6 +150,7 @@ def test_a_repository_is_fetched_once_and_then_needs_no_network(
     assert np.array_equal(picture(load(REPOSITORY).pipe), first)
 
 
+@attack("A repository with Python files and pickles", outcome="not fetched")
 def test_only_what_the_pipeline_needs_is_fetched(hub: fake_hub.FakeHub, folder: Path) -> None:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     for name in (
@@ -385,6 +387,7 @@ def test_a_folder_that_is_something_else_is_recognised(tmp_path: Path, file: str
     assert words in refusal(tmp_path).message
 
 
+@attack("Pickles as weights", outcome="refused; nothing is unpickled")
 def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"x")

@@ -19,6 +19,7 @@ from PIL import Image
 from mezzotint import images
 from mezzotint.errors import InvalidRequestError
 from mezzotint.server.api.a1111 import take_lora
+from tests.attacks import attack
 from tests.server.hosting import PATIENCE_S, Host, endpoint, hosting, settings_for
 
 
@@ -48,6 +49,7 @@ def ask(http: httpx2.Client, **fields: Any) -> dict[str, Any]:
     return values
 
 
+@attack("Infinity in a field that is echoed", outcome="null in the echo")
 def test_a_number_that_json_cannot_write_comes_back_as_null(http: httpx2.Client) -> None:
     body = b'{"prompt": "a fox", "steps": 4, "eta": 1e999, "more": [-1e999, 1.5]}'
     answer = http.post("/txt2img", content=body, headers={"content-type": "application/json"})
@@ -246,6 +248,7 @@ KEYS = (
 )  # fmt: skip
 
 
+@attack("Any fields on AUTOMATIC1111's route", outcome="no 5xx")
 @hypothesis.given(st.dictionaries(st.sampled_from(KEYS), ANYTHING))
 @hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 def test_no_body_is_the_servers_fault(host: Host, fields: dict[str, Any]) -> None:

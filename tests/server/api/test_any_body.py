@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mezzotint.schemas import KNOWN_FIELDS
+from tests.attacks import attack
 from tests.server.hosting import GENERATE, Host, endpoint, hosting, settings_for
 
 EXAMPLES = 300
@@ -74,6 +75,7 @@ def check(host: Host, body: bytes) -> httpx2.Response:
     return answer
 
 
+@attack("Any JSON and any bytes as a body", outcome="200, 404 or 422")
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=bodies())
 def test_no_body_breaks_the_server(host: Host, body: bytes) -> None:

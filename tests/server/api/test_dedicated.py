@@ -14,6 +14,7 @@ from PIL import Image
 
 from mezzotint import images
 from mezzotint.spec import ImageSpec
+from tests.attacks import attack
 from tests.server.hosting import GENERATE, Host, client, endpoint, hosting, settings_for
 
 
@@ -93,6 +94,7 @@ def test_the_png_holds_its_parameters_and_nothing_that_differs_between_runs(host
             width=16,
             height=16,
         ),
+        {"dtype": "fp32"},
     )
 
 
@@ -149,6 +151,7 @@ def test_the_team_header_is_accepted(host: Host) -> None:
     assert host.post(headers={"x-friendli-team": "team-1"}).status_code == 200
 
 
+@attack("A picture's URL without its signature, or with a changed one", outcome="403")
 def test_a_stored_picture_needs_its_signature_and_no_key(host: Host) -> None:
     url = httpx2.URL(host.post(response_format="url").json()["data"][0]["url"])
     with client(host.url, None) as stranger:
@@ -163,6 +166,7 @@ def test_a_stored_picture_needs_its_signature_and_no_key(host: Host) -> None:
         assert stranger.get("/images/..%2f..%2fmezzotint.db?expires=1&signature=x").status_code == 404
 
 
+@attack("A picture's URL after its end", outcome="410")
 def test_an_expired_url_is_gone(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, url_ttl_s=0)) as host:
         answer = httpx2.get(host.post(response_format="url").json()["data"][0]["url"])

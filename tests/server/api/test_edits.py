@@ -21,6 +21,7 @@ from mezzotint.errors import InvalidRequestError
 from mezzotint.fake_worker import paint
 from mezzotint.input_pictures import read_mask, read_pictures
 from mezzotint.spec import ImageSpec, InputPicture
+from tests.attacks import attack
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 EDIT = "/dedicated/v1/images/edits"
@@ -191,6 +192,7 @@ def test_a_generation_takes_no_picture(host: Host) -> None:
 # ---------------------------------------------------------------- bodies
 
 
+@attack("A large body where none is needed", outcome="413")
 def test_these_routes_alone_take_large_bodies(host: Host) -> None:
     large = text_of(file_of(Image.frombytes("RGB", (1024, 1024), random.Random(0).randbytes(3 * MIB))))
     assert len(large) > 4 * MIB
@@ -293,6 +295,7 @@ def test_a_variation_is_not_supported(client: openai.OpenAI) -> None:
     assert error.value.code == "not_supported"
 
 
+@attack("A multipart form made to break the parser", outcome="422")
 @pytest.mark.parametrize(
     ("files", "fields", "code"),
     [
@@ -418,6 +421,7 @@ def test_no_body_breaks_the_server(host: Host, sent: bytes) -> None:
     send_both(host, sent)
 
 
+@attack("Damaged pictures, hundreds of kinds", outcome="200 or 422")
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=damaged(), mask=st.none() | damaged())
 def test_no_damaged_picture_breaks_the_server(host: Host, data: bytes, mask: bytes | None) -> None:

@@ -42,6 +42,7 @@ def status(host: Host, endpoint_id: str = "one") -> str:
     return word
 
 
+@attack("Managing endpoints with an ordinary key", outcome="403")
 def test_only_admin_keys_may_call_it(host: Host) -> None:
     with host.new_client() as plain:
         for method, path in (
@@ -124,6 +125,9 @@ def test_an_endpoint_is_made_updated_and_deleted(host: Host) -> None:
     assert host.client.delete(f"{BASE}/one").status_code == 409, "it stands in the configuration file"
 
 
+@attack(
+    "Giving an endpoint the permission for remote code by API", outcome="422; the operator's file alone can"
+)
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [
@@ -147,6 +151,10 @@ def test_bad_bodies_are_refused(host: Host, body: dict[str, Any], code: str, par
     assert (answer.status_code, error["code"], error["param"]) == (422, code, param)
 
 
+@attack(
+    "An endpoint made with an adapter that is not there",
+    outcome="422; nothing is stored that stops the next start",
+)
 def test_an_endpoint_whose_adapter_cannot_be_had_is_not_made(tmp_path: Path) -> None:
     adapters = [{"route": "ink", "source": str(tmp_path / "none.safetensors")}]
     body = {"name": "made", "settings": {"model": "fake", "adapters": adapters}}

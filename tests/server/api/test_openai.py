@@ -21,6 +21,7 @@ from PIL import Image
 from mezzotint import images
 from mezzotint.fake_worker import EXAMPLES
 from mezzotint.server.api.openai import KNOWN
+from tests.attacks import attack
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 IMAGES = "/v1/images/generations"
@@ -335,6 +336,7 @@ ANYTHING: st.SearchStrategy[Any] = (
 )
 
 
+@attack("Any fields on OpenAI's route", outcome="no 5xx")
 @hypothesis.given(st.dictionaries(st.sampled_from((*KNOWN, "\ud800")), ANYTHING))
 @hypothesis.settings(max_examples=80, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 def test_no_body_is_the_servers_fault(host: Host, fields: dict[str, Any]) -> None:

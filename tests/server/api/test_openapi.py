@@ -26,6 +26,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tests.attacks import attack
 from tests.engine import fake_hub
 from tests.server.hosting import PATIENCE_S, Host, endpoint, hosting, settings_for
 
@@ -93,6 +94,7 @@ def try_out(host: Host, operation: Any, mode: GenerationMode, path: dict[str, st
     return statuses
 
 
+@attack("Whatever schemathesis makes of each operation", outcome="a documented status, never 5xx")
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
 def test_every_operation_answers_as_documented(host: Host, mode: GenerationMode) -> None:
     seen: dict[str, set[int]] = {}

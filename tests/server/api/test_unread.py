@@ -13,6 +13,7 @@ import pytest
 
 from mezzotint.server.api.a1111 import MAX_ECHOED
 from mezzotint.server.work import tickets
+from tests.attacks import attack
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 SIDE = 1024
@@ -54,6 +55,10 @@ def send_unread(host: Host, stack: contextlib.ExitStack, key: str) -> socket.soc
     return raw
 
 
+@attack(
+    "Clients that never read, under one Idempotency-Key",
+    outcome="one answer in memory; dropped after send_timeout_s",
+)
 def test_many_who_do_not_read_one_answer_hold_one_answer_and_are_dropped(host: Host) -> None:
     answer = host.post(**BIG, headers={"idempotency-key": "one for all"})
     ticket = host.service.admission.tickets.by_id[answer.json()["id"]]
@@ -101,6 +106,7 @@ def test_a_stream_of_openais_that_went_to_disk_ends_as_it_should(
     assert answers[0] == answers[1]
 
 
+@attack("A disk that fills while answers are spooled", outcome="no answer is lost")
 def test_a_disk_that_takes_no_more_loses_no_answer(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(data: bytes) -> None:
         raise OSError(28, "No space left on device")
@@ -110,6 +116,7 @@ def test_a_disk_that_takes_no_more_loses_no_answer(host: Host, monkeypatch: pyte
     assert host.picture("in memory all the same")
 
 
+@attack("Filling memory with answers that nobody fetches", outcome="429 for this key alone")
 def test_a_key_whose_answers_hold_too_much_is_told_so_and_no_other_key(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +134,7 @@ def test_a_key_whose_answers_hold_too_much_is_told_so_and_no_other_key(
             assert other.post(url, json=host_body).status_code == 200
 
 
+@attack("Bodies of a MiB with requests that end at once", outcome="nothing of them is kept")
 def test_an_ended_request_of_a1111_leaves_nothing_of_its_body(host: Host) -> None:
     """23 MiB were kept for a body of 0.94 MiB, ten minutes long."""
     body = {"prompt": "a fox", "steps": 1, "junk": [[number] for number in range(100_000)]}

@@ -12,6 +12,7 @@ import httpx2
 import pytest
 
 from mezzotint.server.store import keys
+from tests.attacks import attack
 from tests.server.hosting import GENERATE, Host, client, hosting, settings_for
 
 SIZE = 4
@@ -69,6 +70,7 @@ def test_the_newest_come_first_in_pages(host: Host, http: httpx2.Client) -> None
     assert seeds(http, f"?limit=2&before={first['data'][-1]['name']}") == [1]
 
 
+@attack("Another key's pictures in the gallery", outcome="404")
 def test_nobody_sees_or_deletes_another_keys_pictures(host: Host, http: httpx2.Client) -> None:
     make(host, http, 1)
     name = http.get("/dedicated/v1/images").json()["data"][0]["name"]

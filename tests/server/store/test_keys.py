@@ -17,6 +17,7 @@ from mezzotint.errors import (
 )
 from mezzotint.server.store import database, keys
 from mezzotint.server.store.keys import Limits
+from tests.attacks import attack
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def test_a_key_made_before_there_were_priorities_has_the_ordinary_one(engine: sa
     assert keys.authenticate(engine, secret).limits == Limits(weight=2.0, priority=0)
 
 
+@attack("Reading keys out of the database", outcome="it has their hashes only")
 def test_secrets_are_random_and_only_their_hash_is_stored(engine: sa.Engine, tmp_path: Path) -> None:
     secrets = {keys.create_key(engine, f"key{number}")[1] for number in range(20)}
     assert len(secrets) == 20
@@ -106,6 +108,7 @@ def test_a_file_that_is_no_database_stops_the_start_with_a_sentence(tmp_path: Pa
         database.open_database(database.database_url(tmp_path, None))
 
 
+@attack("A database URL that is wrong, in a log", outcome="its password is not shown")
 def test_a_password_in_the_url_is_not_shown(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         database.open_database("postgresql+psycopg://user:hunter2@127.0.0.1:1/nowhere")

@@ -20,6 +20,7 @@ from mezzotint.cli import app
 from mezzotint.errors import ConfigError
 from mezzotint.server.store import database, keys, migrations
 from mezzotint.server.store.database import open_database, upgrade_database
+from tests.attacks import attack
 from tests.server.hosting import hosting, settings_for
 
 SECRET = "mz_of-the-old-version"
@@ -35,7 +36,7 @@ def make_0_1_0(url: str) -> None:
                 connection.execute(sa.text(statement))
         connection.execute(sa.text("INSERT INTO meta VALUES ('schema_version', '1')"))
         row = "('key_old', 'old', :hash, true, '[]', '{}', 1.0, NULL)"
-        connection.execute(sa.text(f"INSERT INTO keys VALUES {row}"), {"hash": keys._hash(SECRET)})
+        connection.execute(sa.text(f"INSERT INTO keys VALUES {row}"), {"hash": keys.digest_of(SECRET)})
     engine.dispose()
 
 
@@ -171,6 +172,7 @@ def test_a_database_of_a_newer_program_is_left_alone(database_url: str) -> None:
     assert versions(database_url)[0] == "9999"
 
 
+@attack("Six servers that upgrade one database at once", outcome="one does, the others wait")
 @pytest.mark.parametrize("empty", [True, False])
 def test_of_many_that_start_at_once_one_upgrades(
     database_url: str, empty: bool, monkeypatch: pytest.MonkeyPatch
@@ -197,6 +199,7 @@ def test_of_many_that_start_at_once_one_upgrades(
     assert versions(database_url) == (migrations.HEAD, "2")
 
 
+@attack("An upgrade that fails in the middle", outcome="nothing has changed")
 def test_an_upgrade_that_fails_changes_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make_0_1_0(database_url)
     run = migrations._run

@@ -18,6 +18,7 @@ from mezzotint.server.store.database import open_database
 from mezzotint.server.store.pictures import Pictures
 from mezzotint.server.store.signing import Signer, load_signer
 from mezzotint.spec import ImageSpec
+from tests.attacks import attack
 from tests.server.hosting import Host, hosting, settings_for
 
 
@@ -53,6 +54,7 @@ def test_names_are_random_and_files_are_whole(pictures: Pictures) -> None:
     assert {file.name for file in pictures.folder.iterdir()} == names
 
 
+@attack("A signature used for another picture or a later end", outcome="403")
 def test_a_signature_holds_for_one_name_and_one_expiry(pictures: Pictures) -> None:
     one, two = save(pictures, b"1"), save(pictures, b"2")
     name, expires, signature = parts(pictures.url("http://x", one))
@@ -74,6 +76,7 @@ def test_another_secret_makes_other_signatures(pictures: Pictures) -> None:
         pictures.find(name, str(expires), Signer(b"t" * 32).signature(name, expires))
 
 
+@attack("A picture's name with ../ or of another shape", outcome="404")
 @pytest.mark.parametrize("name", ["../signing-key", "x.png", "", "a" * 32 + ".svg", "a" * 32 + ".png\n"])
 def test_what_no_save_ever_made_is_not_found(pictures: Pictures, name: str) -> None:
     with pytest.raises(NotFoundError):
@@ -114,6 +117,7 @@ def test_the_secret_is_made_once_private_and_kept(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["signing-key"]
 
 
+@attack("A signing key that is cut short", outcome="the start stops with a sentence")
 def test_a_damaged_secret_stops_the_start_with_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "signing-key").write_bytes(b"short")
     with pytest.raises(ConfigError, match="5 bytes"):
@@ -207,6 +211,7 @@ def test_a_known_picture_is_not_sent_again(url: str) -> None:
     assert httpx2.get(url, headers={"if-none-match": '"another"'}).status_code == 200
 
 
+@attack("Many downloads of a large picture", outcome="sent from the disk in pieces")
 def test_a_large_picture_is_never_whole_in_memory(host: Host, tmp_path: Path) -> None:
     name = "a" * 32 + ".png"
     with (host.service.pictures.folder / name).open("wb") as file:

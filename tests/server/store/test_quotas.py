@@ -105,7 +105,7 @@ def test_both_limits_over_http_and_across_a_restart(tmp_path: Path, database_url
             assert [answer.status_code for answer in answers] == [200, 200, 429]
             assert answers[2].json()["error"]["code"] == "rate_limited"
             assert 1 <= int(answers[2].headers["retry-after"]) <= 30
-        _, poor = create_key(engine, "poor", limits=Limits(step_seconds_per_day=0.02))
+        _, poor = create_key(engine, "poor", limits=Limits(step_seconds_per_day=0.06))
         with client(host.url, poor) as http:
             assert http.post(GENERATE, json=host.body()).status_code == 200
             refused = http.post(GENERATE, json=host.body())

@@ -22,6 +22,7 @@ from mezzotint.server.store.adapters import AdapterState, AdapterTable, Origin
 from mezzotint.server.store.database import open_database
 from mezzotint.server.work import adapters as registry
 from mezzotint.server.work.lifecycle import State
+from tests.attacks import attack
 from tests.engine import fake_hub
 from tests.server.hosting import FAKE, PATIENCE_S, Host, endpoint, hosting, settings_for
 
@@ -89,6 +90,7 @@ def test_an_added_adapter_serves_at_once_and_is_listed_everywhere(host: Host, tm
     assert routes_of(host) == ["flat"]
 
 
+@attack("Adding an adapter with an ordinary key", outcome="403")
 def test_only_an_admin_key_may_call_it(host: Host, tmp_path: Path) -> None:
     body = {"route": "flat", "source": str(write(tmp_path / "flat.safetensors"))}
     with host.new_client() as plain:
@@ -189,6 +191,7 @@ def agreed(host: Host) -> tuple[str, str]:
     return stored.checksum, host.picture(model="one:flat", seed=1)
 
 
+@attack("Two adds of one route at once", outcome="one gets 409; files, workers and requests agree")
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_of_two_simultaneous_adds_of_one_route_one_is_refused(
     host: Host, two_files: dict[str, tuple[Path, str]], overwrite: bool
@@ -203,6 +206,7 @@ def test_of_two_simultaneous_adds_of_one_route_one_is_refused(
         assert host.client.delete(f"{ADAPTERS}/flat").status_code == 200
 
 
+@attack("Two adds of one route, one file bad", outcome="the good one serves")
 def test_a_refused_file_among_two_simultaneous_adds_costs_the_good_one_nothing(
     host: Host, two_files: dict[str, tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +329,10 @@ def test_what_the_api_added_stays_when_the_configuration_names_others(tmp_path: 
         assert routes_of(host) == ["mine", "theirs"]
 
 
+@attack(
+    "Deleting an adapter whose source is gone, then a restart",
+    outcome="the server starts; the adapter stays deleted",
+)
 @pytest.mark.parametrize("lost", [False, True])
 def test_an_adapter_named_at_creation_and_deleted_later_stays_deleted(tmp_path: Path, lost: bool) -> None:
     file = write(tmp_path / "ink.safetensors")
@@ -343,6 +351,7 @@ def test_an_adapter_named_at_creation_and_deleted_later_stays_deleted(tmp_path: 
         assert (entry["route"], entry["origin"], entry["state"]) == ("kept", "api", "ready")
 
 
+@attack("Adding an adapter while its endpoint is deleted", outcome="it is in no place")
 def test_an_adapter_added_while_its_endpoint_is_deleted_is_in_no_place(host: Host, tmp_path: Path) -> None:
     file = write(tmp_path / "flat.safetensors")
     path = "/dedicated/beta/endpoint/brief"
@@ -542,6 +551,7 @@ BAD_SOURCES: dict[str, tuple[Any, str, str]] = {
 }
 
 
+@attack("Adapter sources that are pickles, cut short or missing", outcome="422; nothing is stored")
 @pytest.mark.parametrize("case", BAD_SOURCES)
 def test_a_bad_source_is_refused_before_anything_is_stored(case: str, tmp_path: Path) -> None:
     make, code, text = BAD_SOURCES[case]
@@ -626,6 +636,7 @@ def test_a_hub_that_is_away_is_told_at_once(
     assert caught.value.code == "adapter_source_not_found"
 
 
+@attack("A Hub that accepts and never answers", outcome="a sentence after ten seconds")
 def test_a_hub_that_says_nothing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mezzotint.hub.CONTACT_TIMEOUT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -646,6 +657,7 @@ def test_what_was_fetched_before_needs_no_hub(
     assert copy_source(source, tmp_path / "kept", MAX_BYTES) == first
 
 
+@attack("A repository with an adapter above the limit", outcome="not fetched")
 def test_a_repository_file_over_the_limit_is_not_fetched(hub: fake_hub.FakeHub, tmp_path: Path) -> None:
     write(tmp_path / "repo" / "b.safetensors", rank=10_000)
     hub.folders["own/lora"] = tmp_path / "repo"

@@ -25,6 +25,7 @@ from mezzotint.server.store.keys import Limits
 from mezzotint.server.work.lifecycle import State
 from mezzotint.server.work.queueing import Throughput
 from mezzotint.server.work.tickets import ClientGone, Ticket
+from tests.attacks import attack
 from tests.server.hosting import GENERATE, PATIENCE_S, Host, endpoint, hosting, settings_for
 
 OPENAI = "/v1/images/generations"
@@ -71,6 +72,7 @@ def test_a_client_that_comes_back_gets_the_job_it_left(host: Host) -> None:
     assert answer.json()["id"] == left
 
 
+@attack("Sending requests and hanging up", outcome="cancelled within a step")
 def test_nobody_comes_back_and_the_job_is_cancelled_within_a_step(host: Host) -> None:
     left = hang_up(host, prompt="never again", num_inference_steps=50)
     state = host.wait_until(left, "cancelled")
@@ -170,6 +172,7 @@ def tickets_for(host: Host, prompt: str) -> list[Ticket]:
     return found()
 
 
+@attack("Hanging up and sending the same again, at once", outcome="one request runs")
 @pytest.mark.parametrize("with_keys", [False, True])
 def test_a_hang_up_and_the_same_request_again_heard_at_once_are_one_request(
     host: Host, open_host: Host, with_keys: bool
@@ -268,6 +271,7 @@ def test_an_idempotency_key_finds_the_running_and_the_finished_request(host: Hos
     assert host.post("once", headers=headers, num_inference_steps=20).content == answers[0].content
 
 
+@attack("An Idempotency-Key again, with another body", outcome="409")
 def test_an_idempotency_key_with_another_body_is_a_conflict(host: Host) -> None:
     headers = {"idempotency-key": "twice"}
     assert host.post("one thing", headers=headers).status_code == 200
@@ -275,6 +279,7 @@ def test_an_idempotency_key_with_another_body_is_a_conflict(host: Host) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "conflict")
 
 
+@attack("Another key's Idempotency-Key", outcome="finds nothing")
 def test_an_idempotency_key_of_somebody_else_is_somebody_elses(host: Host) -> None:
     headers = {"idempotency-key": "shared"}
     mine = host.post("a", headers=headers)
@@ -334,6 +339,7 @@ def test_a_full_queue_is_429_with_a_truthful_retry_after(tmp_path: Path) -> None
             host.wait_until(request_id, "done")
 
 
+@attack("One key fills the queue", outcome="other keys still get in")
 def test_a_full_queue_of_one_key_is_not_full_for_another(tmp_path: Path) -> None:
     spec = endpoint("fake:step_s=0.005", max_queue_s=3, batching="off")
     with hosting(settings_for(tmp_path, spec)) as host:
@@ -397,6 +403,7 @@ def test_queued_requests_know_their_position_and_time(tmp_path: Path) -> None:
             assert host.client.delete(f"/dedicated/v1/requests/{request_id}").json()["status"] == "cancelled"
 
 
+@attack("Another key's request by its ID, as admin too", outcome="404")
 def test_a_request_is_visible_to_its_key_and_to_nobody_else(host: Host) -> None:
     request_id = host.submit("private")
     with host.new_client(admin=True) as other:
@@ -515,6 +522,7 @@ def test_a_request_cancelled_in_the_moment_of_its_last_picture_ends_once(host: H
 # ---------------------------------------------------------------- many at once
 
 
+@attack("64 requests at once that could mix", outcome="each has the bytes that it has alone")
 def test_64_concurrent_requests_give_the_bytes_that_each_gives_alone(host: Host) -> None:
     fields = [
         {"seed": n, "num_inference_steps": (4, 8, 20)[n % 3], "guidance_scale": n / 7} for n in range(64)
@@ -528,6 +536,7 @@ def test_64_concurrent_requests_give_the_bytes_that_each_gives_alone(host: Host)
     assert {one.result().status_code for one in together} == {200}
 
 
+@attack("One key sends hundreds of requests", outcome="another key's request waits for two at most")
 def test_one_request_among_many_of_another_key_waits_for_two_at_most(tmp_path: Path) -> None:
     spec = endpoint("fake:step_s=0.005", batching="off")
     with hosting(settings_for(tmp_path, spec)) as host:

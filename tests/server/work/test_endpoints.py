@@ -13,6 +13,7 @@ from mezzotint.errors import ConflictError, NotFoundError
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.lifecycle import Command, State
 from mezzotint.server.work.registry import Registry
+from tests.attacks import attack
 from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 
@@ -81,6 +82,7 @@ def test_of_two_updates_at_once_one_is_recorded_and_goes_live(host: Host) -> Non
     assert host.endpoint().spec == specs[0]
 
 
+@attack("Two endpoints of one ID at once", outcome="one gets 409")
 def test_of_two_endpoints_made_at_once_under_one_id_one_is_refused(host: Host) -> None:
     async def both() -> list[Endpoint | BaseException]:
         spec = endpoint(id="twin")
@@ -135,6 +137,7 @@ def test_an_update_in_the_middle_of_a_restart_takes_its_place(host: Host) -> Non
     assert host.run(registry(host).history("one"))[0].version == version
 
 
+@attack("Commands to an endpoint that is being deleted", outcome="404")
 def test_a_command_to_an_endpoint_that_is_being_deleted_comes_too_late(host: Host) -> None:
     made = host.run(registry(host).create(endpoint(id="brief"), "test"))
 
@@ -149,6 +152,7 @@ def test_a_command_to_an_endpoint_that_is_being_deleted_comes_too_late(host: Hos
     assert made.current.replicas[0].pid is None
 
 
+@attack("A refused command, then a restart", outcome="it left nothing in the database")
 def test_a_command_that_is_refused_is_not_recorded(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path)) as host:
         key = host.first_key
@@ -159,6 +163,7 @@ def test_a_command_that_is_refused_is_not_recorded(tmp_path: Path) -> None:
         assert host.endpoint().state is State.STOPPED
 
 
+@attack("An update that cannot load, then a restart", outcome="the version that works is loaded")
 def test_an_update_that_could_not_load_is_not_loaded_at_the_next_start(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path)) as host:
         key = host.first_key

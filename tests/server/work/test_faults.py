@@ -21,6 +21,7 @@ import pytest
 import sqlalchemy as sa
 
 from mezzotint.server.store.database import usage
+from tests.attacks import attack
 from tests.server.hosting import GENERATE, PATIENCE_S, client, endpoint, hosting, settings_for
 
 START_S = 120.0
@@ -42,6 +43,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+@attack("A full disk", outcome="507, nothing left behind, over when there is room")
 def test_a_full_disk_is_507_leaves_nothing_behind_and_passes(tmp_path: Path) -> None:
     folder = tmp_path / "data" / "images"
     with small_disk(folder, "64k"), hosting(settings_for(tmp_path, endpoint("fake:size=128"))) as host:
@@ -61,6 +63,7 @@ def test_a_full_disk_is_507_leaves_nothing_behind_and_passes(tmp_path: Path) -> 
         assert charged == 3, "not for the picture that could not be stored"
 
 
+@attack("Another process holds the database", outcome="pictures are made all the same")
 def test_pictures_are_made_while_another_process_holds_the_database(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path)) as host:
         other = sqlite3.connect(tmp_path / "data" / "mezzotint.db", isolation_level=None)
@@ -74,6 +77,7 @@ def test_pictures_are_made_while_another_process_holds_the_database(tmp_path: Pa
         assert host.client.put("/dedicated/beta/endpoint/one/sleep").status_code == 200
 
 
+@attack("The clock jumps", outcome="no request ends by it")
 def test_a_jump_of_the_clock_ends_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = time.time
     with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.01"))) as host:
@@ -158,6 +162,7 @@ def server_process(folder: Path, drain_s: float, **models: Path) -> Iterator[Pro
             process.stdout.close()
 
 
+@attack("SIGTERM during requests", outcome="they have drain_s to end")
 def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
     with server_process(tmp_path, 20) as server, ThreadPoolExecutor() as pool:
         running = server.start_request(pool, 50)
@@ -167,6 +172,7 @@ def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
         assert "requests dropped" not in (tmp_path / "log").read_text()
 
 
+@attack("SIGTERM during a request that does not end", outcome="503 after drain_s; the server ends")
 def test_sigterm_ends_what_does_not_finish_in_time_and_says_so(tmp_path: Path) -> None:
     with server_process(tmp_path, 1) as server, ThreadPoolExecutor() as pool:
         worker = server.worker()
@@ -181,6 +187,7 @@ def test_sigterm_ends_what_does_not_finish_in_time_and_says_so(tmp_path: Path) -
         assert not worker.is_running()
 
 
+@attack("SIGTERM while the forkserver is stopped", outcome="the server ends")
 def test_a_stopped_forkserver_does_not_block_sigterm(tmp_path: Path) -> None:
     """Neither where a worker has exited and nobody says so, nor where the start of another never ends."""
     with server_process(tmp_path, 1) as server, client(server.url, server.key) as http:
@@ -192,6 +199,7 @@ def test_a_stopped_forkserver_does_not_block_sigterm(tmp_path: Path) -> None:
         assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
+@attack("kill -9 of the server", outcome="its workers end")
 def test_workers_do_not_outlive_a_server_that_was_killed(tmp_path: Path) -> None:
     with server_process(tmp_path, 1) as server:
         children = server.children()
@@ -309,6 +317,7 @@ def test_a_model_folder_that_vanishes_is_noticed_at_the_next_start(studio: Studi
     assert studio.picture() == before
 
 
+@attack("Weights that are cut short", outcome="their endpoint fails, no other")
 def test_weights_that_are_cut_short_fail_their_endpoint_and_no_other(studio: Studio) -> None:
     before = studio.picture()
     for weights in studio.folder.rglob("*.safetensors"):

@@ -32,6 +32,7 @@ from mezzotint.server.work.queueing import Job
 from mezzotint.server.workers import policy
 from mezzotint.server.workers.process import WorkerSettings
 from mezzotint.spec import ImageSpec
+from tests.attacks import attack
 from tests.server.fake_carrier import FakeCarrier
 from tests.server.hosting import endpoint as settings_of
 
@@ -214,6 +215,10 @@ TIMINGS = {
 }
 
 
+@attack(
+    "Every triple of commands, with requests in between",
+    outcome="the last one wins; no worker and no request is lost",
+)
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("first", Event)
 def test_every_triple_of_commands_ends_in_what_the_last_one_wants(first: Event, timing: str) -> None:
@@ -279,6 +284,7 @@ def test_every_pair_of_commands_to_an_endpoint_that_starts_ends_in_what_the_last
 # ---------------------------------------------------------------- what used to go wrong, each by itself
 
 
+@attack("Restart, then delete, of an endpoint that starts", outcome="no worker is left")
 def test_restart_then_delete_of_a_starting_endpoint_leaves_no_worker() -> None:
     async def act(stage: Stage) -> None:
         stage.endpoint.obey(Command.START)
@@ -302,6 +308,7 @@ def test_restart_then_terminate_terminates() -> None:
     play(act)
 
 
+@attack("Terminate, then restart, during requests", outcome="none ends by it")
 @pytest.mark.parametrize("command", [Command.TERMINATE, Command.SLEEP])
 def test_restart_in_a_drain_ends_no_running_request(command: Command) -> None:
     async def act(stage: Stage) -> None:
@@ -338,6 +345,7 @@ def test_the_end_of_a_drain_drops_what_is_left_and_only_then() -> None:
     play(act)
 
 
+@attack("An update that cannot load, to a sleeping endpoint", outcome="the version that works is kept")
 def test_an_update_sent_while_asleep_that_cannot_load_leaves_the_version_that_works() -> None:
     async def act(stage: Stage) -> None:
         await ready(stage)

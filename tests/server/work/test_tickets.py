@@ -17,6 +17,7 @@ from mezzotint.server.work import tickets as module
 from mezzotint.server.work.queueing import Job
 from mezzotint.server.work.tickets import RECORD_BYTES, Answer, Ticket, Tickets
 from mezzotint.spec import ImageSpec
+from tests.attacks import attack
 
 TTL_S = 600.0
 NUMBERS = itertools.count()
@@ -55,6 +56,7 @@ def ended(
     return ticket
 
 
+@attack("One key's traffic against another key's stored results", outcome="they stay for idempotency_ttl_s")
 def test_one_keys_traffic_forgets_nothing_that_another_key_was_promised(tickets: Tickets) -> None:
     result = ended(tickets, "quiet", held=True)
     answered = ended(tickets, "quiet", idempotency_key="once")
@@ -92,6 +94,7 @@ def test_what_was_not_promised_makes_room(tickets: Tickets) -> None:
     assert len(tickets.by_id) <= 100
 
 
+@attack("Answers that are never read to their end", outcome="count against their key until then")
 def test_answers_that_nobody_reads_count_until_they_are_read(tickets: Tickets) -> None:
     """Also those of requests that are no longer remembered."""
     unread = ended(tickets, "slow", clients=1, answer=Answer(bytes(101 * RECORD_BYTES)))

@@ -20,6 +20,7 @@ from mezzotint.server.work.profiles import load_message
 from mezzotint.server.work.tickets import Ticket
 from mezzotint.server.workers import policy
 from mezzotint.server.workers.replica import ReplicaState
+from tests.attacks import attack
 from tests.server.hosting import GENERATE, Host, endpoint, hosting, settings_for
 
 
@@ -34,6 +35,7 @@ def error_code(answer: object) -> str:
     return code
 
 
+@attack("Workers killed among twenty requests", outcome="none is lost, no byte differs")
 def test_killed_workers_among_20_requests_lose_none_and_change_no_byte(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.004"))) as host:
         fields = [{"seed": number, "num_inference_steps": 10 + number % 7} for number in range(20)]
@@ -89,6 +91,7 @@ def test_every_request_ends_in_exactly_one_of_done_failed_cancelled(tmp_path: Pa
         assert 'mezzotint_failures_total{code="worker_crashed",endpoint="one"} 1.0' in text
 
 
+@attack("A request that kills its workers", outcome="given up; the endpoint goes on")
 def test_a_job_that_kills_two_workers_alone_fails_and_the_endpoint_goes_on(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, max_restarts=2)) as host:
         for _ in range(3):  # more deaths than max_restarts: they are the job's, not the endpoint's
@@ -165,6 +168,7 @@ def test_a_model_that_loads_too_long_is_killed(tmp_path: Path) -> None:
         assert host.endpoint().current.replicas[0].num_restarts == 1
 
 
+@attack("A worker that hangs", outcome="killed; its jobs run again")
 def test_a_hung_worker_is_killed_and_its_jobs_run_again(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.01"), heartbeat_s=0.6)) as host:
         quiet = host.picture("steady", seed=1, num_inference_steps=30)
@@ -199,6 +203,7 @@ def test_kills_of_an_idle_worker_never_fail_an_endpoint(
         assert host.post().status_code == 200
 
 
+@attack("Descriptors exhausted while a worker must start", outcome="it starts when there are some")
 def test_a_worker_that_must_start_while_descriptors_are_exhausted_starts_when_there_are_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +297,7 @@ def test_a_worker_that_is_busy_for_too_long_is_killed(tmp_path: Path) -> None:
         assert host.post().status_code == 200
 
 
+@attack("A worker that reads no message", outcome="the server goes on")
 def test_a_worker_that_does_not_read_never_blocks_the_server(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, heartbeat_s=30)) as host:
         os.kill(pid(host), signal.SIGSTOP)

@@ -15,6 +15,7 @@ from mezzotint.messages import Busy, FromWorker, LoadModel, Progress, Ready
 from mezzotint.server.workers import policy
 from mezzotint.server.workers.process import WorkerSettings
 from mezzotint.server.workers.replica import Replica, ReplicaState
+from tests.attacks import attack
 from tests.server.fake_carrier import FakeCarrier, FakeProcess
 
 PATIENCE_S = 10.0
@@ -200,6 +201,7 @@ def test_a_silent_worker_is_killed_and_a_talkative_one_is_not() -> None:
     play(act, heartbeat_s=0.1)
 
 
+@attack("The whole server is stopped and goes on", outcome="healthy workers are not killed")
 def test_a_healthy_worker_survives_a_pause_of_the_server() -> None:
     async def act(stage: Stage) -> None:
         stage.replica.start()

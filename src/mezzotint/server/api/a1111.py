@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from functools import partial
+from itertools import islice
+from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Request
-from fastapi.concurrency import run_in_threadpool
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 
 from mezzotint import images
@@ -33,7 +34,7 @@ from mezzotint.schemas import (
 )
 from mezzotint.server.api import answers, dedicated, openai
 from mezzotint.server.api.answers import AnswerResponse
-from mezzotint.server.api.context import Context, CurrentContext
+from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.foreign import meet_half_way
 from mezzotint.server.api.submissions import (
     CurrentHead,
@@ -44,6 +45,7 @@ from mezzotint.server.api.submissions import (
     with_pictures,
 )
 from mezzotint.server.store.keys import Key
+from mezzotint.server.threads import PICTURES
 from mezzotint.server.work.resolve import Target, resolve_short, usable_endpoints
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
 from mezzotint.spec import AdapterUse, ImageSpec
@@ -58,6 +60,10 @@ READ = (
 """Fields of a body that this server reads, besides the override of the checkpoint."""
 IMG2IMG_STRENGTH = 0.75
 """The original's default."""
+PNG_INFO_S = 10.0
+"""How long the reading of a picture's parameters may take, its turn included."""
+MAX_SCRIPTS = 10
+"""Most scripts that the warnings name."""
 MAX_ECHOED = 64 * 2**10
 """Characters of a body that are echoed whole."""
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -65,21 +71,6 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
-
-
-async def basic_key_of(context: CurrentContext, authorization: Annotated[str | None, Header()] = None) -> Key:
-    """Dependency: who is calling, by Basic or Bearer."""
-    scheme, _, text = (authorization or "").partition(" ")
-    if scheme.lower() == "basic":
-        try:
-            _, _, secret = base64.b64decode(text.strip(), validate=True).decode().partition(":")
-        except ValueError:  # no base64, or no text in it
-            secret = ""
-        authorization = f"Bearer {secret}"
-    return await context.authenticate(authorization)
-
-
-BasicKey = Annotated[Key, Depends(basic_key_of)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +88,16 @@ class CheckedRequest:
 
 
 @router.post("/txt2img", summary="Generate images, as the web UI's API does", responses={**answers.ERRORS})
-async def txt2img(request: Request, context: CurrentContext, key: BasicKey, head: CurrentHead) -> Response:
+async def txt2img(request: Request, context: CurrentContext, key: CurrentKey, head: CurrentHead) -> Response:
     values = parse_json(await request.body())
     asked = parse_request(values, request, context, key)
     return await _answer(request, context, key, head, values, asked)
 
 
 @router.post("/img2img", summary="Edit images, as the web UI's API does", responses={**answers.ERRORS})
-async def img2img(request: Request, context: CurrentContext, key: BasicKey, head: CurrentHead) -> Response:
+async def img2img(request: Request, context: CurrentContext, key: CurrentKey, head: CurrentHead) -> Response:
     """`init_images` has one picture in base64; of `mask`, the white part is repainted."""
-    values = await run_in_threadpool(parse_json, await request.body())
+    values = await PICTURES.run(parse_json, await request.body())
     pictures, mask = values.pop("init_images", None), values.pop("mask", None)
     if not isinstance(pictures, list) or not all(isinstance(text, str) for text in pictures):
         text = f"init_images must be a list of base64 texts (got {shown(pictures)})"
@@ -117,7 +108,7 @@ async def img2img(request: Request, context: CurrentContext, key: BasicKey, head
     asked = parse_request(values, request, context, key)
     strength = checked_strength(values.get("denoising_strength", IMG2IMG_STRENGTH), "denoising_strength")
     invert = bool(values.get("inpainting_mask_invert"))
-    spec = await run_in_threadpool(with_pictures, asked.spec, pictures, mask or None, invert=invert)
+    spec = await PICTURES.run(partial(with_pictures, asked.spec, pictures, mask or None, invert=invert))
     return await _answer(
         request, context, key, head, values, replace(asked, spec=replace(spec, strength=strength))
     )
@@ -201,7 +192,8 @@ def _ignored(values: Mapping[str, Any]) -> list[str]:
         "restore_faces": "restore_faces",
     }
     found = [text for name, text in unused.items() if values.get(name)]
-    found += [f"alwayson_scripts: {echo(name)}" for name in scripts] if isinstance(scripts, dict) else []
+    if isinstance(scripts, dict):
+        found += [f"alwayson_scripts: {echo(name)}" for name in islice(scripts, MAX_SCRIPTS)]
     return [f"{text} had no effect: this server has no such thing" for text in found]
 
 
@@ -287,7 +279,7 @@ def _info(model: str, ticket: Ticket, pictures: list[Picture]) -> dict[str, Any]
 
 
 @router.get("/progress", summary="How far this key's request is", responses=_ANSWERS)
-async def progress(request: Request, key: BasicKey) -> dict[str, Any]:
+async def progress(request: Request, key: CurrentKey) -> dict[str, Any]:
     """The newest running request of this key; all zeros when there is none."""
     ticket = _running(request).get(key.id)
     step, steps = (ticket.step, ticket.num_steps) if ticket else (0, 0)
@@ -309,7 +301,7 @@ async def progress(request: Request, key: BasicKey) -> dict[str, Any]:
 
 
 @router.post("/interrupt", summary="Cancel this key's request", responses=_ANSWERS)
-async def interrupt(request: Request, context: CurrentContext, key: BasicKey) -> dict[str, Any]:
+async def interrupt(request: Request, context: CurrentContext, key: CurrentKey) -> dict[str, Any]:
     ticket = _running(request).get(key.id)
     if ticket is not None:
         context.admission.cancel(ticket)
@@ -326,12 +318,12 @@ def _running(request: Request) -> dict[str, Ticket]:
 
 
 @router.get("/options", summary="The endpoint in use", responses=_ANSWERS)
-async def options(request: Request, context: CurrentContext, key: BasicKey) -> dict[str, Any]:
+async def options(request: Request, context: CurrentContext, key: CurrentKey) -> dict[str, Any]:
     return {"sd_model_checkpoint": _chosen(request, context, key), "samples_format": "png"}
 
 
 @router.post("/options", summary="Choose the endpoint", responses=_ANSWERS)
-async def set_options(request: Request, context: CurrentContext, key: BasicKey) -> dict[str, Any]:
+async def set_options(request: Request, context: CurrentContext, key: CurrentKey) -> dict[str, Any]:
     """`sd_model_checkpoint` counts for this key until the server stops; other options are ignored."""
     name = parse_json(await request.body()).get("sd_model_checkpoint")
     if name is not None:
@@ -340,7 +332,7 @@ async def set_options(request: Request, context: CurrentContext, key: BasicKey) 
 
 
 @router.get("/sd-models", summary="The endpoints of this key", responses=_ANSWERS)
-async def sd_models(context: CurrentContext, key: BasicKey) -> list[dict[str, Any]]:
+async def sd_models(context: CurrentContext, key: CurrentKey) -> list[dict[str, Any]]:
     return [
         {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}
         for endpoint in usable_endpoints(context.registry, key)
@@ -349,32 +341,32 @@ async def sd_models(context: CurrentContext, key: BasicKey) -> list[dict[str, An
 
 
 @router.get("/samplers", summary="Samplers: the model's own", responses=_ANSWERS)
-async def samplers(key: BasicKey) -> list[dict[str, Any]]:
+async def samplers(key: CurrentKey) -> list[dict[str, Any]]:
     return [{"name": SAMPLER, "aliases": [], "options": {}}]
 
 
 @router.get("/schedulers", summary="Schedulers: the model's own", responses=_ANSWERS)
-async def schedulers(key: BasicKey) -> list[dict[str, Any]]:
+async def schedulers(key: CurrentKey) -> list[dict[str, Any]]:
     return [{"name": SAMPLER.lower(), "label": SAMPLER}]
 
 
 @router.get("/embeddings", summary="None", responses=_ANSWERS)
-async def embeddings(key: BasicKey) -> dict[str, Any]:
+async def embeddings(key: CurrentKey) -> dict[str, Any]:
     return {"loaded": {}, "skipped": {}}
 
 
 @router.get("/scripts", summary="None", responses=_ANSWERS)
-async def scripts(key: BasicKey) -> dict[str, Any]:
+async def scripts(key: CurrentKey) -> dict[str, Any]:
     return {"txt2img": [], "img2img": []}
 
 
 @router.get("/cmd-flags", summary="Flags of the original that clients look at", responses=_ANSWERS)
-async def cmd_flags(key: BasicKey) -> dict[str, Any]:
+async def cmd_flags(key: CurrentKey) -> dict[str, Any]:
     return {"api": True, "api_auth": None, "listen": False, "share": False, "ckpt": None}
 
 
 @router.get("/memory", summary="Nothing is known here", responses=_ANSWERS)
-async def memory(key: BasicKey) -> dict[str, Any]:
+async def memory(key: CurrentKey) -> dict[str, Any]:
     return {"ram": {}, "cuda": {}}
 
 
@@ -383,7 +375,7 @@ async def memory(key: BasicKey) -> dict[str, Any]:
 @router.post("/refresh-vae", summary="Nothing to do", responses=_ANSWERS)
 @router.post("/unload-checkpoint", summary="Nothing to do: endpoints have their own life", responses=_ANSWERS)
 @router.post("/reload-checkpoint", summary="Nothing to do: endpoints have their own life", responses=_ANSWERS)
-async def nothing_to_do(key: BasicKey) -> dict[str, Any]:
+async def nothing_to_do(key: CurrentKey) -> dict[str, Any]:
     return {}
 
 
@@ -394,13 +386,13 @@ async def nothing_to_do(key: BasicKey) -> dict[str, Any]:
 @router.get("/upscalers", summary="None", responses=_ANSWERS)
 @router.get("/latent-upscale-modes", summary="None", responses=_ANSWERS)
 @router.get("/sd-vae", summary="None", responses=_ANSWERS)
-async def empty_list(key: BasicKey) -> list[dict[str, Any]]:
+async def empty_list(key: CurrentKey) -> list[dict[str, Any]]:
     """Clients ask for these lists when they start. This server has nothing to choose from."""
     return []
 
 
 @router.get("/loras", summary="The adapters of the endpoint in use", responses=_ANSWERS)
-async def loras(request: Request, context: CurrentContext, key: BasicKey) -> list[dict[str, Any]]:
+async def loras(request: Request, context: CurrentContext, key: CurrentKey) -> list[dict[str, Any]]:
     endpoint = resolve_short(context.registry, key, _chosen(request, context, key)).endpoint
     return [{"name": r, "alias": r, "path": r, "metadata": {}} for r in sorted(endpoint.adapters)]
 
@@ -415,16 +407,20 @@ def _chosen(request: Request, context: Context, key: Key) -> str | None:
 
 
 @router.post("/png-info", summary="Read what made a picture", responses=_ANSWERS)
-async def png_info(request: Request, key: BasicKey) -> dict[str, Any]:
+async def png_info(request: Request, key: CurrentKey) -> dict[str, Any]:
     """`image`: base64 of a PNG or JPEG, or a data URL of it."""
-    text = parse_json(await request.body()).get("image")
+    return await PICTURES.run(_read_info, await request.body(), limit_s=PNG_INFO_S)
+
+
+def _read_info(body: bytes) -> dict[str, Any]:
+    text = parse_json(body).get("image")
     if not isinstance(text, str):
         raise InvalidRequestError("image must be a string of base64", code="invalid_type", param="image")
     try:
         data = base64.b64decode(text.partition("base64,")[2] or text, validate=True)
     except ValueError:
         raise InvalidRequestError("image is not base64", code="invalid_image", param="image") from None
-    info = await run_in_threadpool(images.read_infotext, data) or ""
+    info = images.read_infotext(data) or ""
     found = images.parse_infotext(info)
     return {
         "info": info,

@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from mezzotint.config import AdapterSettings
 from mezzotint.server.api import answers
 from mezzotint.server.api.context import AdminKey, CurrentContext
+from mezzotint.server.api.strict import StrictRoute
 
 PATH = "/dedicated/beta/endpoint/{endpoint_id}/adapters"
 
-router = APIRouter(tags=["Adapters"])
+router = APIRouter(tags=["Adapters"], route_class=StrictRoute)
 
 
 class AddAdapterBody(AdapterSettings):

@@ -78,10 +78,11 @@ def store(
     return context.pictures.url(base_url, name)
 
 
-def made_answer(body: bytes, pictures: list[Picture], encode_s: float) -> Answer:
+def made_answer(body: bytes, pictures: list[Picture], encode_s: float, *, is_json: bool = True) -> Answer:
     """An answer with the times that its header shows: the longest of its pictures'."""
     return Answer(
         body,
+        is_json,
         queue_s=max(picture.queue_s for picture in pictures),
         generate_s=max(picture.generate_s for picture in pictures),
         encode_s=encode_s,

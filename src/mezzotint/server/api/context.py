@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import base64
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import sqlalchemy as sa
 from fastapi import Depends, Header, Request
+from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from mezzotint.config import Settings
 from mezzotint.errors import AuthenticationError
@@ -18,9 +19,13 @@ from mezzotint.server.store.keys import Key
 from mezzotint.server.store.pictures import Pictures
 from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.store.signing import Signer
+from mezzotint.server.threads import DATABASE, STRANGERS
 from mezzotint.server.work.adapters import AdapterRegistry
 from mezzotint.server.work.admission import Admission
 from mezzotint.server.work.registry import Registry
+
+BASIC_PREFIX = "/sdapi/"
+ADMIN_PREFIX = "/dedicated/beta/"
 
 
 @dataclass(slots=True)
@@ -36,7 +41,8 @@ class Context:
     pictures: Pictures
     metrics: Metrics
     quotas: Quotas
-    pool: ThreadPoolExecutor
+    _good: dict[str, None] = field(default_factory=dict)
+    """Hashes of the secrets that were those of a key; the others wait in a queue of their own."""
 
     async def authenticate(self, authorization: str | None) -> Key:
         """The key behind an Authorization header; everybody on a server without authentication."""
@@ -47,7 +53,18 @@ class Context:
             raise AuthenticationError(
                 "no API key was sent; send the header Authorization: Bearer YOUR_KEY", code="missing_api_key"
             )
-        return await asyncio.to_thread(self._find_key, secret.strip())
+        return await self._look_up(secret.strip())
+
+    async def _look_up(self, secret: str) -> Key:
+        digest = keys.digest_of(secret)
+        threads = DATABASE if digest in self._good else STRANGERS
+        try:
+            key = await threads.run(self._find_key, secret)
+        except AuthenticationError:
+            self._good.pop(digest, None)
+            raise
+        self._good[digest] = None
+        return key
 
     def _find_key(self, secret: str) -> Key:
         key = keys.authenticate(self.engine, secret)
@@ -63,9 +80,36 @@ def context_of(request: Request) -> Context:
     return context
 
 
+async def caller_of(scope: Scope) -> Key:
+    """Who sends this request, by its headers alone; an admin where only admins may send any.
+
+    AUTOMATIC1111's routes take the key as the password of Basic authentication too.
+    """
+    context: Context = scope["app"].state.context
+    authorization = Headers(scope=scope).get("authorization")
+    if scope["path"].startswith(BASIC_PREFIX):
+        authorization = _as_bearer(authorization)
+    key = await context.authenticate(authorization)
+    if scope["path"].startswith(ADMIN_PREFIX):
+        key.require_admin()
+    return key
+
+
+def _as_bearer(authorization: str | None) -> str | None:
+    scheme, _, text = (authorization or "").partition(" ")
+    if scheme.lower() != "basic":
+        return authorization
+    try:
+        _, _, secret = base64.b64decode(text.strip(), validate=True).decode().partition(":")
+    except ValueError:  # no base64, or no text in it
+        secret = ""
+    return f"Bearer {secret}"
+
+
 async def key_of(request: Request, authorization: Annotated[str | None, Header()] = None) -> Key:
-    """Dependency: who is calling."""
-    return await context_of(request).authenticate(authorization)
+    """Dependency: who is calling. A request with a body has said so before its body was read."""
+    known: Key | None = getattr(request.state, "key", None)
+    return await caller_of(request.scope) if known is None else known
 
 
 async def admin_of(key: Annotated[Key, Depends(key_of)]) -> Key:

@@ -43,6 +43,7 @@ from mezzotint.server.api.submissions import (
     with_pictures,
 )
 from mezzotint.server.store.keys import Key
+from mezzotint.server.threads import PICTURES
 from mezzotint.server.work.resolve import Target, resolve
 from mezzotint.server.work.tickets import Answer, Finish, Picture, Ticket
 from mezzotint.spec import ImageSpec
@@ -100,7 +101,7 @@ _ROUTE: dict[str, Any] = {
 async def generate(asked: _CurrentAsked) -> Response:
     """Makes images from words: one request, one endpoint, `n` images."""
     raw = await asked.request.body()
-    body = parse_body(raw) if len(raw) < _MANY_BYTES else await asyncio.to_thread(parse_body, raw)
+    body = parse_body(raw) if len(raw) < _MANY_BYTES else await PICTURES.run(parse_body, raw)
     target = resolve(asked.context.registry, asked.key, body.model)
     return await _answer(asked, target, body, await spec_of(body, target))
 
@@ -113,11 +114,11 @@ async def generate(asked: _CurrentAsked) -> Response:
 )
 async def edit(asked: _CurrentAsked) -> Response:
     """Makes images from pictures and words; a mask says which part is repainted."""
-    body = await asyncio.to_thread(parse_edit_body, await asked.request.body())
+    body = await PICTURES.run(parse_edit_body, await asked.request.body())
     target = resolve(asked.context.registry, asked.key, body.model)
     spec = await spec_of(body, target, edits=True)
     mask = body.mask if isinstance(body.mask, str) else None
-    return await _answer(asked, target, body, await asyncio.to_thread(with_pictures, spec, body.image, mask))
+    return await _answer(asked, target, body, await PICTURES.run(with_pictures, spec, body.image, mask))
 
 
 async def _answer(
@@ -245,7 +246,7 @@ async def _events(ticket: Ticket, previews: list[tuple[int, Preview]]) -> AsyncI
         seen = ticket.changes
         for number, preview in previews[shown:]:
             shown += 1
-            yield sse.event("preview", await asyncio.to_thread(_preview_json, ticket, number, preview))
+            yield sse.event("preview", await PICTURES.run(_preview_json, ticket, number, preview))
         if ticket.ended:
             break
         if (state := _state_json(ticket)) != told:
@@ -256,7 +257,7 @@ async def _events(ticket: Ticket, previews: list[tuple[int, Preview]]) -> AsyncI
                 await ticket.changed(seen)
     if ticket.error is not None and ticket.status == "failed":
         yield sse.event("failed", ErrorBody.of(ticket.error, ticket.id).model_dump_json())
-    elif ticket.answer is not None:
+    elif ticket.answer is not None and ticket.answer.is_json:
         async for piece in sse.event_pieces("done", ticket.answer.pieces()):
             yield piece
     else:
@@ -283,7 +284,7 @@ def seconds_left(ticket: Ticket) -> float:
 def _full_state(context: Context, ticket: Ticket) -> Response:
     """The RequestState; its result is the bytes that the request was answered with."""
     text, answer = _state_json(ticket), ticket.answer
-    if answer is None:
+    if answer is None or not answer.is_json:
         return Response(text, media_type="application/json")
     head, tail = text[:-1] + b',"result":', b"}"
 
@@ -299,6 +300,14 @@ def _full_state(context: Context, ticket: Ticket) -> Response:
 
 
 def _state_json(ticket: Ticket) -> bytes:
+    """The RequestState without its result; made once for all watchers of the same moment."""
+    moment = (ticket.changes, ticket.endpoint.dispatcher.queue.changes, int(4 * time.monotonic()))
+    if ticket.shown[0] != moment:
+        ticket.shown = (moment, _made_state_json(ticket))
+    return ticket.shown[1]
+
+
+def _made_state_json(ticket: Ticket) -> bytes:
     values: dict[str, Any] = {"id": ticket.id, "status": ticket.status}
     values |= {"step": ticket.step, "num_steps": ticket.num_steps}
     values |= {"picture": ticket.picture, "num_pictures": len(ticket.jobs)}
@@ -310,7 +319,7 @@ def _state_json(ticket: Ticket) -> bytes:
             fraction = MISSING if loading.fraction is None else round(loading.fraction, 2)
             values["loading"] = LoadingState(stage=loading.stage, fraction=fraction)
         if ticket.status == "queued" and waiting:
-            values["position"] = min(len(ticket.endpoint.dispatcher.queue.ahead(job)) for job in waiting)
+            values["position"] = min(ticket.endpoint.dispatcher.queue.ahead(job).num for job in waiting)
         values["seconds_left"] = seconds_left(ticket)
     if ticket.error is not None:
         values["error"] = ErrorBody.of(ticket.error).error

@@ -19,6 +19,7 @@ from mezzotint.errors import ConfigError, ConflictError, InvalidRequestError, ec
 from mezzotint.messages import DOWNLOADING
 from mezzotint.server.api.answers import ERRORS
 from mezzotint.server.api.context import AdminKey, CurrentContext, admin_of
+from mezzotint.server.api.strict import StrictRoute
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.lifecycle import Command, Desired, State
 from mezzotint.server.work.registry import Version
@@ -35,6 +36,7 @@ Status = Literal[
     "TERMINATED",
 ]
 Phase = Literal["DOWNLOADING_MODEL", "ENGINE_INITIALIZING"]
+MAX_COOLDOWN_S = 10**9
 OWNER = "default"
 """Project and team of everything: this server knows neither."""
 OPERATOR_ONLY = ("allow_remote_code",)
@@ -67,7 +69,7 @@ class AutoscalingPolicy(_Body):
 
     min_replica: int | None = Field(0, ge=0)
     max_replica: int | None = Field(1, ge=1, le=64)
-    cooldown_period: int | None = Field(300, ge=0)
+    cooldown_period: int | None = Field(300, ge=0, le=MAX_COOLDOWN_S)
 
 
 class EndpointUpdate(_Body):
@@ -144,6 +146,7 @@ router = APIRouter(
     tags=["Endpoints"],
     dependencies=[Depends(admin_of)],
     responses={**_SOME, 409: ERRORS[409]},
+    route_class=StrictRoute,
 )
 
 

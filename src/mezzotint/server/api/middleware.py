@@ -22,6 +22,7 @@ from mezzotint.errors import (
     BodyTimeoutError,
     BodyTooLargeError,
     InternalError,
+    InvalidRequestError,
     MezzotintError,
     MisdirectedError,
     PermissionDeniedError,
@@ -29,6 +30,7 @@ from mezzotint.errors import (
     echo,
 )
 from mezzotint.schemas import ErrorBody
+from mezzotint.server.store.keys import Key
 from mezzotint.server.work.tickets import ClientGone
 
 SECURITY_HEADERS = {
@@ -49,6 +51,7 @@ IMAGE_PATHS = (
 """Where a body holds pictures, and so may be larger."""
 CONTROL_PATHS = ("/dedicated/v1/images/generations", "/v1/images/generations")
 """Where it may, if an endpoint has ControlNets."""
+AMBIGUOUS_LENGTH = "ambiguous_length"
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 
 log = structlog.get_logger(__name__)
@@ -82,7 +85,8 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         request_id = new_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"], state["arrived"] = request_id, asyncio.get_running_loop().time()
         began, status = time.perf_counter(), 0
 
         async def dressed(message: Message) -> None:
@@ -137,7 +141,11 @@ class Refusals:
             error = InternalError("the server made a mistake; its log has the details under this request id")
         if not begun:
             self._on_error(error)
-            await error_response(error, scope["state"]["request_id"])(scope, receive, send)
+            unclear = error.code == AMBIGUOUS_LENGTH
+            response = error_response(error, scope["state"]["request_id"], 400 if unclear else None)
+            if unclear:  # nobody knows where the next request begins
+                response.headers["connection"] = "close"
+            await response(scope, receive, send)
 
 
 class HostAndOriginGuard:
@@ -187,7 +195,10 @@ class HostAndOriginGuard:
 
 
 class BodyReader:
-    """Reads the whole body before the routes see the request, and checks its size, time and type."""
+    """Finds the caller, then reads the whole body, before the routes see the request.
+
+    It checks the body's size, time and type.
+    """
 
     def __init__(
         self,
@@ -196,22 +207,29 @@ class BodyReader:
         max_image_bytes: int,
         timeout_s: float,
         has_controls: Callable[[], bool],
+        identify: Callable[[Scope], Awaitable[Key]],
     ) -> None:
-        """`max_image_bytes` holds where a body may have pictures in it."""
+        """`max_image_bytes` holds where a body may have pictures in it.
+
+        `identify` finds the caller by the headers, or raises; nothing of a stranger's body is kept.
+        """
         self._app = app
+        self._identify = identify
         self._max_bytes = max_bytes
         self._max_image_bytes = max_image_bytes
         self._has_controls = has_controls
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
-            await self._app(scope, receive, send)
-            return
-        if not _has_route(scope):  # 404 or 405, whatever the body is
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers, path = Headers(scope=scope), scope["path"]
+        _require_one_length(headers)
+        if scope["method"] not in BODY_METHODS or not _has_route(scope):  # 404 or 405, whatever the body is
+            await self._app(scope, receive, send)
+            return
+        scope["state"]["key"] = await self._identify(scope)
         if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
             _require_type(headers.get("content-type"), (JSON_TYPE, FORM_TYPE)[: 1 + (path in FORM_PATHS)])
         pictures = path in IMAGE_PATHS or (path in CONTROL_PATHS and self._has_controls())
@@ -244,6 +262,14 @@ class BodyReader:
                 f"the body had not arrived after {self._timeout_s:g} s; send it at once"
             ) from None
         return b"".join(parts)
+
+
+def _require_one_length(headers: Headers) -> None:
+    """InvalidRequestError for a body that two servers may take for different ones (request smuggling)."""
+    if "transfer-encoding" in headers and "content-length" in headers:
+        raise InvalidRequestError(
+            "the request has Content-Length and Transfer-Encoding; send one of them", code="ambiguous_length"
+        )
 
 
 def _has_route(scope: Scope) -> bool:

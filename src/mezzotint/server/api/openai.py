@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 
 from mezzotint import images
@@ -37,6 +36,7 @@ from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.foreign import meet_half_way
 from mezzotint.server.api.submissions import CurrentHead, RequestHead, body_fingerprint, spec_of
 from mezzotint.server.store.keys import Key
+from mezzotint.server.threads import PICTURES
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.resolve import Target, resolve, resolve_short, usable_endpoints
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
@@ -270,7 +270,8 @@ def _finish(
             )
             for picture, data in zip(pictures, files, strict=True)
         ]
-        return answers.made_answer(b"".join(parts), pictures, time.perf_counter() - began)
+        encode_s = time.perf_counter() - began
+        return answers.made_answer(b"".join(parts), pictures, encode_s, is_json=False)
     items = [
         _item(context, asked, base_url, ticket, number, picture, data)
         for number, (picture, data) in enumerate(zip(pictures, files, strict=True))
@@ -348,7 +349,7 @@ async def _events(
         seen = ticket.changes
         for number, preview in previews[shown_previews:]:
             shown_previews += 1
-            yield await run_in_threadpool(_partial, asked, number, preview)
+            yield await PICTURES.run(_partial, asked, number, preview)
         if ticket.ended:
             break
         yield sse.comment(f"step {ticket.step}/{ticket.num_steps}" if ticket.step else ticket.status)

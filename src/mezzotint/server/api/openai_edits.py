@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -30,6 +30,7 @@ from mezzotint.server.api.submissions import (
     spec_of,
     with_pictures,
 )
+from mezzotint.server.threads import PICTURES
 from mezzotint.server.work.resolve import resolve_short
 
 MAX_FIELDS = 400
@@ -79,13 +80,13 @@ async def edit(request: Request, context: CurrentContext, key: CurrentKey, head:
     if request.headers.get("content-type", "").strip().lower().startswith(FORM_TYPE):
         values = await _read_form(request)
     else:
-        values = await run_in_threadpool(parse_json, await request.body())
+        values = await PICTURES.run(parse_json, await request.body())
     values = {name: value for name, value in values.items() if value not in (None, "")}
     target = resolve_short(context.registry, key, values.get("model"))
     images, mask, strength = _take_pictures(values)
     asked = openai.parse_request(values, target, context.settings.foreign_values)
     words = await spec_of(asked.body, target, edits=True)
-    spec = await run_in_threadpool(with_pictures, words, images, mask, alpha=True)
+    spec = await PICTURES.run(partial(with_pictures, words, images, mask, alpha=True))
     spec = replace(spec, strength=strength)
     fingerprint = body_fingerprint("openai edit", values | {"strength": strength} | picture_digests(spec))
     return await openai.answer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 
@@ -10,6 +9,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
 from mezzotint.schemas import ErrorBody
+from mezzotint.server import threads
 from mezzotint.server.api.context import CurrentContext
 from mezzotint.server.store import pictures
 
@@ -37,7 +37,7 @@ async def picture(
     request: Request, name: str, context: CurrentContext, expires: str = "", signature: str = ""
 ) -> Response:
     """The URL is the permission: no key is asked for, the signature and the expiry are checked."""
-    file = await asyncio.to_thread(context.pictures.find, name, expires, signature)
+    file = await threads.FILES.run(context.pictures.find, name, expires, signature)
     etag = f'"{file.path.stem}"'  # a name is given once, and its file never changes
     headers = {
         "cache-control": f"private, max-age={max(0, int(file.expires - time.time()))}, immutable",

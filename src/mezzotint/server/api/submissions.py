@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import math
@@ -17,6 +16,7 @@ from mezzotint.errors import InvalidRequestError, echo
 from mezzotint.input_pictures import decode_text, read_mask, read_pictures
 from mezzotint.schemas import DedicatedImageGenerationBody, shown
 from mezzotint.server.store.keys import Key
+from mezzotint.server.threads import PICTURES
 from mezzotint.server.work.resolve import Target
 from mezzotint.server.work.tickets import Finish, Submission
 from mezzotint.spec import LIMITS, ImageSpec
@@ -62,6 +62,7 @@ class RequestHead:
             timeout_s=self.timeout_s,
             warnings=tuple(warnings),
             hold=hold,
+            arrived=self.request.state.arrived,
         )
 
 
@@ -134,7 +135,7 @@ async def spec_of(body: DedicatedImageGenerationBody, target: Target, *, edits: 
     spec = body.spec
     texts = body.control_images if isinstance(body.control_images, tuple) else ()
     target.endpoint.profile.check_controls(len(texts), spec.controlnet_weights, edits=edits)
-    return await asyncio.to_thread(_with_controls, spec, texts) if texts else spec
+    return await PICTURES.run(_with_controls, spec, texts) if texts else spec
 
 
 def _with_controls(spec: ImageSpec, texts: Sequence[str]) -> ImageSpec:

@@ -20,10 +20,15 @@ from pathlib import Path
 
 from mezzotint import hub
 from mezzotint.errors import InvalidRequestError, echo
+from mezzotint.server.store.durable import sync
 
 WEIGHTS = "adapter.safetensors"
 PREFERRED = (hub.DIFFUSERS_WEIGHTS, hub.PEFT_WEIGHTS)
 """Names of the file to take where there are several."""
+MAX_HEADER_BYTES = 8 * 2**20
+"""Longest header of an adapter's file; that of the largest LoRA has under 1 MiB."""
+MAX_CONFIG_BYTES = 2**20
+"""Largest PEFT_CONFIG."""
 UNUSED_S = 3600.0
 """A younger copy may belong to an adapter that is being registered at this moment."""
 
@@ -44,7 +49,7 @@ def copy_source(source: str, folder: Path, max_bytes: int) -> AdapterFile:
     """Copies the file that `source` names below `folder`; InvalidRequestError says what is wrong with it."""
     try:
         weights = _locate(source, max_bytes)
-    except (OSError, RuntimeError) as error:  # a name too long, a folder without permission, ~ of nobody
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no permission, ~ of nobody, NUL
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise _refusal(
             f"source {echo(source)} cannot be looked at: {why}", "adapter_source_not_found"
@@ -53,15 +58,19 @@ def copy_source(source: str, folder: Path, max_bytes: int) -> AdapterFile:
         why = hub.PICKLE_RISK if weights.suffix in hub.PICKLES else "no safetensors file"
         raise _refusal(f"{weights.name} is {why}; convert it to .safetensors", "adapter_unsupported")
     try:
+        if not weights.is_file():  # a pipe would hold us up for as long as nobody writes into it
+            raise _refusal(f"{weights.name} is no file", "adapter_source_not_found")
         size = weights.stat().st_size
         if size > max_bytes:
             raise _too_large(weights.name, size, max_bytes)
-        tensors = hub.read_header(weights)
+        tensors = hub.read_header(weights, MAX_HEADER_BYTES)
         if not tensors:
             raise _refusal(f"{weights.name} holds no tensors", "adapter_broken")
         config = weights.with_name(hub.PEFT_CONFIG)
-        config_text = config.read_bytes() if weights.name == hub.PEFT_WEIGHTS and config.is_file() else b""
-        return _copy(weights, config_text, folder, _rank(tensors))
+        beside = weights.name == hub.PEFT_WEIGHTS and config.is_file()
+        if beside and config.stat().st_size > MAX_CONFIG_BYTES:
+            raise _too_large(config.name, config.stat().st_size, MAX_CONFIG_BYTES)
+        return _copy(weights, config.read_bytes() if beside else b"", folder, _rank(tensors))
     except hub.HeaderError as error:
         why = f"is not a whole safetensors file ({error}); copy or download it again"
         raise _refusal(f"{weights.name} {why}", "adapter_broken") from None
@@ -84,7 +93,8 @@ def _refusal(message: str, code: str) -> InvalidRequestError:
 
 def _too_large(name: str, size: int, max_bytes: int) -> InvalidRequestError:
     return _refusal(
-        f"{name} has {size} bytes; an adapter of this endpoint may have {max_bytes}: raise adapter_bytes",
+        f"{name} has {size} bytes; it may have {max_bytes}"
+        + (": raise adapter_bytes of the endpoint" if name.endswith(".safetensors") else ""),
         "adapter_too_large",
     )
 
@@ -159,9 +169,11 @@ def _copy(weights: Path, config: bytes, folder: Path, rank: int | None) -> Adapt
             while block := source.read(1 << 20):
                 digest.update(block)
                 written.write(block)
+        sync(copy)
         checksum = digest.hexdigest()
         if config:
             (scratch / hub.PEFT_CONFIG).write_bytes(config)
+            sync(scratch / hub.PEFT_CONFIG)
             digest.update(config)
         target_folder = folder / digest.hexdigest()
         kept = target_folder / copy.name
@@ -172,6 +184,8 @@ def _copy(weights: Path, config: bytes, folder: Path, rank: int | None) -> Adapt
                 if not kept.is_file():  # else another thread was first, with the same content
                     shutil.rmtree(target_folder, ignore_errors=True)
                     scratch.rename(target_folder)
+        sync(target_folder)
+        sync(folder)
         return AdapterFile(kept, checksum, kept.stat().st_size, rank)
 
 

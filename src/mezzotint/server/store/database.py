@@ -10,14 +10,17 @@ import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from mezzotint.errors import ConfigError, MezzotintError, UnavailableError
+from mezzotint.errors import ConfigError, MezzotintError, UnavailableError, echo
 from mezzotint.server.store import migrations
 
+ANSWER_TIMEOUT_S = 5.0
+"""How long Postgres may take to connect or to answer."""
 BUSY_TIMEOUT_S = 2.0
 """How long a write waits for another process's write (the command line beside the server)."""
 
@@ -132,7 +135,17 @@ def upgrade_database(url: str) -> migrations.Upgrade:
 
 
 def _engine(url: str) -> sa.Engine:
-    engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    parsed = sa.make_url(url)
+    is_sqlite = parsed.get_backend_name() == "sqlite"
+    in_memory = is_sqlite and parsed.database in (None, "", ":memory:")
+    pool: dict[str, Any] = {} if in_memory else {"pool_timeout": BUSY_TIMEOUT_S}
+    if parsed.get_driver_name() == "psycopg":
+        limit_ms = int(ANSWER_TIMEOUT_S * 1000)
+        limits: dict[str, Any] = {"connect_timeout": int(ANSWER_TIMEOUT_S), "tcp_user_timeout": limit_ms}
+        if "options" not in parsed.query:
+            limits["options"] = f"-c statement_timeout={limit_ms}"
+        pool["connect_args"] = limits
+    engine = sa.create_engine(parsed, pool_pre_ping=not is_sqlite, **pool)
     if engine.dialect.name == "sqlite":
         file = engine.url.database
         if file and file != ":memory:":
@@ -146,9 +159,17 @@ def _refusals(url: str) -> Iterator[None]:
     """Turns what the drivers raise into a ConfigError without the URL's password."""
     try:
         yield
-    except (SQLAlchemyError, sqlite3.Error, ImportError, OSError) as error:
-        safe = sa.make_url(url).render_as_string(hide_password=True) if "://" in url else url
-        raise ConfigError(f"database_url: {safe} cannot be opened: {_reason(error)}") from None
+    except (SQLAlchemyError, sqlite3.Error, ImportError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"database_url: {_without_password(url)} cannot be opened: {_reason(error)}"
+        ) from None
+
+
+def _without_password(url: str) -> str:
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except (SQLAlchemyError, ValueError):  # no URL: nobody knows what in it is a password
+        return echo(url.partition("://")[0]) + ("://..." if "://" in url else "")
 
 
 def unavailable(error: SQLAlchemyError) -> MezzotintError:
@@ -170,4 +191,4 @@ def _prepare_sqlite(connection: object, _record: object) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, OperationalError) and error.orig is not None:
         return str(error.orig)
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]

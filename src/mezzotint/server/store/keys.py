@@ -61,10 +61,12 @@ class Key:
     def may_use(self, endpoint_id: str) -> bool:
         return self.admin or not self.endpoints or endpoint_id in self.endpoints
 
-    def require_endpoint(self, endpoint_id: str) -> None:
+    def require_endpoint(self, endpoint_id: str, name: str = "") -> None:
+        """PermissionDeniedError unless it may use the endpoint, which the request may call `name`."""
         if not self.may_use(endpoint_id):
             raise PermissionDeniedError(
-                f"this key may not use endpoint {echo(endpoint_id)}; it may use {', '.join(self.endpoints)}",
+                f"this key may not use endpoint {echo(name or endpoint_id)}; "
+                f"it may use {', '.join(self.endpoints)}",
                 param="model",
             )
 
@@ -137,7 +139,7 @@ def create_key(
             _TABLE.insert().values(
                 id=key.id,
                 name=name,
-                hash=_hash(secret),
+                hash=digest_of(secret),
                 admin=admin,
                 endpoints=list(key.endpoints),
                 limits=asdict(key.limits),
@@ -188,7 +190,7 @@ def delete_key(engine: sa.Engine, key_id: str) -> None:
 
 def authenticate(engine: sa.Engine, secret: str) -> Key:
     """The live key that this secret belongs to; AuthenticationError for every other string."""
-    digest = _hash(secret)
+    digest = digest_of(secret)
     with engine.connect() as connection:
         row = connection.execute(sa.select(_TABLE).where(_TABLE.c.hash == digest)).mappings().first()
     # The index's comparison takes a time that depends on the hash, which tells nothing of 256 random bits.
@@ -199,7 +201,8 @@ def authenticate(engine: sa.Engine, secret: str) -> Key:
     return _key(row)
 
 
-def _hash(secret: str) -> str:
+def digest_of(secret: str) -> str:
+    """The SHA-256 (hex) by which the database knows a key."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -14,7 +14,9 @@ import itertools
 import os
 import re
 import secrets
+import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +35,12 @@ from mezzotint.errors import (
 )
 from mezzotint.images import FORMATS, Parameters
 from mezzotint.server.store import database
+from mezzotint.server.store.durable import sync
 from mezzotint.server.store.keys import ANONYMOUS
 from mezzotint.server.store.signing import Signer
 
+OWNER_LENGTH = 8
+"""Characters of a name that `Signer.owner` gives; the other 24 are random."""
 PATH = "/images/"
 """The path of all pictures below the server's address."""
 MEDIA_TYPES = {kind.suffix: kind.mime_type for kind in FORMATS.values()}
@@ -80,7 +85,8 @@ class Pictures:
     """The pictures of every key. Methods touch the disk and the database: call them from a thread.
 
     `folder` must exist. `gallery_size` is how many of a key's newest outlive their URLs; 0 keeps none.
-    `max_starred` is how many a key may star, which are kept besides.
+    `max_starred` is how many a key may star, which are kept besides. All pictures of one key may take
+    `max_bytes` on disk.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class Pictures:
         ttl_s: float,
         gallery_size: int,
         max_starred: int,
+        max_bytes: int = 2**62,
     ) -> None:
         self.folder = folder
         self._engine = engine
@@ -98,13 +105,26 @@ class Pictures:
         self._ttl_s = ttl_s
         self._gallery_size = gallery_size
         self._max_starred = max_starred
+        self._max_bytes = max_bytes
+        self._used: Counter[str] = Counter()
+        """Bytes on disk by the key's `Signer.owner`: counted by `clean`, kept by `save` and `remove`."""
+        self._saved: Counter[str] = Counter()
+        """The part of `_used` that came while `clean` was counting."""
+        self._lock = threading.Lock()
+        """Guards the two above."""
 
     # ------------------------------------------------------------ files and their URLs
 
     def save(self, data: bytes, suffix: str, key_id: str, parameters: Parameters) -> str:
         """Stores a picture for this key and returns its name; StorageFullError leaves nothing behind."""
-        name = secrets.token_urlsafe(24) + suffix
-        self._write(name, data)
+        owner = self._signer.owner(key_id)
+        name = owner + secrets.token_urlsafe(18) + suffix
+        self._take_room(owner, len(data))
+        try:
+            self._write(name, data)
+        except BaseException:
+            self._free_room(owner, len(data))
+            raise
         if self._gallery_size:
             values = parameters.request_fields()
             row = _TABLE.insert().values(name=name, key_id=key_id, created=time.time(), parameters=values)
@@ -143,12 +163,31 @@ class Pictures:
             "this picture URL has expired; the same request with the same seed makes the picture again"
         )
 
+    def _take_room(self, owner: str, size: int) -> None:
+        with self._lock:
+            if self._used[owner] + size > self._max_bytes:
+                raise StorageFullError(
+                    f"the stored pictures of this key take {self._used[owner]} bytes, and {size} more would "
+                    f"be over {self._max_bytes}; ask for response_format png to have the picture in the "
+                    "answer, delete stored ones, or wait until their URLs expire",
+                    code="too_many_pictures",
+                )
+            self._used[owner] += size
+            self._saved[owner] += size
+
+    def _free_room(self, owner: str, size: int) -> None:
+        with self._lock:
+            self._used[owner] -= size
+            self._saved[owner] -= size
+
     def _write(self, name: str, data: bytes) -> None:
         """Writes under another name first, so that a reader sees all of a picture or none of it."""
         temporary = self.folder / f"{name}.part"
         try:
             temporary.write_bytes(data)
+            sync(temporary)
             temporary.replace(self.folder / name)
+            sync(self.folder)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -202,7 +241,11 @@ class Pictures:
         with self._engine.begin() as connection:
             _created(connection, name, key_id)
             connection.execute(_TABLE.delete().where(_TABLE.c.name == name))
-        (self.folder / name).unlink(missing_ok=True)
+        file = self.folder / name
+        with contextlib.suppress(FileNotFoundError):
+            size = file.stat().st_size
+            file.unlink()
+            self._free_room(name[:OWNER_LENGTH], size)
 
     def clean(self) -> tuple[int, int]:
         """Removes what is past its life; returns how many files went and how many bytes stay."""
@@ -221,7 +264,9 @@ class Pictures:
         return self._remove_expired(listed)
 
     def _remove_expired(self, listed: frozenset[str]) -> tuple[int, int]:
-        removed, bytes_left = 0, 0
+        removed, used = 0, Counter[str]()
+        with self._lock:
+            self._saved.clear()
         now = time.time()
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -231,14 +276,22 @@ class Pictures:
                         os.unlink(entry.path)
                         removed += 1
                     else:
-                        bytes_left += stat.st_size
-        return removed, bytes_left
+                        used[entry.name[:OWNER_LENGTH]] += stat.st_size
+        with self._lock:
+            self._used = used + self._saved
+        return removed, used.total()
 
 
 def _created(connection: sa.Connection, name: str, key_id: str) -> float:
     """When the key made this picture; NotFoundError if it did not."""
+    if not _NAME.fullmatch(name):  # NUL would be an error of Postgres
+        raise _unknown(name)
     query = sa.select(_TABLE.c.created).where(_TABLE.c.name == name, _TABLE.c.key_id == key_id)
     created = connection.scalar(query)
     if created is None:
-        raise NotFoundError(f"this key has no picture {echo(name)}; list its pictures to see which it has")
+        raise _unknown(name)
     return float(created)
+
+
+def _unknown(name: str) -> NotFoundError:
+    return NotFoundError(f"this key has no picture {echo(name)}; list its pictures to see which it has")

@@ -44,6 +44,8 @@ class Quotas:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
         self._buckets: dict[str, _Bucket] = {}
+        self._reserved: dict[str, float] = {}
+        """Step-seconds of jobs that have not ended, by key; `spend_request` adds, `release` takes away."""
         self._stored: dict[tuple[str, str], float] = {}
         """Step-seconds in the database, by key and day; `load` and `store` fill it."""
         self._fresh: dict[tuple[str, str], _Usage] = {}
@@ -66,9 +68,24 @@ class Quotas:
         with self._lock:
             self._stored.setdefault(account, found)
 
-    def spend_request(self, key: Key, now: float) -> None:
-        """Counts one request of this key; RateLimitError says when the next one may come."""
-        self._require_daily(key)
+    def spend_request(self, key: Key, now: float, step_seconds: float = 0.0) -> None:
+        """Counts one request of this key, and reserves the work that it will take until `release`.
+
+        RateLimitError says when the next one may come; nothing is counted or reserved then.
+        """
+        self._require_daily(key, step_seconds)
+        self._spend_token(key, now)
+        self._reserved[key.id] = self._reserved.get(key.id, 0.0) + step_seconds
+
+    def release(self, key: Key, step_seconds: float) -> None:
+        """Gives back what a job had reserved; what it did is booked."""
+        left = self._reserved.get(key.id, 0.0) - step_seconds
+        if left > 1e-9:
+            self._reserved[key.id] = left
+        else:
+            self._reserved.pop(key.id, None)
+
+    def _spend_token(self, key: Key, now: float) -> None:
         limit = key.limits.requests_per_minute
         if limit is None:
             return
@@ -121,11 +138,15 @@ class Quotas:
             for account in [account for account in self._stored if account[1] != utc_day()]:
                 del self._stored[account]
 
-    def _require_daily(self, key: Key) -> None:
+    def _require_daily(self, key: Key, step_seconds: float) -> None:
         limit = key.limits.step_seconds_per_day
-        if limit is not None and self.used_today(key) >= limit:
+        if limit is None:
+            return
+        used = self.used_today(key) + self._reserved.get(key.id, 0.0)
+        if used >= limit or used + step_seconds > limit * (1 + 1e-9):
             raise RateLimitError(
-                f"this key has used its {limit:g} step-seconds of today; the next day begins at midnight UTC",
+                f"this key has used {used:.4g} of its {limit:g} step-seconds of today, what runs included, "
+                f"and this request needs {step_seconds:.4g}; the next day begins at midnight UTC",
                 code="quota_exceeded",
                 retry_after=DAY_S - time.time() % DAY_S,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import hmac
@@ -10,6 +11,7 @@ import secrets
 from pathlib import Path
 
 from mezzotint.errors import ConfigError
+from mezzotint.server.store.durable import sync
 
 FILE = "signing-key"
 MIN_BYTES = 32
@@ -32,6 +34,11 @@ class Signer:
         """
         return self._sign(f"proof\n{challenge}")
 
+    def owner(self, key_id: str) -> str:
+        """What the names of a key's pictures begin with: 8 characters that tell nothing of the key."""
+        digest = bytes.fromhex(self._sign(f"owner\n{key_id}"))
+        return base64.urlsafe_b64encode(digest[:6]).decode()
+
     def _sign(self, text: str) -> str:
         return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
 
@@ -50,10 +57,12 @@ def load_signer(data_dir: Path) -> Signer:
     temporary = file.with_name(f".{FILE}-{secrets.token_hex(4)}")
     temporary.touch(mode=0o600)
     temporary.write_bytes(secret)
+    sync(temporary)
     try:
         os.link(temporary, file)  # fails where another process was first, and then its secret counts
     except FileExistsError:
         return Signer(file.read_bytes())
     finally:
         temporary.unlink()
+    sync(data_dir)
     return Signer(secret)

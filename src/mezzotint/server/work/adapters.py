@@ -34,6 +34,7 @@ from mezzotint.errors import (
 )
 from mezzotint.server.store.adapter_files import AdapterFile, copy_source, remove_unused
 from mezzotint.server.store.adapters import Adapter, AdapterTable, Origin
+from mezzotint.server.threads import DATABASE, FILES, SOURCES, UPKEEP
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.registry import Registry
 
@@ -104,10 +105,10 @@ class AdapterRegistry:
         spec = endpoint.spec
         async with endpoint.adapters.lock:
             for settings in spec.adapters:
-                new = await asyncio.to_thread(self._register, spec, settings, Origin.API)
-                await asyncio.to_thread(self.table.save, new)
-            await asyncio.to_thread(self._adopt, spec, False)
-            endpoint.adapters.announce(await asyncio.to_thread(self.table.list, endpoint.id))
+                new = await SOURCES.run(self._register, spec, settings, Origin.API)
+                await DATABASE.run(self.table.save, new)
+            await UPKEEP.run(self._adopt, spec, False)
+            endpoint.adapters.announce(await DATABASE.run(self.table.list, endpoint.id))
 
     async def add(self, endpoint: Endpoint, settings: AdapterSettings, *, overwrite: bool = False) -> Adapter:
         """Registers an adapter that every running worker has checked against its model.
@@ -127,7 +128,7 @@ class AdapterRegistry:
 
     async def _add(self, endpoint: Endpoint, settings: AdapterSettings, overwrite: bool) -> Adapter:
         max_bytes = _max_file_bytes(endpoint.spec)
-        file = await asyncio.to_thread(copy_source, settings.source, self.table.folder, max_bytes)
+        file = await SOURCES.run(copy_source, settings.source, self.table.folder, max_bytes)
         async with endpoint.adapters.lock:  # nobody waits for another's download, and one of two is first
             _require_free(endpoint, settings.route, overwrite)
             return await self._put(endpoint, _registered(endpoint.id, settings, file, Origin.API))
@@ -140,7 +141,7 @@ class AdapterRegistry:
             message = error.message.replace(new.path.name, Path(new.source).name)
             raise InvalidRequestError(message, code=error.code, param="source") from None
         try:
-            await asyncio.to_thread(self.table.save, checked)
+            await DATABASE.run(self.table.save, checked)
         except BaseException:
             endpoint.adapters.withdraw()
             raise
@@ -160,10 +161,10 @@ class AdapterRegistry:
             own = [each for each in built_in_adapters(endpoint.spec.model) if each.route == route]
             if own:
                 spec = endpoint.spec
-                new = await asyncio.to_thread(self._register, spec, own[0], Origin.BUILT_IN)
+                new = await FILES.run(self._register, spec, own[0], Origin.BUILT_IN)
                 await self._put(endpoint, new)
                 return adapter
-            await asyncio.to_thread(self.table.delete, adapter)
+            await DATABASE.run(self.table.delete, adapter)
             endpoint.adapters.close_route(route)
         self._start(_forget_when_unused(endpoint, route))
         log.info("adapter removed", endpoint=endpoint.id, route=route)

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Iterator
-from concurrent.futures import Executor
 from dataclasses import replace
 
 import structlog
@@ -29,6 +28,7 @@ from mezzotint.server.metrics import Metrics
 from mezzotint.server.store.keys import Key
 from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.store.spool import Spool
+from mezzotint.server.threads import Threads
 from mezzotint.server.work.estimate import Estimate
 from mezzotint.server.work.joining import Joining
 from mezzotint.server.work.queueing import Job
@@ -44,12 +44,12 @@ log = structlog.get_logger(__name__)
 class Admission:
     """Every request of the server. All methods run in the event loop."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, quotas: Quotas, pool: Executor) -> None:
-        """`pool` runs the `finish` of submissions."""
+    def __init__(self, settings: Settings, metrics: Metrics, quotas: Quotas, making: Threads) -> None:
+        """`making` runs the `finish` of submissions."""
         self._settings = settings
         self._metrics = metrics
         self._quotas = quotas
-        self._pool = pool
+        self._making = making
         self.tickets = Tickets(settings.idempotency_ttl_s)
         self._spool = Spool(settings.data_dir)
         self._joining = Joining(self.tickets, settings.attach_window_s, self._abandoned)
@@ -81,12 +81,13 @@ class Admission:
         loop = asyncio.get_running_loop()
         now = loop.time()
         timeout_s = endpoint.spec.deadline_s if submission.timeout_s is None else submission.timeout_s
-        ticket = Ticket.of(submission, now + timeout_s)
+        deadline = submission.arrived + timeout_s
+        timeout_s = max(0.0, deadline - now)
+        ticket = Ticket.of(submission, deadline)
         ticket.jobs = [self._job(ticket, message) for message in _messages(submission)]
         for job in ticket.jobs:
             endpoint.profile.check(job.spec)
         self.tickets.require_room(key.id, now)
-        self._quotas.spend_request(key, now)
         estimate = Estimate.of(
             [job.work_s for job in ticket.jobs],
             endpoint.dispatcher.speed,
@@ -98,6 +99,7 @@ class Admission:
             if isinstance(refusal, UnavailableError):  # it starts too late for this request, not for the next
                 endpoint.wake()
             raise refusal
+        self._quotas.spend_request(key, now, sum(job.work_s for job in ticket.jobs))
         self.tickets.add(ticket)
         ticket.deadline_timer = loop.call_at(ticket.deadline, self._out_of_time, ticket)
         for job in ticket.jobs:
@@ -105,14 +107,15 @@ class Admission:
         return ticket
 
     def _job(self, ticket: Ticket, message: Generate) -> Job:
+        work_s = ticket.endpoint.profile.work_s(message.spec)
         return Job(
             message,
             ticket.key.id,
             ticket.key.limits.weight,
             ticket.key.limits.priority,
-            ticket.endpoint.profile.work_s(message.spec),
+            work_s,
             ticket.deadline,
-            on_end=lambda job, outcome: self._job_ended(ticket, job, outcome),
+            on_end=lambda job, outcome: self._job_ended(ticket, job, outcome, work_s),
             on_progress=lambda job: self._job_moved(ticket, job),
             on_preview=lambda job, preview: self._job_previewed(ticket, job, preview),
         )
@@ -180,6 +183,14 @@ class Admission:
         """Forgets ended requests that nobody may ask for any more."""
         self.tickets.sweep(asyncio.get_running_loop().time())
 
+    async def drained(self, until: float) -> None:
+        """Waits for the requests that run without a connection, until a time of the event loop's clock."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                for ticket in self.tickets.living():
+                    with contextlib.suppress(MezzotintError):
+                        await ticket.outcome()
+
     async def wait_for_answers(self) -> None:
         """Waits for answers that are being encoded."""
         while self._finishing:
@@ -204,12 +215,16 @@ class Admission:
         ticket.touch()
 
     def _job_previewed(self, ticket: Ticket, job: Job, preview: Preview) -> None:
-        ticket.previews.append((ticket.jobs.index(job), preview))
-        ticket.touch()
+        number = ticket.jobs.index(job)
+        if (number, preview.index) not in ticket.previewed:
+            ticket.previewed.add((number, preview.index))
+            ticket.previews.append((number, preview))
+            ticket.touch()
 
-    def _job_ended(self, ticket: Ticket, job: Job, outcome: Done | MezzotintError) -> None:
-        done = job.step / job.spec.num_steps
-        self._quotas.book(ticket.key, step_seconds=job.work_s * done)
+    def _job_ended(self, ticket: Ticket, job: Job, outcome: Done | MezzotintError, reserved_s: float) -> None:
+        done = min(1.0, job.step / job.spec.num_steps)
+        self._quotas.release(ticket.key, reserved_s)
+        self._quotas.book(ticket.key, step_seconds=min(job.work_s, reserved_s) * done)
         if ticket.ended:
             return
         if isinstance(outcome, MezzotintError):
@@ -238,13 +253,13 @@ class Admission:
         for text in (text for picture in pictures for text in picture.warnings):
             if text not in ticket.warnings:
                 ticket.warnings.append(text)
-        finish, loop = ticket.finish, asyncio.get_running_loop()
+        finish = ticket.finish
         assert finish is not None, "only the end takes it away"
         outcome: Answer | MezzotintError
         try:
-            outcome = await loop.run_in_executor(self._pool, finish, ticket, pictures)
+            outcome = await self._making.run(finish, ticket, pictures)
             if not self.tickets.fits_memory(ticket.key.id, len(outcome.content)):
-                outcome = await loop.run_in_executor(self._pool, self._to_disk, outcome)
+                outcome = await self._making.run(self._to_disk, outcome)
         except MezzotintError as error:
             outcome = error
         except Exception:
@@ -291,7 +306,9 @@ class Admission:
             "request ended", ticket=ticket.id, endpoint=ticket.endpoint.id, status=ticket.status,
             code=ticket.error.code if ticket.error else None,
         )  # fmt: skip
-        ticket.pictures, ticket.previews, ticket.finish = {}, [], None
+        ticket.pictures, ticket.previews, ticket.finish, ticket.previewed = {}, [], None, set()
+        for job in ticket.jobs:
+            job.drop_pictures()
         if ticket.deadline_timer is not None:
             ticket.deadline_timer.cancel()
         self.tickets.keep(ticket, asyncio.get_running_loop().time())

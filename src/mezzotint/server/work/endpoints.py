@@ -150,7 +150,7 @@ class Endpoint:
         if not job.queued:
             return job.remaining_s
         queue = self.dispatcher.queue
-        ahead_s = queue.running_s() + sum(other.work_s for other in queue.ahead(job))
+        ahead_s = queue.running_s() + queue.ahead(job).work_s
         return self.current.start_left_s(now) + ahead_s / self.dispatcher.speed + job.work_s
 
     def require_available(self) -> None:

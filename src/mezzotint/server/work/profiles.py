@@ -13,7 +13,7 @@ from mezzotint.config import EndpointSettings
 from mezzotint.errors import InvalidRequestError
 from mezzotint.input_pictures import output_size, require_controls, require_pictures
 from mezzotint.messages import LoadModel, ModelInfo
-from mezzotint.spec import MAX_PICTURES, ImageSpec, default_strength, sizes_text
+from mezzotint.spec import LIMITS, MAX_PICTURES, ImageSpec, default_strength, sizes_text
 
 GUESSED_STEP_S = 0.05
 """Seconds per step until the model has been measured."""
@@ -90,6 +90,7 @@ class Profile:
 
     def nearest_size(self, width: int, height: int) -> tuple[int, int]:
         """The size that this endpoint can draw and that is nearest in area and shape to the one asked for."""
+        width, height = (min(side, LIMITS["width"][1]) for side in (width, height))
         if self.info is None or self.max_pixels is None:
             return width, height
         if self.info.sizes:

@@ -12,7 +12,8 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import accumulate
+from typing import NamedTuple
 
 from mezzotint.errors import MezzotintError
 from mezzotint.messages import Done, Generate, Preview
@@ -66,6 +67,14 @@ class Job:
     def remaining_s(self) -> float:
         return self.work_s * (1 - min(self.step / self.spec.num_steps, 1))
 
+    def drop_pictures(self) -> None:
+        """Frees the pictures of a job that will not run again."""
+        spec = self.spec
+        if spec.pictures:
+            bare = replace(spec, strength=None, num_inference_steps=spec.num_steps)
+            bare = replace(bare, images=(), mask=None, control_images=())
+            self.request = replace(self.request, spec=bare)
+
     def end(self, outcome: Done | MezzotintError) -> None:
         """Ends the job once; later calls do nothing (a result may cross a cancellation)."""
         if not self.ended:
@@ -105,6 +114,34 @@ class _Share:
         return (job for entry, job in self.by_age if entry == job.entry)
 
 
+class Ahead(NamedTuple):
+    """What goes before a job."""
+
+    num: int
+    work_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One key's waiting jobs in order, counted."""
+
+    places: dict[int, int]
+    """By entry: how many shorter ones there are; of equals, the older is first."""
+    shortest_s: list[float]
+    """Work of the first 0, 1, 2, ... by length."""
+    oldest_s: list[float]
+    """Work of the first 0, 1, 2, ... by age."""
+
+    @classmethod
+    def of(cls, jobs: list[Job]) -> _Line:
+        ranked = sorted(jobs, key=lambda job: (job.work_s, job.queued_at))
+        return cls(
+            {job.entry: place for place, job in enumerate(ranked)},
+            [0.0, *accumulate(job.work_s for job in ranked)],
+            [0.0, *accumulate(job.work_s for job in jobs)],
+        )
+
+
 class JobQueue:
     """The waiting jobs of one endpoint, and the work of its running ones."""
 
@@ -112,6 +149,11 @@ class JobQueue:
         self.max_wait_s = max_wait_s
         self._shares: dict[str, _Share] = {}
         """By key id; kept while any key has work, so that what was served to each is not forgotten."""
+        self.changes = 0
+        """Counts up with every change of what waits."""
+        self._counted: dict[str, _Line] = {}
+        """By key id, as of the change `_lines_at`; `_lines` fills and reads it."""
+        self._lines_at = 0
         self._entries = 0
         """Number of the newest entry."""
 
@@ -129,6 +171,7 @@ class JobQueue:
         again = job.queued_at > 0
         job.queued_at = job.queued_at or now
         self._entries += 1
+        self.changes += 1
         job.entry, job.step, job.started_at = self._entries, 0, None
         heapq.heappush(share.by_work, (job.work_s, job.queued_at, job.entry, job))
         if again:
@@ -177,22 +220,29 @@ class JobQueue:
         share.served -= job.remaining_s / share.weight
         self._forget_idle(job.key_id)
 
-    def ahead(self, job: Job) -> list[Job]:
-        """The waiting jobs that go before this one, as things stand: its key's, and the other keys' share.
+    def ahead(self, job: Job) -> Ahead:
+        """What goes before this waiting job, as things stand: its key's jobs, and the other keys' share.
 
         That is all of a higher priority and none of a lower one.
         """
-        mine = self._shares[job.key_id]
-        rank = (job.work_s, job.queued_at)
-        before = [other for other in mine.jobs() if (other.work_s, other.queued_at) < rank]
-        others = [share for share in self._shares.values() if share is not mine]
-        for share in others:
-            if share.priority == mine.priority:
-                before += islice(share.jobs(), len(before) + 1)
-        for share in others:
-            if share.priority > mine.priority:
-                before += share.jobs()
-        return before
+        lines, mine = self._lines(), self._shares[job.key_id]
+        line = lines[job.key_id]
+        place = line.places[job.entry]
+        num, work_s = place, line.shortest_s[place]
+        for key_id, share in self._shares.items():
+            if share is mine or share.priority < mine.priority:
+                continue
+            other = lines[key_id]
+            count = share.waiting if share.priority > mine.priority else min(share.waiting, place + 1)
+            num, work_s = num + count, work_s + other.oldest_s[count]
+        return Ahead(num, work_s)
+
+    def _lines(self) -> dict[str, _Line]:
+        """Counted once after each change, however many ask."""
+        if self._lines_at != self.changes:
+            self._counted = {key_id: _Line.of(list(share.jobs())) for key_id, share in self._shares.items()}
+            self._lines_at = self.changes
+        return self._counted
 
     def running_s(self) -> float:
         """Work that workers have in hand."""
@@ -222,6 +272,7 @@ class JobQueue:
 
     def reestimate(self, work_s: Callable[[Job], float]) -> None:
         """Counts the waiting jobs' work anew, when the model's speed has become known."""
+        self.changes += 1
         for share in self._shares.values():
             for job in share.jobs():
                 job.work_s = work_s(job)
@@ -250,6 +301,7 @@ class JobQueue:
     def _leave(self, job: Job) -> _Share:
         assert job.queued
         job.entry = 0
+        self.changes += 1
         share = self._shares[job.key_id]
         share.waiting -= 1
         share.waiting_s = max(0.0, share.waiting_s - job.work_s)

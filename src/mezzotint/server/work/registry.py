@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,10 +17,11 @@ from pydantic import ValidationError
 from sqlalchemy.exc import NoResultFound
 
 from mezzotint.config import EndpointSettings
-from mezzotint.errors import ConflictError, NotFoundError, echo, nearest
+from mezzotint.errors import ConflictError, NotFoundError, UnavailableError, echo, nearest
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import database
 from mezzotint.server.store.keys import Key
+from mezzotint.server.threads import DATABASE, UPKEEP, require_caller
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.lifecycle import DESIRED_BY, Command, Desired
 from mezzotint.server.work.profiles import Calibration
@@ -72,10 +74,14 @@ class Registry:
         return iter(list(self._endpoints.values()))
 
     def find(self, endpoint_id: str, key: Key) -> Endpoint:
-        """The endpoint, if this key may use it; the error names the nearest one that it may use."""
+        """The endpoint, if this key may use it; the error names the nearest one that it may use.
+
+        To a key with a scope, what is outside of it looks the same whether it exists or not.
+        """
         endpoint = self._endpoints.get(endpoint_id) or next(
             (other for other in self if endpoint_id in other.spec.aliases), None
         )
+        key.require_endpoint(endpoint_id if endpoint is None else endpoint.id, endpoint_id)
         if endpoint is None:
             names = [other.id for other in self if key.may_use(other.id)]
             hint = nearest(endpoint_id, names)
@@ -87,7 +93,6 @@ class Registry:
                 code="endpoint_not_found",
                 param="model",
             )
-        key.require_endpoint(endpoint.id)
         return endpoint
 
     def is_from_file(self, endpoint_id: str) -> bool:
@@ -140,7 +145,7 @@ class Registry:
         except TimeoutError:
             log.error("workers were killed, but nothing reports their end")
         await asyncio.gather(*self._writes, return_exceptions=True)
-        await asyncio.to_thread(self._workers.carrier.close)
+        await UPKEEP.run(self._workers.carrier.close)
 
     # ------------------------------------------------------------ changes
 
@@ -151,7 +156,7 @@ class Registry:
                 raise ConflictError(
                     f"endpoint {spec.id} exists already; update it or take another id", param="id"
                 )
-            await asyncio.to_thread(self._transact, lambda c: self._insert(c, spec, comment, by, None))
+            await DATABASE.run(self._transact, lambda c: self._insert(c, spec, comment, by, None))
             endpoint = self._make(spec, 1, Desired.RUNNING)
         endpoint.obey(Command.START)
         return endpoint
@@ -169,7 +174,7 @@ class Registry:
         """
         async with self._change(endpoint, Command.UPDATE):
             spec = change((endpoint.next or endpoint.current).spec)
-            version: int = await asyncio.to_thread(
+            version: int = await DATABASE.run(
                 self._transact, lambda c: self._add_version(c, spec, comment, by)
             )
             endpoint.update(spec, version)
@@ -178,14 +183,14 @@ class Registry:
     async def command(self, endpoint: Endpoint, command: Command, drain_s: float = math.inf) -> None:
         """Records what the owner wants, for the next start of the server, and has the endpoint do it."""
         async with self._change(endpoint, command):
-            await asyncio.to_thread(self._set_row, endpoint.id, desired=str(DESIRED_BY[command]))
+            await DATABASE.run(partial(self._set_row, endpoint.id, desired=str(DESIRED_BY[command])))
             endpoint.obey(command, drain_s=drain_s)
 
     async def calibrate(self, endpoint: Endpoint) -> None:
         """Forgets what was measured of an endpoint and has new workers measure it, as an owner asks."""
         async with self._change(endpoint, Command.RESTART):
             values = {"calibration": None, "desired": str(Desired.RUNNING)}
-            await asyncio.to_thread(self._set_row, endpoint.id, **values)
+            await DATABASE.run(partial(self._set_row, endpoint.id, **values))
             endpoint.calibrate()
 
     async def delete(self, endpoint: Endpoint) -> None:
@@ -195,7 +200,7 @@ class Registry:
             await endpoint.settled()
             async with endpoint.adapters.lock:  # an adapter that is being added would outlive it
                 endpoint.adapters.closed = True
-                await asyncio.to_thread(self._transact, lambda c: _delete(c, endpoint.id))
+                await DATABASE.run(self._transact, lambda c: _delete(c, endpoint.id))
             self._endpoints.pop(endpoint.id, None)
 
     @contextlib.asynccontextmanager
@@ -214,7 +219,7 @@ class Registry:
             .where(_VERSIONS.c.endpoint_id == endpoint_id)
             .order_by(_VERSIONS.c.version.desc())
         )
-        rows = await asyncio.to_thread(self._transact, lambda c: c.execute(query).mappings().all())
+        rows = await DATABASE.run(self._transact, lambda c: c.execute(query).mappings().all())
         return [
             Version(row["version"], row["spec"], row["comment"], row["created"], row["created_by"])
             for row in rows
@@ -224,7 +229,9 @@ class Registry:
 
     def _transact(self, work: Callable[[sa.Connection], Any]) -> Any:
         with self._engine.begin() as connection:
-            return work(connection)
+            result = work(connection)
+            require_caller()  # who was told that a change failed must not find it done later
+            return result
 
     def _set_row(self, endpoint_id: str, where: Any = sa.true(), **values: Any) -> None:  # noqa: B008
         mine = sa.and_(_ENDPOINTS.c.id == endpoint_id, where)
@@ -332,8 +339,8 @@ class Registry:
     def _write_soon(self, endpoint_id: str, where: Any = sa.true(), **values: Any) -> None:  # noqa: B008
         async def write() -> None:
             try:
-                await asyncio.to_thread(self._set_row, endpoint_id, where, **values)
-            except sa.exc.SQLAlchemyError as error:
+                await DATABASE.run(partial(self._set_row, endpoint_id, where, **values))
+            except (sa.exc.SQLAlchemyError, UnavailableError) as error:
                 log.error("endpoint could not be stored", endpoint=endpoint_id, error=str(error))
 
         task = asyncio.get_running_loop().create_task(write())

@@ -17,6 +17,7 @@ from mezzotint.messages import Preview
 from mezzotint.schemas import RequestStatus
 from mezzotint.server.store.keys import Key
 from mezzotint.server.store.spool import Spooled
+from mezzotint.server.threads import FILES
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.queueing import Job
 from mezzotint.spec import ImageSpec
@@ -66,6 +67,8 @@ class Answer:
     """A finished request's answer: its bytes, in memory or on disk, and what Server-Timing says."""
 
     content: bytes | Spooled
+    is_json: bool = True
+    """Whether it may be part of a JSON answer; streamed events may not."""
     queue_s: float = 0.0
     generate_s: float = 0.0
     encode_s: float = 0.0
@@ -80,7 +83,7 @@ class Answer:
             if isinstance(self.content, bytes):
                 yield self.content[start : start + PIECE_BYTES]
             else:
-                yield await asyncio.to_thread(self.content.read, start, PIECE_BYTES)
+                yield await FILES.run(self.content.read, start, PIECE_BYTES)
 
 
 Finish = Callable[["Ticket", list[Picture]], Answer]
@@ -111,6 +114,8 @@ class Submission:
     """What the dialect has bent to fit; the answer repeats it."""
     hold: bool = False
     """Nobody waits on this connection, and the request runs to its end."""
+    arrived: float
+    """When its head was there, on the event loop's clock; its deadline counts from here."""
 
     @property
     def identity(self) -> Identity:
@@ -154,6 +159,10 @@ class Ticket:
     """When the last client hung up; Joining alone uses it."""
     ended_at: float = 0.0
     """Tickets alone uses it."""
+    previewed: set[tuple[int, int]] = field(default_factory=set)
+    """Image number and preview index of those that came: a job that runs again makes them again."""
+    shown: tuple[object, bytes] = (None, b"")
+    """The state as it was last told to a watcher, and of what it was made; the dialect alone uses it."""
     forgotten: bool = False
     """Tickets no longer finds it; clients that wait still get the answer."""
     deadline_timer: asyncio.TimerHandle | None = None

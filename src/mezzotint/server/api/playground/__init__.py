@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from mezzotint.server.api import answers
 from mezzotint.server.api.context import CurrentContext, CurrentKey
+from mezzotint.server.threads import DATABASE
 
 FILES = Path(__file__).parent / "page"
 MAX_PAGE = 100
@@ -84,8 +85,8 @@ async def pictures(
     starred: Annotated[bool, Query(description="Only starred pictures.")] = False,
 ) -> StoredPictures:
     """Those asked for as `url`; the newest stay when their URLs have expired. The URLs here are fresh."""
-    found = await asyncio.to_thread(
-        context.pictures.list, key.id, limit + 1, before, search=search, starred=starred
+    found = await DATABASE.run(
+        partial(context.pictures.list, key.id, limit + 1, before, search=search, starred=starred)
     )
     base = context.base_url(request)
     data = [
@@ -110,7 +111,7 @@ async def pictures(
 )
 async def star_picture(name: str, body: PictureChange, context: CurrentContext, key: CurrentKey) -> Response:
     """Starred pictures stay when newer ones come; each key may star `max_starred` of them."""
-    await asyncio.to_thread(context.pictures.star, name, key.id, body.starred)
+    await DATABASE.run(context.pictures.star, name, key.id, body.starred)
     return Response(status_code=204)
 
 
@@ -123,7 +124,7 @@ async def star_picture(name: str, body: PictureChange, context: CurrentContext, 
 )
 async def delete_picture(name: str, context: CurrentContext, key: CurrentKey) -> Response:
     """Its URLs end at once."""
-    await asyncio.to_thread(context.pictures.remove, name, key.id)
+    await DATABASE.run(context.pictures.remove, name, key.id)
     return Response(status_code=204)
 
 

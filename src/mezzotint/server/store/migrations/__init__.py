@@ -125,6 +125,7 @@ def _alone(connection: sa.Connection) -> Iterator[None]:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
             connection.exec_driver_sql(f"PRAGMA busy_timeout={usual}")
         else:
+            connection.exec_driver_sql(f"SET LOCAL statement_timeout = {int(LOCK_TIMEOUT_S * 1000)}")
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
         yield
 
