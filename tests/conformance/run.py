@@ -1,6 +1,7 @@
 """Runs every client against one server and prints what passed as a table.
 
-python tests/conformance/run.py [--fake] [--write] [--model SOURCE]      (see scripts/conformance)
+python -m tests.conformance.run [--fake] [--write] [--model SOURCE] [--only NAME ...]
+(see scripts/conformance)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,40 +26,43 @@ from mezzotint.server import logs
 from mezzotint.server.app import create_app, serve
 from mezzotint.server.store.keys import create_first_key
 from mezzotint.server.workers.process import ENGINE_WORKER
+from tests.conformance.programs import ROOT, NotInstalledError, Program, programs
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-CLIENTS = ROOT / ".venv-conformance"
+CLIENTS = Path(__file__).parent / "clients"
 PAGE = ROOT / "docs" / "clients.md"
 BEGIN, END = "<!-- conformance -->", "<!-- /conformance -->"
 FAKE_WORKER = "mezzotint.fake_worker:run"
 ENDPOINT = "emoji"
+ALIASES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3")
+"""Names that programs use by themselves."""
 START_S = 120.0
 RUN_S = 420
 
+Row = dict[str, str]
+"""One line of the table: client, version, check, and the fault or why it was not run."""
 
-def host(connection: Connection, source: str, worker: str, folder: Path) -> None:
+
+def host(connection: Connection, source: str, worker: str, auth: bool, folder: Path) -> None:
     """The server process: sends its address and key, and serves until it is ended."""
     logs.configure("warning", "console")
-    endpoint = EndpointSettings(id=ENDPOINT, model=source, default_steps=8)
-    settings = Settings(port=0, data_dir=folder / "data", endpoints=(endpoint,))
+    endpoint = EndpointSettings(id=ENDPOINT, model=source, aliases=ALIASES)
+    settings = Settings(port=0, data_dir=folder / "data", auth=auth, endpoints=(endpoint,))
     app = create_app(settings, worker=worker)
-    made = create_first_key(app.state.context.engine)
-    assert made is not None
+    made = create_first_key(app.state.context.engine) if auth else None
 
     def tell(url: str) -> None:
-        connection.send_bytes(f"{url} {made[1]}".encode())
+        connection.send_bytes(f"{url} {made[1] if made else ''}".encode())
 
     asyncio.run(serve(app, settings, on_started=tell))
 
 
 @contextmanager
-def running(source: str, worker: str) -> Iterator[tuple[str, str]]:
-    """Address and key of a server while the block runs."""
+def running(source: str, worker: str, *, auth: bool = True) -> Iterator[tuple[str, str]]:
+    """Address and key of a server while the block runs; without `auth` it asks for no key."""
     with tempfile.TemporaryDirectory() as folder:
         mine, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
-            target=host, args=(theirs, source, worker, Path(folder))
+            target=host, args=(theirs, source, worker, auth, Path(folder))
         )
         process.start()
         try:
@@ -71,57 +75,69 @@ def running(source: str, worker: str) -> Iterator[tuple[str, str]]:
             process.join()
 
 
-def results(url: str, key: str) -> list[dict[str, str]]:
-    """One entry for each check of each client."""
-    node = CLIENTS / "node"
-    shutil.copy(HERE / "node_clients.mjs", node)
-    commands = (
-        [str(CLIENTS / "bin" / "python"), str(HERE / "python_clients.py"), url, key, ENDPOINT],
-        ["node", str(node / "node_clients.mjs"), url, key, ENDPOINT],
-    )
-    found: list[dict[str, str]] = []
-    for command in commands:
-        made = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=RUN_S)
-        if made.returncode:
-            raise SystemExit(f"{command[1]} ended with status {made.returncode}")
-        # clients print things of their own
-        found += [json.loads(line) for line in made.stdout.splitlines() if line.startswith('{"client"')]
-    return found
+def results(program: Program, url: str, key: str, open_url: str, folder: Path) -> Iterator[Row]:
+    """One row for each check of a program; a program that cannot be installed has one that says why.
+
+    `open_url` is a server that asks for no key, for what never sends one.
+    """
+    row = {"client": program.title, "version": program.version}
+    try:
+        program.install()
+    except NotInstalledError as error:
+        yield row | {"check": "installing it", "skipped": str(error), "fault": ""}
+        return
+    if program.language == "node":
+        for file in CLIENTS.glob("*.mjs"):
+            shutil.copy(file, program.folder)
+        command = program.command(program.folder / f"{program.name}.mjs")
+    else:
+        command = program.command(f"{CLIENTS.parent.parent.name}.conformance.clients.{program.name}")
+    environment = os.environ | {"PYTHONPATH": "", "TMPDIR": str(folder), "OPEN_URL": open_url}
+    made = _call([*command, url, key, ENDPOINT], ROOT, environment)
+    # programs print things of their own
+    lines = [line for line in made.stdout.splitlines() if line.startswith('{"check"')]
+    yield from (row | json.loads(line) for line in lines)
+    if made.returncode:
+        yield row | {"check": "its script", "fault": made.stderr or f"status {made.returncode}"}
 
 
-def recipes() -> Iterator[tuple[str, str, str]]:
-    """Client, language and code of each recipe in docs/clients.md; a section is one program."""
+def _call(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=RUN_S)
+
+
+def recipes() -> Iterator[tuple[str, str, str, str]]:
+    """Client, package, language and code of each recipe in docs/clients.md; a section is one program."""
     for section in PAGE.read_text().split("\n## ")[1:]:
-        client = section.partition("\n")[0].partition(" (")[0]
+        heading = section.partition("\n")[0]
         blocks = re.findall(r"^```(python|js)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-        if blocks:
-            yield client, blocks[0][0], "\n".join(code for _, code in blocks)
+        named = re.search(r"`(?:pip|npm) install ([\w-]+)", heading)
+        if blocks and named:
+            yield heading.partition(" (")[0], named[1], blocks[0][0], "\n".join(code for _, code in blocks)
 
 
-def recipe_results(url: str, key: str, folder: Path) -> list[dict[str, str]]:
-    """One entry for each recipe, run as it stands but for the server's port."""
-    found = []
+def recipe_results(used: Sequence[Program], url: str, key: str, folder: Path) -> Iterator[Row]:
+    """One row for each recipe of these programs, run as it stands but for the server's port."""
     port = url.rpartition(":")[2]
-    for client, language, code in recipes():
-        file = (CLIENTS / "node" / "recipe.mjs") if language == "js" else (folder / "recipe.py")
-        file.write_text(code.replace(":8000", f":{port}").replace("port=8000", f"port={port}"))
-        program = "node" if language == "js" else str(CLIENTS / "bin" / "python")
-        environment = os.environ | {"MEZZOTINT_API_KEY": key}
-        made = subprocess.run(
-            [program, str(file)], cwd=folder, env=environment, capture_output=True, text=True, timeout=RUN_S
-        )
-        fault = made.stderr if made.returncode else ""
-        found.append({"client": client, "version": "this page", "check": "the recipe above", "fault": fault})
-    return found
+    environment = os.environ | {"MEZZOTINT_API_KEY": key, "PYTHONPATH": ""}
+    for client, package, language, code in recipes():
+        kind = "node" if language == "js" else "python"
+        for program in used:
+            if (program.package, program.language) != (package, kind) or not program.installed:
+                continue
+            file = (program.folder if kind == "node" else folder) / (
+                "recipe" + (".mjs" if kind == "node" else ".py")
+            )
+            file.write_text(code.replace(":8000", f":{port}").replace("port=8000", f"port={port}"))
+            made = _call(program.command(file), folder, environment)
+            fault = made.stderr if made.returncode else ""
+            yield {"client": client, "version": "this page", "check": "the recipe above", "fault": fault}
 
 
-def table(found: list[dict[str, str]]) -> str:
+def table(found: Sequence[Row]) -> str:
     lines = ["| client | version | what is checked | result |", "|---|---|---|---|"]
     for one in found:
-        shown = one["version"] or "requests replayed"
-        lines.append(
-            f"| {one['client']} | {shown} | {one['check']} | {'FAILS' if one['fault'] else 'passes'} |"
-        )
+        result = f"not run: {one['skipped']}" if one.get("skipped") else "FAILS" if one["fault"] else "passes"
+        lines.append(f"| {one['client']} | {one['version']} | {one['check']} | {result} |")
     return "\n".join(lines)
 
 
@@ -140,14 +156,23 @@ def main() -> int:
     parser.add_argument(
         "--model", default=ENDPOINT, metavar="SOURCE", help="what to host [the built-in model]"
     )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="programs of programs.toml [all]")
     options = parser.parse_args()
+    used = [program for program in programs() if not options.only or program.name in options.only]
     source, worker = ("fake:size=128", FAKE_WORKER) if options.fake else (options.model, ENGINE_WORKER)
-    with running(source, worker) as (url, key), tempfile.TemporaryDirectory() as folder:
-        found = results(url, key) + recipe_results(url, key, Path(folder))
-    text = table(found)
-    print(text)
+    found: list[Row] = []
+    with (
+        running(source, worker) as (url, key),
+        running(source, worker, auth=False) as (open_url, _),
+        tempfile.TemporaryDirectory() as name,
+    ):
+        folder = Path(name)
+        for program in used:
+            found += results(program, url, key, open_url, folder)
+        found += recipe_results(used, url, key, folder)
+    print(table(found))
     if options.write:
-        write(text)
+        write(table(found))
     faults = [one for one in found if one["fault"]]
     for one in faults:
         print(f"\n{one['client']}, {one['check']}:\n{one['fault']}", file=sys.stderr)

@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -30,11 +30,18 @@ from mezzotint.schemas import (
     shown,
     unknown_field,
 )
-from mezzotint.server.api import answers, sse
+from mezzotint.server.api import answers, sse, together
 from mezzotint.server.api.answers import AnswerResponse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
-from mezzotint.server.api.foreign import meet_half_way
-from mezzotint.server.api.submissions import CurrentHead, RequestHead, body_fingerprint, spec_of
+from mezzotint.server.api.foreign import UNUSED, check_unused, meet_half_way, unused_schema
+from mezzotint.server.api.submissions import (
+    CurrentHead,
+    RequestHead,
+    body_fingerprint,
+    picture_digests,
+    spec_of,
+    with_pictures,
+)
 from mezzotint.server.store.keys import Key
 from mezzotint.server.threads import PICTURES
 from mezzotint.server.work.endpoints import Endpoint
@@ -55,8 +62,7 @@ _OWN = (
     "model", "size", "steps", "response_format", "output_format", "output_compression", "stream",
     "partial_images",
 )  # fmt: skip
-_IGNORED = ("user", "quality", "style", "background", "moderation", "safety_identifier")
-KNOWN = _SHARED + _OWN + _IGNORED
+KNOWN = _SHARED + _OWN + tuple(UNUSED)
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 _FORMS: Mapping[str | None, tuple[str, str | None]] = {
     None: ("both", None),
@@ -69,6 +75,9 @@ _FORMS: Mapping[str | None, tuple[str, str | None]] = {
 """By `response_format`: the field that holds the picture, and the file's format if that says it too."""
 
 _FILES = ("png", "jpeg", "webp")
+NO_URL = "gpt-image"
+"""OpenAI's models whose names begin so never answer a URL, and programs rely on it: Open WebUI prefers a URL,
+and then refuses to fetch it from its own network."""
 ERRORS = {REFUSAL_STATUS if status == 422 else status: text for status, text in answers.ERRORS.items()}
 
 router = APIRouter(tags=["OpenAI"])
@@ -93,8 +102,11 @@ class OpenAIRequest:
     """What the types of streamed events begin with."""
 
 
-def body_schema() -> dict[str, Any]:
-    """The JSON Schema of a body: shared fields as on the dedicated route, and null is as good as absent."""
+def body_schema(more: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The JSON Schema of a body: shared fields as on the dedicated route, and null is as good as absent.
+
+    `more` are the schemas of one route's own fields.
+    """
     fields = ForeignImageGenerationBody.model_json_schema()["properties"]
     own: dict[str, dict[str, Any]] = {
         "model": {
@@ -109,7 +121,7 @@ def body_schema() -> dict[str, Any]:
         "stream": {"type": "boolean"},
         "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
     }
-    own |= {name: {"description": "Accepted and not used."} for name in _IGNORED}
+    own |= unused_schema() | dict(more)
     own |= {name: fields[name] for name in _SHARED if name != "prompt"}
     own["num_inference_steps"] = {"type": "integer", "description": "The nearest of 1 to 50 is used."}
     return {
@@ -134,7 +146,7 @@ def body_schema() -> dict[str, Any]:
             "required": True,
             "content": {
                 "application/json": {
-                    "schema": body_schema(),
+                    "schema": body_schema(together.schema()),
                     "example": {"model": "emoji", "prompt": "an owl", "size": "auto", "seed": 7},
                 }
             },
@@ -143,11 +155,19 @@ def body_schema() -> dict[str, Any]:
 )
 async def generate(request: Request, context: CurrentContext, key: CurrentKey, head: CurrentHead) -> Response:
     """Makes images from words. With `"stream": true` the answer is server-sent events."""
-    values = {name: value for name, value in parse_json(await request.body()).items() if value is not None}
+    given = await run_in_threadpool(parse_json, await request.body())
+    values = {name: value for name, value in given.items() if value is not None}
+    pictures = together.pictures_of(values)
     target = resolve_short(context.registry, key, values.get("model"))
-    asked = parse_request(values, target, context.settings.foreign_values)
-    fingerprint = body_fingerprint("openai", values)
-    spec = await spec_of(asked.body, target)
+    target, adapter = together.adapter_of(values, target)
+    fields = {name: value for name, value in values.items() if name not in together.FIELDS}
+    asked = parse_request(fields, target, context.settings.foreign_values)
+    spec = await spec_of(asked.body, target, edits=bool(pictures))
+    spec = replace(spec, adapters=(adapter,)) if adapter else spec
+    if pictures:
+        spec = await run_in_threadpool(with_pictures, spec, pictures, None)
+        values = {name: value for name, value in values.items() if name not in together.PICTURES}
+    fingerprint = body_fingerprint("openai", values | picture_digests(spec))
     return await answer(request, context, key, head, target, asked, spec, fingerprint)
 
 
@@ -194,9 +214,12 @@ def parse_request(values: Mapping[str, Any], target: Target, foreign_values: str
     fields.setdefault("num_inference_steps", values.get("steps", default_steps(target.endpoint)))
     item_field, file_format = _FORMS[_choice(values, "response_format", tuple(_FORMS), None)]
     output_format = _choice(values, "output_format", _FILES, "png")
-    warnings: list[str] = []
+    if item_field == "both" and str(values.get("model")).startswith(NO_URL):
+        item_field = "b64_json"
+    warnings = check_unused(values)
     if foreign_values == "nearest":
-        fields, warnings = meet_half_way(fields, target.endpoint.profile)
+        fields, bent = meet_half_way(fields, target.endpoint.profile)
+        warnings += bent
     return OpenAIRequest(
         body=make_body({"model": target.model} | fields, ForeignImageGenerationBody),
         item_field=item_field,
@@ -369,6 +392,12 @@ def _partial(asked: OpenAIRequest, number: int, preview: Preview) -> bytes:
     values = _event(asked, "partial_image", preview, data)
     values |= {"partial_image_index": preview.index, "index": number}
     return sse.event(f"{asked.event}.partial_image", values)
+
+
+@router.options("/v1/images/generations", include_in_schema=False)
+async def methods() -> Response:
+    """Some programs ask this, without a key, to see whether the server speaks this language."""
+    return Response(status_code=204, headers={"allow": "POST, OPTIONS"})
 
 
 # ---------------------------------------------------------------- models

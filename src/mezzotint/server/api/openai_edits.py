@@ -43,17 +43,16 @@ _NUMBERS = (
     "partial_images", "stream", "strength",
 )  # fmt: skip
 """Fields that are no text, which in a form everything is."""
-_IGNORED = ("input_fidelity",)
 
 router = APIRouter(tags=["OpenAI"])
 
 
 def _body_schemas() -> dict[str, Any]:
     """By content type: a generation's fields, and the pictures."""
-    schema = openai.body_schema()
-    picture = {"type": "string", "description": "A data URL or bare base64."}
     strength = {"type": "number", "minimum": 0, "maximum": 1, "description": "How much is made anew."}
-    fields = schema["properties"] | {"strength": strength, "input_fidelity": {"description": "Not used."}}
+    schema = openai.body_schema({"strength": strength})
+    picture = {"type": "string", "description": "A data URL or bare base64."}
+    fields = schema["properties"]
     file = {"type": "string", "format": "binary"}
     files = {"image": {"anyOf": [file, {"type": "array", "items": file}]}, "mask": file}
     texts = {
@@ -159,8 +158,6 @@ def _take_pictures(values: dict[str, Any]) -> tuple[list[str | bytes], str | byt
     if len(given) > 1:
         text = "image and images say the same thing; send one of them"
         raise InvalidRequestError(text, code="invalid_value", param="images")
-    for name in _IGNORED:
-        values.pop(name, None)
     entries = given[0] if given and isinstance(given[0], list) else given
     mask = values.pop("mask", None)
     strength = checked_strength(values.pop("strength", None))
