@@ -110,7 +110,7 @@ def recipes() -> Iterator[tuple[str, str, str, str]]:
     for section in PAGE.read_text().split("\n## ")[1:]:
         heading = section.partition("\n")[0]
         blocks = re.findall(r"^```(python|js)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-        named = re.search(r"`(?:pip|npm) install ([\w-]+)", heading)
+        named = re.search(r'`(?:pip|npm) install "?([\w-]+)', heading)
         if blocks and named:
             yield heading.partition(" (")[0], named[1], blocks[0][0], "\n".join(code for _, code in blocks)
 
