@@ -16,6 +16,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -36,6 +39,7 @@ ENDPOINT = "emoji"
 ALIASES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3")
 """Names that programs use by themselves."""
 START_S = 120.0
+LOAD_S = 600.0
 RUN_S = 420
 
 Row = dict[str, str]
@@ -69,10 +73,24 @@ def running(source: str, worker: str, *, auth: bool = True) -> Iterator[tuple[st
             if not mine.poll(START_S):
                 raise SystemExit("the server did not start")
             url, _, key = mine.recv_bytes().decode().partition(" ")
+            _wait_until_ready(url)
             yield url, key
         finally:
             process.terminate()
             process.join()
+
+
+def _wait_until_ready(url: str) -> None:
+    """Waits until the model is loaded, so that no client's patience decides."""
+    until = time.monotonic() + LOAD_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/readyz"):
+                return
+        except urllib.error.HTTPError:  # 503 while it loads
+            if time.monotonic() > until:
+                raise SystemExit("the model did not load") from None
+            time.sleep(0.5)
 
 
 def results(program: Program, url: str, key: str, open_url: str, folder: Path) -> Iterator[Row]:
