@@ -155,7 +155,7 @@ def body_schema(more: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 )
 async def generate(request: Request, context: CurrentContext, key: CurrentKey, head: CurrentHead) -> Response:
     """Makes images from words. With `"stream": true` the answer is server-sent events."""
-    given = await run_in_threadpool(parse_json, await request.body())
+    given = parse_json(await request.body())
     values = {name: value for name, value in given.items() if value is not None}
     pictures = together.pictures_of(values)
     target = resolve_short(context.registry, key, values.get("model"))
@@ -165,7 +165,7 @@ async def generate(request: Request, context: CurrentContext, key: CurrentKey, h
     spec = await spec_of(asked.body, target, edits=bool(pictures))
     spec = replace(spec, adapters=(adapter,)) if adapter else spec
     if pictures:
-        spec = await run_in_threadpool(with_pictures, spec, pictures, None)
+        spec = await PICTURES.run(with_pictures, spec, pictures, None)
         values = {name: value for name, value in values.items() if name not in together.PICTURES}
     fingerprint = body_fingerprint("openai", values | picture_digests(spec))
     return await answer(request, context, key, head, target, asked, spec, fingerprint)
