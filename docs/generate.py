@@ -1,7 +1,7 @@
 """Writes the pages and tables that the program itself knows: settings, command line, errors, attacks.
 
-python docs/generate.py            writes docs/settings.md, docs/cli.md, the tables of docs/http.md and
-                                   that of docs/security.md
+python docs/generate.py            writes docs/settings.md, docs/cli.md, the tables of docs/http.md, that of
+                                   docs/security.md, and those of docs/models.md from docs/families.json
 python docs/generate.py --check    changes nothing; exit status 1 when one of them is out of date
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -188,6 +189,47 @@ def _codes(cls: type[errors.MezzotintError]) -> str:
     return ", ".join(f"`{code}`" for code in cls.codes)
 
 
+KINDS = {
+    "text": "| class | equal | exact | merges | forwards saved | default steps | guidance feeds | note |",
+    "pictures": "| class | takes | equal | exact | merges | forwards saved | note |",
+}
+"""The head of each table of what benchmarks/families found."""
+
+
+def families_table(kind: str) -> str:
+    """What was found of the classes that draw from words (`text`), or also from `pictures`."""
+    rows = json.loads((DOCS / "families.json").read_text(encoding="utf-8"))
+    bf16 = {(row["kind"], row["pipeline"]): row for row in rows if row["dtype"] == "bf16"}
+    head = KINDS[kind]
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    for row in rows:
+        if row["dtype"] == "fp32" and (row["kind"] == "text") == (kind == "text"):
+            lines.append(_family_line(row, bf16.get((row["kind"], row["pipeline"]))))
+    return "\n".join(lines)
+
+
+_TAKES = {"text": [], "picture": ["a picture"], "mask": ["and a mask"], "control": ["for a ControlNet"]}
+
+
+def _family_line(row: dict[str, Any], in_bf16: dict[str, Any] | None) -> str:
+    measured = [each for each in (row, in_bf16) if each is not None and each["fast_levels"] is not None]
+
+    def mark(name: str) -> str:
+        return ", ".join("yes" if each[name] else "no" for each in measured)
+
+    cells = [f"`{row['pipeline']}`", *_TAKES[row["kind"]]]
+    if measured:
+        saved = ", ".join(f"{each['saved']:.0%}" for each in measured)
+        cells += [mark("alone"), mark("exact"), mark("merges"), saved]
+    else:
+        cells += ["not compared", "", "", ""]
+    if row["kind"] == "text":
+        guided = f"`{row['guided_by']}`" if row["guided_by"] else "nothing"
+        cells += [str(row["default_steps"]), guided] if measured else ["", ""]
+    note = row["reason"].replace("|", "\\|")
+    return f"| {' | '.join([*cells, note])} |"
+
+
 def with_table(page: str, name: str, table: str) -> str:
     """`page` with the text between `<!-- name -->` and `<!-- /name -->` replaced."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -202,11 +244,14 @@ def pages() -> dict[Path, str]:
     """Every file this program writes, with what belongs in it."""
     http, security = DOCS / "http.md", DOCS / "security.md"
     text = with_table(http.read_text(encoding="utf-8"), "errors", error_table())
+    models = DOCS / "models.md"
+    classes = with_table(models.read_text(encoding="utf-8"), "families", families_table("text"))
     return {
         DOCS / "settings.md": settings_page(),
         DOCS / "cli.md": cli_page(),
         http: with_table(text, "local errors", local_error_table()),
         security: with_table(security.read_text(encoding="utf-8"), "attacks", attack_table()),
+        models: with_table(classes, "picture families", families_table("pictures")),
     }
 
 

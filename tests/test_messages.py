@@ -12,7 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.messages import Done, FromWorker, Generate, Message, ModelInfo, Ping, ToWorker, decode, encode
+from mezzotint.messages import (
+    Done,
+    FromWorker,
+    Generate,
+    MergeFinding,
+    Message,
+    ModelInfo,
+    Ping,
+    Proof,
+    ToWorker,
+    decode,
+    encode,
+)
 from mezzotint.spec import (
     AdapterSpec,
     AdapterUse,
@@ -68,7 +80,7 @@ st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False
 st.register_type_strategy(Mapping, lambda kind: st.dictionaries(*map(st.from_type, get_args(kind))))
 st.register_type_strategy(EngineSettings, st.sampled_from(SETTINGS))
 st.register_type_strategy(ImageSpec, SPECS)
-for part in (AdapterUse, AdapterSpec, ModelInfo, *CLASSES):
+for part in (AdapterUse, AdapterSpec, MergeFinding, Proof, ModelInfo, *CLASSES):
     st.register_type_strategy(part, every_field(part))
 
 

@@ -1,8 +1,7 @@
 """Facts on model families, as data: what server and engine must know about a pipeline class before it loads.
 
-A new family is one entry here, one Rule in engine/steps/rules.py and one entry in tests/engine/tiny,
-which brings it into the parity tests. A pipeline class without an entry still runs, with the values of
-DEFAULT and what its signature says, and is never merged.
+A pipeline class without an entry runs, and merges where that is proven, with the values of DEFAULT and what
+its signature says. An entry says what those do not.
 """
 
 from __future__ import annotations
@@ -39,8 +38,6 @@ class Family:
     """Width and height are multiples of the VAE's factor times this."""
     max_pictures: int = 1
     """Most pictures of one request, where the class itself edits."""
-    merges: bool = False
-    """Whether requests share forwards: the denoiser has a Rule and the class a parity test."""
     tolerance_fp32: float = 0.004
     """Largest difference of any channel value (0 to 1) between a merged picture and plain diffusers'."""
     tolerance_bf16: float = 0.02
@@ -56,7 +53,6 @@ FAMILIES: Mapping[str, Family] = {
         default_guidance=3.5,
         guided_when=("guidance_embeds", True),
         negative_prompt=False,
-        merges=True,
     ),
     "Flux2KleinPipeline": Family(
         default_steps=50,
@@ -65,7 +61,6 @@ FAMILIES: Mapping[str, Family] = {
         guided_when=("is_distilled", False),
         negative_prompt=False,
         max_pictures=4,
-        merges=True,
     ),
     "StableDiffusionPipeline": Family(
         denoiser="unet",
@@ -73,7 +68,6 @@ FAMILIES: Mapping[str, Family] = {
         default_guidance=7.5,
         text_length_argument=None,
         patch=1,
-        merges=True,
     ),
     "StableDiffusionXLPipeline": Family(
         denoiser="unet",
@@ -81,19 +75,18 @@ FAMILIES: Mapping[str, Family] = {
         default_guidance=5.0,
         text_length_argument=None,
         patch=1,
-        merges=True,
     ),
-    "StableDiffusion3Pipeline": Family(default_steps=28, default_guidance=7.0, merges=True),
-    "PixArtSigmaPipeline": Family(default_steps=20, default_guidance=4.5, merges=True),
-    "SanaPipeline": Family(default_steps=20, default_guidance=4.5, patch=1, merges=True),
+    "StableDiffusion3Pipeline": Family(default_steps=28, default_guidance=7.0),
+    "PixArtSigmaPipeline": Family(default_steps=20, default_guidance=4.5),
+    "SanaPipeline": Family(default_steps=20, default_guidance=4.5, patch=1),
     "QwenImagePipeline": Family(
         default_steps=50,
         default_guidance=4.0,
         guidance_argument="true_cfg_scale",
         implied_negative_prompt=" ",
-        merges=True,
+        tolerance_bf16=0.03,  # its texts are padded, and a mask takes other kernels
     ),
-    "ZImagePipeline": Family(default_steps=50, default_guidance=5.0, merges=True),
+    "ZImagePipeline": Family(default_steps=50, default_guidance=5.0),
     "HunyuanImagePipeline": Family(
         guidance_argument="distilled_guidance_scale", guided_when=("guidance_embeds", True)
     ),

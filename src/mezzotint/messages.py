@@ -22,6 +22,30 @@ DOWNLOADING, LOADING, MEASURING = "downloading the model", "loading the model", 
 """The stages of a worker that is not ready, in the words that people read."""
 
 
+@dataclass(frozen=True, slots=True)
+class MergeFinding:
+    """What was found of one module: how its arguments merge, or why its calls never do."""
+
+    reason: str = ""
+    arguments: Mapping[str, str] | None = None
+    """By (dotted) name `row`, `scalar`, `shared` or `list`; None: calls never merge."""
+    dimensions: Mapping[str, int] = field(default_factory=dict)
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    text: Mapping[str, int] | None = None
+    """By name, which dimension is padded so that texts of different length merge."""
+    mask: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The findings of a start, for later ones with the same versions."""
+
+    made_with: str
+    """The versions and classes for which it holds."""
+    findings: Mapping[str, MergeFinding] = field(default_factory=dict)
+    """By the module's name."""
+
+
 # ---------------------------------------------------------------- server -> worker
 
 
@@ -35,6 +59,8 @@ class LoadModel:
     settings: EngineSettings = field(default_factory=EngineSettings)
     rows: int | None = None
     """Rows of a merged forward in `exact` mode as calibrated earlier; None asks the worker to calibrate."""
+    proof: Proof | None = None
+    """What an earlier start found; the worker makes it again where it does not hold for its versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +171,9 @@ class ModelInfo:
     examples: list[str] = field(default_factory=list)
     """Prompts that the model's maker recommends."""
     merging: Mapping[str, str] = field(default_factory=dict)
-    """For each module that runs at every step, or for `all`, how its calls merge or why they do not."""
+    """For each module that runs at every step, or for `all`, whether its calls merge and why not."""
+    proof: Proof | None = None
+    """The same for later starts; None where the trial failed."""
 
 
 @dataclass(frozen=True, slots=True)

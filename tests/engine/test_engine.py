@@ -15,6 +15,7 @@ import torch
 from greenlet import greenlet
 
 from mezzotint.engine import Engine, EngineSettings, Event, Request
+from mezzotint.engine.steps import inference, proof
 from mezzotint.engine.steps.jobs import Job
 from mezzotint.engine.steps.pipeline_run import PipelineRun
 from mezzotint.errors import GenerationError, InvalidRequestError, NotFoundError
@@ -185,6 +186,57 @@ def test_a_model_whose_first_picture_fails_is_served_unmerged_and_says_why(caplo
     (result,) = engine.generate([request()])
     engine.close()
     assert result.error is None
+
+
+def test_real_requests_show_how_a_model_merges_whose_first_picture_failed() -> None:
+    pipe = tiny.build("flux")
+    encode = pipe.text_encoder.forward
+    healthy: list[bool] = []
+
+    def moody(*args: Any, **kwargs: Any) -> Any:
+        if not healthy:
+            raise ValueError("not at this hour")
+        return encode(*args, **kwargs)
+
+    pipe.text_encoder.forward = moody
+    settings = EngineSettings(num_threads=1, width=32, height=32, batching="fast")
+    engine = Engine.load(pipe, settings)
+    assert not engine.merges
+    healthy.append(True)
+    assert all(result.error is None for result in engine.generate([request(), request(seed=2)]))
+    assert engine.info().merging == {"transformer": "merges"}
+    assert engine.runner.num_forwards < engine.runner.num_real_rows
+    engine.close()
+
+
+def test_what_one_start_has_proven_the_next_takes_over_while_versions_agree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe = tiny.build("qwen-image")
+    settings = EngineSettings(num_threads=1, width=32, height=32)
+    engine = Engine.load(pipe, settings)
+    info = engine.info()
+    engine.close()
+    assert info.merging == {"transformer": "merges"}
+    assert info.proof is not None
+    assert f"torch {torch.__version__}" in info.proof.made_with
+
+    proofs: list[str] = []
+    plain = proof.prove
+
+    def counted(laboratory: Any, trial: Any, name: str) -> None:
+        proofs.append(name)
+        plain(laboratory, trial, name)
+
+    monkeypatch.setattr(inference, "prove", counted)
+    again = Engine.load(pipe, settings, rows=2, proof=info.proof)
+    assert (proofs, again.info().proof) == ([], info.proof)
+    assert again.findings == engine.findings
+    again.close()
+    other = Engine.load(pipe, settings, rows=2, proof=replace(info.proof, made_with="torch 1.0"))
+    assert proofs
+    assert other.info().proof == info.proof
+    other.close()
 
 
 def test_the_size_of_a_model_is_what_its_pipeline_draws_unasked() -> None:

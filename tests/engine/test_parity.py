@@ -16,10 +16,10 @@ import torch
 
 from mezzotint.engine import Engine, EngineSettings, Request
 from mezzotint.engine.models import loading
-from mezzotint.engine.steps.rules import RULES
-from mezzotint.families import FAMILIES, family
+from mezzotint.families import family
 from mezzotint.messages import Done, Failed, Progress
 from tests.engine import tiny
+from tests.engine.rules import RULES
 
 pytestmark = [  # diffusers' own
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -246,30 +246,37 @@ def test_a_compiled_denoiser_paints_the_same_picture() -> None:
     assert np.abs(first.astype(int) - expected.astype(int)).max() <= loading.TOLERANCE[dtype] * 255 + 0.5
 
 
-@pytest.mark.parametrize("name", tiny.OTHERS)
-def test_a_class_without_a_rule_runs_unmerged_among_others(name: str) -> None:
-    case = Case(name)
-    wanted = requests(case)[:2]
-    expected = [plain(case, torch.float32, request) for request in wanted]
-    assert not np.array_equal(expected[0], expected[1])
-
-    engine = engine_for(case, torch.float32, batching="exact", rows=4, max_wait_s=0)
-    try:
-        together, order = interleaved(engine, wanted)
-    finally:
-        engine.close()
-
-    assert len(order) > 2 * len(wanted)
-    assert engine.runner.num_padded_rows == 0
-    assert all(np.array_equal(got, picture) for got, picture in zip(together, expected, strict=True))
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_inferred_and_proven_is_what_was_written_by_hand(name: str) -> None:
+    case = CASES[name]
+    engine = engine_for(case, torch.float32, rows=4)
+    engine.find_rules(requests(case)[0])
+    engine.close()
+    finding = engine.findings[engine.profile.denoiser_name]
+    assert finding.rule is not None, finding.reason
+    expected = RULES[type(engine.profile.denoiser).__name__].arguments
+    assert finding.rule.arguments.items() <= expected.items()
 
 
-def test_every_tested_family_has_a_rule_and_a_case() -> None:
-    classes = {type(pipeline(case.tiny, torch.float32)).__name__ for case in CASES.values()}
-    denoisers = {
-        type(pipeline(case.tiny, torch.float32).components[known.denoiser]).__name__
-        for case in CASES.values()
-        for known in [family(type(pipeline(case.tiny, torch.float32)).__name__)]
-    }
-    assert classes == {name for name, known in FAMILIES.items() if known.merges}
+def test_texts_of_different_length_share_forwards_and_keep_their_bytes() -> None:
+    case = CASES["qwen-image"]
+    wanted = [
+        dataclasses.replace(request, prompt=prompt, num_inference_steps=2)
+        for request, prompt in zip(requests(case), ("fox", "two boats at dawn", "a chair"), strict=False)
+    ]
+    engine = engine_for(case, torch.float32, rows=4)
+    alone = [pictures(engine, [request])[0] for request in wanted]
+    before = engine.runner.num_forwards
+    together = pictures(engine, wanted)
+    engine.close()
+    assert engine.runner.num_forwards - before == 4, "two a step, with guidance"
+    for one, other, request in zip(alone, together, wanted, strict=True):
+        assert np.array_equal(one, other)
+        expected = plain(case, torch.float32, request)
+        assert np.abs(one.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_every_denoiser_with_a_known_rule_has_a_case() -> None:
+    pipes = [pipeline(case.tiny, torch.float32) for case in CASES.values()]
+    denoisers = {type(pipe.components[family(type(pipe).__name__).denoiser]).__name__ for pipe in pipes}
     assert denoisers == set(RULES)

@@ -73,6 +73,7 @@ def show(
     info = spec.pop("info") or {}
     calibration = calibration_facts(id, info)
     merging = info.pop("merging", {})
+    info.pop("proof", None)
     adapters = [f"{id}:{route}" for route in spec.pop("adapters")]
     shown = {
         "state": spec.pop("state"),

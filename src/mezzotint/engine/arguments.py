@@ -150,6 +150,13 @@ class PipelineProfile:
         return own
 
     @property
+    def guided_by(self) -> str | None:
+        """The argument or the component that `guidance_scale` feeds; None: it has no effect."""
+        if self._guided_by_argument:
+            return self.family.guidance_argument
+        return ", ".join(self._guiders) or None
+
+    @property
     def supports_negative_prompt(self) -> bool:
         takes = self.family.negative_prompt or _TRUE_GUIDANCE in self.fixed
         return takes and "negative_prompt" in self.parameters

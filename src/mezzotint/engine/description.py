@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mezzotint.messages import ModelInfo
+import diffusers
+import torch
+import transformers
+
+from mezzotint import __version__
+from mezzotint.engine.steps.batching import Rule
+from mezzotint.engine.steps.inference import ALL, Finding
+from mezzotint.engine.steps.padding import Text
+from mezzotint.messages import MergeFinding, ModelInfo, Proof
 
 if TYPE_CHECKING:
     from mezzotint.engine.engine import Engine
@@ -42,4 +50,45 @@ def model_info(engine: Engine) -> ModelInfo:
         sizes=list(engine.profile.manifest.sizes),
         examples=list(engine.profile.manifest.examples),
         merging={name: finding.words for name, finding in engine.findings.items()},
+        proof=_proof(engine),
     )
+
+
+def made_with(pipe: Any) -> str:
+    """The versions and classes on which a proof rests."""
+    versions = {"mezzotint": __version__}
+    versions |= {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+    classes = {name: type(part).__name__ for name, part in pipe.components.items()}
+    return ", ".join(f"{name} {value}" for name, value in (*versions.items(), *sorted(classes.items())))
+
+
+def _proof(engine: Engine) -> Proof | None:
+    if not engine.findings or ALL in engine.findings:
+        return None
+    found = {}
+    for name, finding in engine.findings.items():
+        rule, text = finding.rule, finding.rule.text if finding.rule else None
+        found[name] = MergeFinding(
+            finding.reason,
+            None if rule is None else rule.arguments,
+            {} if rule is None else rule.dimensions,
+            {} if rule is None else rule.multiples,
+            None if text is None else text.dimensions,
+            None if text is None else text.mask,
+        )
+    return Proof(made_with(engine.pipe), found)
+
+
+def findings_of(proof: Proof | None, pipe: Any) -> dict[str, Finding] | None:
+    """The findings that an earlier start made of this pipeline; None where they hold no longer."""
+    if proof is None or proof.made_with != made_with(pipe):
+        return None
+    return {name: Finding(_rule(kept), kept.reason) for name, kept in proof.findings.items()}
+
+
+def _rule(kept: MergeFinding) -> Rule | None:
+    if kept.arguments is None:
+        return None
+    kinds: Any = kept.arguments
+    text = None if kept.text is None else Text(kept.text, kept.mask)
+    return Rule(kinds, multiples=kept.multiples, dimensions=kept.dimensions, text=text)

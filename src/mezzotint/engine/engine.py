@@ -25,29 +25,39 @@ from mezzotint.engine.calibration import (
     stretch,
     warm_up,
 )
-from mezzotint.engine.description import model_info
+from mezzotint.engine.description import findings_of, model_info
 from mezzotint.engine.editing import NO_CONTROLNETS, Editing
 from mezzotint.engine.lora.bank import AdapterBank, BankStats
 from mezzotint.engine.manifest import EMPTY, Manifest
 from mezzotint.engine.models.loading import DEFAULTS, Loaded, load
 from mezzotint.engine.models.sources import OnProgress, ignore_progress
-from mezzotint.engine.previews import LatentPreview, estimate_clean, preview_steps
+from mezzotint.engine.previews import LatentPreview, preview_steps, take_preview
 from mezzotint.engine.results import Image, Result, failed_event, pixels, repainted, result_of
-from mezzotint.engine.steps.inference import ALL, Finding, Laboratory, find_rules
+from mezzotint.engine.steps.inference import ALL, Finding, find_rules
 from mezzotint.engine.steps.jobs import Job
+from mezzotint.engine.steps.laboratory import Laboratory
 from mezzotint.engine.steps.pipeline_run import PipelineRun
-from mezzotint.engine.steps.rules import tap_all
+from mezzotint.engine.steps.rules import give_rules, tap_all, written_rules
 from mezzotint.engine.steps.runner import Forward, Mode, Runner
 from mezzotint.engine.steps.scheduler import FairShares, StepTimes, pick
 from mezzotint.engine.steps.shared_state import AttentionState
-from mezzotint.engine.trial import first_call, trial_arguments, trial_request, trial_requests, try_out
+from mezzotint.engine.trial import (
+    first_call,
+    trial_arguments,
+    trial_request,
+    trial_requests,
+    try_out,
+    without_pictures,
+)
 from mezzotint.errors import GenerationError, MezzotintError
 from mezzotint.images import on_white
-from mezzotint.messages import MEASURING, Cancelled, Done, Failed, ModelInfo, Preview, Progress
+from mezzotint.messages import MEASURING, Cancelled, Done, Failed, ModelInfo, Preview, Progress, Proof
 from mezzotint.spec import EngineSettings, ImageSpec
 
 Event = Progress | Preview | Done | Failed | Cancelled
 
+MAX_TRIALS = 3
+"""Requests with which merging is tried before the model is left unmerged."""
 WARM_STEP_S = 0.25
 """Models whose forward is faster make a few pictures at load, so that the first request is fast."""
 
@@ -103,7 +113,8 @@ class Engine:
         self._preview = LatentPreview(packed=hasattr(pipe, "_pack_latents"))
         self.findings: dict[str, Finding] = {}  # filled by `find_rules`
         self.attention = AttentionState(pipe.components)
-        self.taps = tap_all(pipe, self.profile.denoiser_name, controlnets, merges=self.profile.family.merges)
+        self.taps = tap_all(pipe, controlnets)
+        self._trials_left = MAX_TRIALS  # of merging; 0 once one has succeeded
         self._queue: deque[Job] = deque()
         self._active: dict[str, Job] = {}
         self._events: list[Event] = []
@@ -116,12 +127,14 @@ class Engine:
         settings: EngineSettings = DEFAULTS,
         *,
         rows: int | None = None,
+        proof: Proof | None = None,
         progress: OnProgress = ignore_progress,
     ) -> Engine:
         """An engine for a built-in name, a folder, a repository id, a safetensors file or a ready pipeline.
 
         `rows` None measures how many rows a merged forward should have. A seed gives the same bytes only
-        under the same number (and dtype, device, threads, performance). Pictures above the model's default
+        under the same number (and dtype, device, threads, performance). `proof` is what an earlier start
+        found of merging; it is made again for other versions. Pictures above the model's default
         size are not merged. `progress` is told the stage and its fraction. ModelLoadError says why a model
         cannot load.
         """
@@ -139,7 +152,7 @@ class Engine:
             controlnets=loaded.controlnets,
         )
         engine.loaded = loaded
-        try_out(engine, settings, rows)
+        try_out(engine, settings, rows, findings_of(proof, loaded.pipe))
         return engine
 
     # ------------------------------------------------------------------ for library users
@@ -284,6 +297,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Starts queued jobs, as far as there is room for them and their adapters are at hand."""
+        if self._queue and self._trials_left and not self._active and self.runner.num_rows > 1:
+            self.find_rules(without_pictures(self._queue[0].spec))
         for job in list(self._queue):
             if len(self._active) >= self.max_jobs:
                 return
@@ -411,22 +426,9 @@ class Engine:
         self._events.append(event)
 
     def _before_scheduler_step(self, job: Job, scheduler: Any, arguments: Mapping[str, Any]) -> None:
-        """Where a preview is due, or one can be learned from: estimates the finished latents."""
-        step = job.started.num_steps + 1
-        last = step == len(scheduler.timesteps)
-        if not (step in job.previews_due or (last and not self._preview.learned)):
-            return
-        output, sample = arguments["model_output"], arguments["sample"]
-        clean = estimate_clean(scheduler, output, arguments["timestep"], sample)
-        if last or clean is None:
-            job.clean = clean
-            return
-        drawn = self._preview.draw(clean, job.width, job.height)
-        if drawn is not None:
-            index = job.previews_due.index(step)
-            height, width = drawn.shape[:2]
-            payload = drawn.numpy().tobytes()
-            self._events.append(Preview(job.job_id, index, step, width, height, payload))
+        preview = take_preview(self._preview, job, scheduler, arguments)
+        if preview is not None:
+            self._events.append(preview)
 
     def _synchronize(self) -> None:
         """Waits for the device."""
@@ -439,18 +441,19 @@ class Engine:
         return any(tap.rule is not None for tap in self.taps)
 
     def find_rules(self, spec: ImageSpec, *, max_forward_s: float | None = None) -> None:
-        """Infers and proves the Rules of a class that has none by hand, with requests like `spec`."""
-        if self.merges or self.runner.mode == "off":
+        """Infers and proves the Rules of the pipeline's modules, with requests like `spec`."""
+        if self.runner.mode == "off":
             return
         trial = [trial_arguments(self.profile, each) for each in trial_requests(spec)]
         with torch.inference_mode():
-            self.findings = find_rules(Laboratory(self.pipe, self.taps, self.attention, max_forward_s), trial)
+            laboratory = Laboratory(self.pipe, self.taps, self.attention, max_forward_s)
+            self.take_findings(find_rules(laboratory, trial, written_rules(self.pipe)))
 
-    def give_up_merging(self, reason: str) -> None:
-        """Takes every Rule away."""
-        for tap in self.taps:
-            tap.rule = None
-        self.findings = {ALL: Finding(reason=reason)}
+    def take_findings(self, findings: Mapping[str, Finding]) -> None:
+        """Merges as these findings say."""
+        self.findings = dict(findings)
+        self._trials_left = self._trials_left - 1 if ALL in findings else 0
+        give_rules(self.taps, findings, self.pipe, self.profile.denoiser_name, self.editing.controlnets)
 
     def calibrate(self, *, min_gain: float = 1.4, max_stretch: float = 2.5, rows: int | None = None) -> None:
         """Measures forwards of a real job; in `exact` mode sets R to `rows`, or if None to what they show."""

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mezzotint.engine.steps.jobs import Job
+from mezzotint.messages import Preview
+
 MAX_SUBPIXELS = 4
 """Most pixels per side that the map draws for one feature vector."""
 _RIDGE = 1e-3
@@ -169,3 +172,26 @@ def _targets(pixels: Tensor, rows: int, columns: int) -> Tensor:
     small = functional.adaptive_avg_pool2d(planes, (rows * side, columns * side))
     blocks = small.view(3, rows, side, columns, side).permute(1, 3, 2, 4, 0)
     return blocks.reshape(rows, columns, side * side * 3)
+
+
+def take_preview(
+    latents: LatentPreview, job: Job, scheduler: Any, arguments: Mapping[str, Any]
+) -> Preview | None:
+    """Before a scheduler step: where a preview is due, or one can be learned from, estimates the picture.
+
+    `arguments` are those of the step. The last estimate is kept in the job, to learn from.
+    """
+    step = job.started.num_steps + 1
+    last = step == len(scheduler.timesteps)
+    if not (step in job.previews_due or (last and not latents.learned)):
+        return None
+    clean = estimate_clean(scheduler, arguments["model_output"], arguments["timestep"], arguments["sample"])
+    if last or clean is None:
+        job.clean = clean
+        return None
+    drawn = latents.draw(clean, job.width, job.height)
+    if drawn is None:
+        return None
+    height, width = drawn.shape[:2]
+    index = job.previews_due.index(step)
+    return Preview(job.job_id, index, step, width, height, drawn.numpy().tobytes())

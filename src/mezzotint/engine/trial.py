@@ -12,6 +12,7 @@ import torch
 from mezzotint.engine.arguments import PipelineProfile
 from mezzotint.engine.calibration import SLOW_FORWARD_S
 from mezzotint.engine.steps.batching import Call
+from mezzotint.engine.steps.inference import ALL, Finding
 from mezzotint.engine.steps.pipeline_run import PipelineRun
 from mezzotint.engine.steps.runner import is_out_of_memory
 from mezzotint.engine.steps.shared_state import AttentionState
@@ -45,6 +46,11 @@ class Seen:
 def trial_request(profile: PipelineProfile) -> ImageSpec:
     """What the endpoint draws for a prompt alone."""
     return ImageSpec(prompt=_PROMPTS[0], num_inference_steps=profile.default_steps)
+
+
+def without_pictures(spec: ImageSpec) -> ImageSpec:
+    """The request for words alone that is most like `spec`."""
+    return replace(spec, images=(), mask=None, strength=None, control_images=(), controlnet_weights=())
 
 
 def trial_requests(spec: ImageSpec) -> list[ImageSpec]:
@@ -85,10 +91,12 @@ def first_call(
         run.close()
 
 
-def try_out(engine: Engine, settings: EngineSettings, rows: int | None) -> None:
+def try_out(
+    engine: Engine, settings: EngineSettings, rows: int | None, known: Mapping[str, Finding] | None
+) -> None:
     """What the endpoint's own request shows: size, what merges, speed. One that fails is noted.
 
-    `rows` are those of an earlier calibration.
+    `rows` and `known` are what an earlier start measured and found.
     """
     profile = engine.profile
     try:
@@ -97,14 +105,18 @@ def try_out(engine: Engine, settings: EngineSettings, rows: int | None) -> None:
                 seen = first_call(profile, engine.attention, trial_request(profile), sized=False)
             profile.learn_size(seen.width, seen.height)
         engine.max_merge_pixels = profile.width * profile.height
-        slow_s = SLOW_FORWARD_S if settings.batching == "exact" else None
-        engine.find_rules(trial_request(profile), max_forward_s=slow_s)
+        if known is not None:
+            engine.take_findings(known)
+        else:
+            slow_s = SLOW_FORWARD_S if settings.batching == "exact" else None
+            engine.find_rules(trial_request(profile), max_forward_s=slow_s)
         engine.calibrate(min_gain=settings.min_batch_gain, max_stretch=settings.max_batch_stretch, rows=rows)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         _log.warning("the model's first picture failed; it is served unmerged", exc_info=error)
-        engine.give_up_merging(f"the first picture failed: {type(error).__name__}: {error}")
+        reason = f"the first picture failed: {type(error).__name__}: {error}"
+        engine.take_findings({ALL: Finding(reason=reason)})
         return
     with torch.inference_mode():
         _try_controlnets(engine)

@@ -105,6 +105,7 @@ def _load(message: LoadModel, outbox: Outbox) -> Engine | LoadFailed:
             message.source,
             message.settings,
             rows=message.rows,
+            proof=message.proof,
             progress=lambda stage, fraction: outbox.send(Loading(stage, fraction)),
         )
     except Exception as error:

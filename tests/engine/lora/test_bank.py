@@ -22,7 +22,6 @@ from mezzotint.engine.lora.bank import AdapterBank, Lease
 from mezzotint.engine.lora.files import read_adapter
 from mezzotint.engine.lora.layers import NotRowWise, Weights, patch_layers
 from mezzotint.engine.steps.batching import Call, Part, merge
-from mezzotint.engine.steps.rules import RULES
 from mezzotint.errors import ModelLoadError, NotFoundError
 from mezzotint.messages import Done, Failed
 from tests.attacks import attack
@@ -39,6 +38,7 @@ from tests.engine.adapter_files import (
     write,
 )
 from tests.engine.conftest import same_alone_and_together
+from tests.engine.rules import RULES
 
 BUDGET = 1 << 28
 DTYPES = (torch.float32, torch.bfloat16)

@@ -11,7 +11,9 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from mezzotint.engine.steps.batching import Call, NotMergeable, Rule
-from mezzotint.engine.steps.inference import Finding, Laboratory, find_rules, infer
+from mezzotint.engine.steps.inference import Finding, find_rules, infer, text_of
+from mezzotint.engine.steps.laboratory import Laboratory, Seen
+from mezzotint.engine.steps.padding import BUCKET, Text
 from mezzotint.engine.steps.pipeline_run import Tap
 from mezzotint.engine.steps.shared_state import AttentionState
 
@@ -106,7 +108,7 @@ def test_a_scalar_that_cannot_become_rows_is_shared(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Odd, "forward", forward)
     finding, _ = found(own)
-    assert finding.reason == "calls merge only while they share moment"
+    assert finding.reason == "only while calls share moment"
     assert finding.rule is not None
     assert finding.rule.arguments["moment"] == "shared"
 
@@ -134,11 +136,11 @@ def test_a_module_that_must_not_merge_is_found_out(compute: Compute, reason: str
 
 def test_an_argument_that_no_rule_can_cover_is_named() -> None:
     with pytest.raises(NotMergeable, match=r"mask is \(1, 4\) for one prompt and \(2, 6\) for two"):
-        infer([{"mask": torch.ones(1, 4)}], [{"mask": torch.ones(2, 6)}])
+        infer([Seen({"mask": torch.ones(1, 4)}, 1)], [Seen({"mask": torch.ones(2, 6)}, 2)])
     with pytest.raises(NotMergeable, match="count is 1 for one prompt and 2 for two"):
-        infer([{"count": 1}], [{"count": 2}])
+        infer([Seen({"count": 1}, 1)], [Seen({"count": 2}, 2)])
     with pytest.raises(NotMergeable, match="no argument grows"):
-        infer([{"x": torch.ones(2)}], [{"x": torch.ones(2)}])
+        infer([Seen({"x": torch.ones(2)}, 2)], [Seen({"x": torch.ones(2)}, 2)])
 
 
 def test_a_pipeline_that_takes_no_second_prompt_is_served_unmerged() -> None:
@@ -151,3 +153,115 @@ def test_rows_in_another_dimension_merge_and_split() -> None:
     rule = Rule({"x": "row", "y": "row"}, dimensions={"y": 1})
     call = Call("m", lambda x, y: x, (), {"x": torch.ones(2, 5), "y": torch.ones(3, 2)}, rule)
     assert (call.rows, call.obstacle) == (2, "")
+
+
+# ---------------------------------------------------------------- texts, equal rows, one picture at a time
+
+
+class Worded(ModelMixin):  # type: ignore[misc]
+    """A denoiser that reads one number for each letter, as far as its mask says, and one for its place."""
+
+    def __init__(self, compute: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.compute = compute
+
+    def forward(self, z: Tensor, *, text: Tensor, text_mask: Tensor | None, places: Tensor) -> Tensor:
+        mask = torch.ones(text.shape) if text_mask is None else text_mask.to(text.dtype)
+        return self.compute(z, text, mask, places)
+
+
+class Reader:
+    """A pipeline that passes no mask for one prompt; `most` is how many it can draw at once."""
+
+    def __init__(self, compute: Callable[..., Tensor], most: int = 8) -> None:
+        self.denoiser = Worded(compute)
+        self.most = most
+
+    @property
+    def components(self) -> Mapping[str, Any]:
+        return {"denoiser": self.denoiser}
+
+    def __call__(self, prompt: str | list[str], guidance_scale: float, generator: torch.Generator) -> Tensor:
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if len(prompts) > self.most:
+            raise ValueError("too many")
+        z = torch.randn(2 * len(prompts), 3, generator=generator)
+        text = torch.tensor([[ord(letter) / 100 for letter in each] for each in prompts * 2])
+        for _ in range(2):
+            z = self.denoiser(z, text=text, text_mask=None, places=torch.ones(len(z), 2, dtype=torch.long))
+        return z
+
+
+def read(compute: Callable[..., Tensor], most: int = 8) -> tuple[Finding, Reader, Tap]:
+    pipe = Reader(compute, most)
+    tap = Tap("denoiser", pipe.denoiser)
+    with torch.inference_mode():
+        laboratory = Laboratory(pipe, [tap], AttentionState(pipe.components))
+        finding = find_rules(laboratory, TRIAL)["denoiser"]
+    tap.close()
+    return finding, pipe, tap
+
+
+def masked(z: Tensor, text: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+    pooled = (text * mask).sum(1) / mask.sum(1)
+    return z + pooled[:, None] + places.sum(1, keepdim=True)
+
+
+def test_texts_of_different_length_merge_where_a_mask_makes_it_exact() -> None:
+    finding, pipe, _ = read(masked)
+    assert finding.words == "merges"
+    assert finding.rule is not None
+    assert finding.rule.text == Text({"text": 1}, "text_mask")
+    arguments = {"text": torch.ones(1, 5), "text_mask": None, "places": torch.ones(1, 2, dtype=torch.long)}
+    call = Call("d", pipe.denoiser.forward, (torch.zeros(1, 3),), arguments, finding.rule, ("z",))
+    longer = Call(
+        "d", call.run, call.args, {**arguments, "text": torch.ones(1, 9)}, finding.rule, call.parameters
+    )
+    assert call.key is not None
+    assert call.key == longer.key
+    assert call.arguments["text"].shape == call.arguments["text_mask"].shape == (1, BUCKET)
+    assert call.arguments["text_mask"].sum() == 5
+    assert torch.equal(call.alone(), call.run(**call.arguments))
+
+
+def test_texts_merge_only_at_one_length_where_nothing_masks_them() -> None:
+    finding, _, _ = read(lambda z, text, mask, places: masked(z, text, torch.ones(text.shape), places))
+    assert finding.rule is not None
+    assert finding.rule.text is None
+    assert finding.words == (
+        "merges: texts of one length; no mask keeps what lies behind a text out of the result"
+    )
+
+
+def test_rows_that_no_one_reads_must_be_equal() -> None:
+    finding, _, _ = read(lambda z, text, mask, places: masked(z, text, mask, places[:1]))
+    assert finding.rule is not None
+    assert finding.rule.arguments["places"] == "shared"
+    assert finding.words == "merges: only while calls share places"
+
+
+def test_an_argument_that_can_have_no_other_value_must_be_equal() -> None:
+    def looked_up(z: Tensor, text: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        assert len(places) == len(z)
+        return masked(z, text, mask, places) + torch.embedding(torch.ones(1, 1), places[:, 1:] - 1)[:, 0]
+
+    finding, _, _ = read(looked_up)
+    assert finding.rule is not None
+    assert finding.rule.arguments["places"] == "equal"
+    assert finding.words == "merges: only while calls share places"
+
+
+def test_a_pipeline_that_draws_one_picture_at_a_time_is_seen_by_the_rows_of_its_result() -> None:
+    finding, _, _ = read(masked, most=1)
+    assert finding.rule is not None
+    assert finding.rule.arguments == {"z": "row", "text": "row", "places": "row", "text_mask": "row"}
+
+
+def test_what_differs_by_more_than_a_length_is_no_text() -> None:
+    rule = Rule({"a": "row", "b": "row", "c": "shared"})
+    one = {"a": torch.ones(1, 4), "b": torch.ones(1, 4), "c": torch.ones(4)}
+    assert text_of(one, {**one, "a": torch.ones(1, 6)}, rule) == Text({"a": 1})
+    assert text_of(one, {**one, "a": torch.ones(1, 6), "b": torch.ones(1, 7)}, rule) is None
+    assert text_of(one, {**one, "a": torch.ones(2, 6)}, rule) is None
+    assert text_of(one, {**one, "c": torch.ones(6)}, rule) is None
+    assert text_of(one, one, rule) is None

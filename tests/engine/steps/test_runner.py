@@ -168,8 +168,33 @@ def test_fast_merges_what_is_there_and_runs_one_call_as_it_came() -> None:
         [2.0],
         [4.0],
     ]
+    assert model.batches == [2] * 4, "three forwards of noise show that rows are independent"
     runner.run([call(model, 1.0)])
-    assert model.batches == [2, 1]
+    runner.run([call(model, 1.0), call(model, 2.0)])
+    assert model.batches[4:] == [1, 2]
+
+
+def test_fast_merges_no_shape_whose_rows_depend_on_their_neighbours() -> None:
+    def mixing(x: Tensor) -> tuple[Tensor]:
+        batches.append(len(x))
+        return (x - x.mean(),)
+
+    batches: list[int] = []
+    calls = [Call("transformer", mixing, (), {"x": torch.tensor([[1.0], [3.0]])}, RULE) for _ in range(2)]
+    outcomes = Runner("fast", 8).run(calls).results
+    assert [values(each) for each in outcomes] == [[-1.0, 1.0]] * 2
+    assert batches[-2:] == [2, 2]
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_a_call_whose_result_cannot_be_split_runs_alone(mode: Any) -> None:
+    cache = object()
+    calls = [
+        Call("transformer", lambda x: (x * 2, cache), (), {"x": torch.tensor([[value]])}, RULE)
+        for value in (1.0, 2.0)
+    ]
+    assert [result[0].item() for result in Runner(mode, 4).run(calls).results] == [2.0, 4.0]
+    assert Runner(mode, 4).run(calls[:1]).results[0][1] is cache
 
 
 def test_off_has_room_for_one_row() -> None:

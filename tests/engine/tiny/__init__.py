@@ -133,6 +133,7 @@ WIDER |= {
 
 VISION: dict[str, Tiny] = {
     "bria-fibo-2": Tiny("BriaFibo2Pipeline", vision.bria_fibo2),
+    "cosmos-2": Tiny("Cosmos2TextToImagePipeline", wider.cosmos2, TEXT),
     "dreamlite": Tiny("DreamLitePipeline", vision.dreamlite, {}, 32),
     "dreamlite-mobile": Tiny(
         "DreamLiteMobilePipeline", lambda: vision.dreamlite(d.DreamLiteMobilePipeline), {}, 32

@@ -9,8 +9,8 @@ import pytest
 
 from mezzotint.errors import InvalidRequestError
 from mezzotint.fake_worker import model_info
-from mezzotint.messages import LoadModel
-from mezzotint.server.work.profiles import Calibration, Profile, settings_digest
+from mezzotint.messages import LoadModel, MergeFinding, Proof
+from mezzotint.server.work.profiles import Calibration, Profile, load_message, settings_digest
 from mezzotint.spec import ImageSpec, InputPicture
 from tests.server.hosting import endpoint
 
@@ -37,6 +37,18 @@ def test_a_calibration_of_0_1_0_keeps_its_rows_and_refuses_no_picture() -> None:
     picture = InputPicture(16, 16, bytes(16 * 16 * 3))
     asked = ImageSpec(prompt="a cat", num_inference_steps=4, images=(picture,), mask=None)
     Profile(endpoint(), kept.info).check(asked)
+
+
+def test_a_calibration_keeps_the_proof_for_the_next_worker() -> None:
+    proof = Proof("torch 2", {"unet": MergeFinding("", {"x": "row"}, {"x": 0}, {}, {"x": 1}, "mask")})
+    info = replace(model_info(LoadModel("one", "fake"), 16, 0.001), proof=proof)
+    spec = endpoint()
+    stored = json.loads(json.dumps(Calibration(settings_digest(spec), info, 1.0).to_json()))
+    kept = Calibration.from_json(stored)
+    assert kept is not None
+    assert kept.info == info
+    assert load_message(spec, kept).proof == proof
+    assert load_message(endpoint(dtype="bf16"), kept).proof is None
 
 
 def test_a_setting_that_changes_the_bytes_changes_the_calibration() -> None:

@@ -5,6 +5,7 @@ A Call is one parked forward with its arguments by name. A Rule says for one mod
 - "row": a tensor [rows, ...], or with the rows in the dimension that the Rule names;
 - "scalar": one value for all rows of a call, as a 0-d or one-element tensor (expanded to rows), or a "row";
 - "shared": a tensor without rows, or of which only row 0 is read; it must be equal, one copy is passed;
+- "equal": a "row" that must be the same in all rows of all calls;
 - "list": a Python list with one entry per row;
 - "rows": a Python list or tuple of "row" tensors, such as the residuals of a ControlNet.
 
@@ -25,8 +26,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mezzotint.engine.lora.bank import Lease
+from mezzotint.engine.steps.padding import Text, padded
 
-Kind = Literal["row", "scalar", "shared", "list", "rows"]
+Kind = Literal["row", "scalar", "shared", "equal", "list", "rows"]
 Lists = Literal["list", "rows"]
 """What a list in a result is: one entry per row, or tensors that each have rows."""
 
@@ -41,6 +43,8 @@ class Rule:
     dimensions: Mapping[str, int] = field(default_factory=dict)
     """Where the row is not dimension 0 of a tensor: which it is."""
     results: Lists = "list"
+    text: Text | None = None
+    """Where texts of different length merge: what is padded for it."""
 
     def kind(self, name: str) -> Kind | None:
         """The kind of an argument; an entry of "rows" is a "row"."""
@@ -75,7 +79,7 @@ class Call:
     key: Hashable | None = None
     """Calls with equal keys may share a forward; None: never."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """All arguments by name."""
+    """All arguments by name, as merged forwards take them."""
     obstacle: str = ""
     """Why the Rule does not cover the call: the argument, or what is wrong with it."""
     in_place: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
@@ -88,13 +92,15 @@ class Call:
         if self.rule is None:
             return
         try:
+            if self.rule.text is not None and self.merges:
+                self.arguments = padded(self.arguments, self.rule.text, self.rule.dimensions)
             self.rows = _num_rows(self.arguments, self.rule)
             parts = tuple(
                 (name, _key(name, value, self.rule, self.rows))
                 for name, value in sorted(self.arguments.items())
             )
             hash(parts)
-        except (NotMergeable, TypeError) as error:
+        except (NotMergeable, TypeError, LookupError, ValueError) as error:
             self.rows, self.obstacle = 1, str(error)
         else:
             self.key = (self.name, parts) if self.merges else None
@@ -240,9 +246,13 @@ def _tensor_key(name: str, value: Tensor, kind: Kind | None, dimension: int, row
         return (*_like(value), _contents(value))
     if kind == "scalar" and value.numel() == 1 and value.ndim <= 1:
         return (torch.Size(()), value.dtype, value.device)
-    if kind in ("row", "scalar") and value.ndim > dimension and value.shape[dimension] == rows:
-        shape = (*value.shape[:dimension], *value.shape[dimension + 1 :])
-        return (torch.Size(shape), value.dtype, value.device)
+    if kind in ("row", "scalar", "equal") and value.ndim > dimension and value.shape[dimension] == rows:
+        first = value.select(dimension, 0)
+        if kind == "equal":
+            if not torch.equal(value, first.unsqueeze(dimension).expand_as(value)):
+                raise NotMergeable(f"{name}, whose rows must be equal")
+            return (*_like(first), _contents(value)[: first.nbytes] if dimension == 0 else _bytes(first))
+        return (first.shape, value.dtype, value.device)
     raise NotMergeable(name)
 
 
@@ -254,9 +264,12 @@ def _contents(value: Tensor) -> bytes:
     """The bytes of a shared tensor, kept while it lives: nobody writes into ids of positions."""
     known = _CONTENTS.get(value)
     if known is None:
-        known = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        _CONTENTS[value] = known
+        known = _CONTENTS[value] = _bytes(value)
     return known
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 _CONTENTS: MutableMapping[Tensor, bytes] = WeakIdKeyDictionary()

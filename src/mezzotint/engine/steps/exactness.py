@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.engine.steps.batching import Call, Kind, Part, Rule, entries, merge, rebuilt, split
+from mezzotint.engine.steps.laboratory import agrees
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Row counts that forwards may have, beside R itself."""
@@ -24,6 +25,11 @@ def _no_adapters(order: Sequence[int]) -> contextlib.AbstractContextManager[None
     return contextlib.nullcontext()
 
 
+def rows_are_independent(call: Call, num_rows: int, adapted: AdapterContext = _no_adapters) -> bool:
+    """Whether in forwards of `num_rows` rows a row's result depends on that row alone, but for rounding."""
+    return _Noise(call, num_rows, adapted, agrees).is_independent
+
+
 def exact_row_counts(call: Call, num_rows: int, adapted: AdapterContext = _no_adapters) -> tuple[int, ...]:
     """Ascending row counts, `num_rows` the last, whose forwards give a row the same bytes; () if none do.
 
@@ -33,35 +39,61 @@ def exact_row_counts(call: Call, num_rows: int, adapted: AdapterContext = _no_ad
     Kernels are chosen by shape and never by values, so what is equal for noise is equal for every request.
     The noise is always the same: the answer depends on model, machine and shapes, not on who asked first.
     """
-    assert call.rule is not None, "only calls with a Rule merge"
-    rule = call.rule
-    noise = torch.Generator("cpu").manual_seed(0)
-    padded = merge([Part(call, 0, min(call.rows, num_rows))], num_rows)
-    arguments = map_rows(padded, rule, lambda rows: _like_noise(rows, noise))
-
-    def rows_of(order: Sequence[int]) -> list[Any]:
-        chosen = map_rows(arguments, rule, lambda rows: [rows[index] for index in order])
-        with adapted(order):
-            return split(call.run(**chosen), [1] * len(order), rule.results)
-
-    everyone = list(range(num_rows))
-    wanted = rows_of(everyone)
-
-    def agrees(order: Sequence[int]) -> bool:
-        return all(_same(wanted[index], row) for index, row in zip(order, rows_of(order), strict=True))
-
-    if not (agrees(everyone[1:] + everyone[:1]) and agrees([0] * num_rows)):
+    noise = _Noise(call, num_rows, adapted, _same)
+    if not noise.is_independent:
         return ()
+    everyone = noise.everyone
     smaller = [count for count in ROW_COUNTS if count < num_rows]
-    return (*(each for each in smaller if agrees(everyone[:each]) and agrees(everyone[-each:])), num_rows)
+    return (*(n for n in smaller if noise.agrees(everyone[:n]) and noise.agrees(everyone[-n:])), num_rows)
 
 
-def map_rows(arguments: Mapping[str, Any], rule: Rule, change: Callable[[list[Any]], list[Any]]) -> Any:
-    """The arguments with `change` applied to the list of rows of every argument that has rows."""
+class _Noise:
+    """Forwards of a call's shapes on rows of noise, and what each row gets in the first of them."""
+
+    def __init__(
+        self, call: Call, num_rows: int, adapted: AdapterContext, same: Callable[[Any, Any], bool]
+    ) -> None:
+        assert call.rule is not None, "only calls with a Rule merge"
+        self._call, self._rule, self._adapted, self._same = call, call.rule, adapted, same
+        noise = torch.Generator("cpu").manual_seed(0)
+        padded = merge([Part(call, 0, min(call.rows, num_rows))], num_rows)
+        self._arguments = map_rows(padded, self._rule, lambda rows: _like_noise(rows, noise), equal=False)
+        self.everyone = list(range(num_rows))
+        self._wanted = self._rows_of(self.everyone)
+
+    @property
+    def is_independent(self) -> bool:
+        """Whether a row keeps its result at the next place, and among copies of itself."""
+        everyone = self.everyone
+        return self.agrees(everyone[1:] + everyone[:1]) and self.agrees([0] * len(everyone))
+
+    def agrees(self, order: Sequence[int]) -> bool:
+        """Whether rows in this order get what they got in the first forward."""
+        rows = self._rows_of(order)
+        return all(self._same(self._wanted[index], row) for index, row in zip(order, rows, strict=True))
+
+    def _rows_of(self, order: Sequence[int]) -> list[Any]:
+        chosen = map_rows(self._arguments, self._rule, lambda rows: [rows[index] for index in order])
+        with self._adapted(order):
+            return split(self._call.run(**chosen), [1] * len(order), self._rule.results)
+
+
+def map_rows(
+    arguments: Mapping[str, Any],
+    rule: Rule,
+    change: Callable[[list[Any]], list[Any]],
+    *,
+    equal: bool = True,
+) -> Any:
+    """The arguments with `change` applied to the list of rows of every argument that has rows.
+
+    Not `equal`: but for those whose rows must be the same.
+    """
+    kinds = ("row", "scalar", "equal") if equal else ("row", "scalar")
 
     def changed(name: str, value: Any) -> Any:
         kind: Kind | None = rule.kind(name)
-        if kind in ("row", "scalar") and isinstance(value, Tensor):
+        if kind in kinds and isinstance(value, Tensor):
             dimension = rule.dimensions.get(name, 0)
             return torch.stack(change(list(value.unbind(dimension))), dimension).contiguous()
         if kind == "list" and isinstance(value, list):

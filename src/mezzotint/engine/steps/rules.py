@@ -1,29 +1,32 @@
-"""The Rule of each model class that may be merged; every one of them has a parity test in tests/engine."""
+"""Rules by hand, for what inference cannot find.
+
+Those of a pipeline's own modules are proven like any other (proof.py). Those that have to do with
+ControlNets are not tried at load, because only a request with a picture reaches them: they merge only beside
+a proven denoiser, and each of their shapes is checked before it merges (exactness.py), like every shape.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from mezzotint.engine.steps.batching import Rule
+from mezzotint.engine.steps.batching import Kind, Rule
+from mezzotint.engine.steps.inference import Finding
 from mezzotint.engine.steps.pipeline_run import Tap
 
 RULES: Mapping[str, Rule] = {
-    "FluxTransformer2DModel": Rule(
-        {
-            "hidden_states": "row",
-            "encoder_hidden_states": "row",
-            "pooled_projections": "row",
-            "timestep": "row",
-            "guidance": "row",
-            "img_ids": "shared",
-            "txt_ids": "shared",
-            "controlnet_block_samples": "rows",
-            "controlnet_single_block_samples": "rows",
-        }
+    # The model itself pads each text to a multiple of 32 tokens (SEQ_MULTI_OF), so texts of different length
+    # merge without a mask. Lists of rows are never padded by us.
+    "ZImageTransformer2DModel": Rule(
+        {"x": "list", "t": "row", "cap_feats": "list"}, multiples={"cap_feats": 32}
     ),
+}
+"""By class of a pipeline's module."""
+
+CONTROLNETS: Mapping[str, Rule] = {
     "FluxControlNetModel": Rule(
         {
             "hidden_states": "row",
@@ -37,28 +40,6 @@ RULES: Mapping[str, Rule] = {
         },
         results="rows",
     ),
-    "Flux2Transformer2DModel": Rule(  # the ids have a batch dimension, but only row 0 is read
-        {
-            "hidden_states": "row",
-            "encoder_hidden_states": "row",
-            "timestep": "row",
-            "guidance": "row",
-            "img_ids": "shared",
-            "txt_ids": "shared",
-        }
-    ),
-    "UNet2DConditionModel": Rule(  # Stable Diffusion 1.x and XL; the timestep comes as a 0-d tensor
-        {
-            "sample": "row",
-            "timestep": "scalar",
-            "encoder_hidden_states": "row",
-            "timestep_cond": "row",
-            "added_cond_kwargs.text_embeds": "row",
-            "added_cond_kwargs.time_ids": "row",
-            "down_block_additional_residuals": "rows",
-            "mid_block_additional_residual": "row",
-        }
-    ),
     "ControlNetModel": Rule(  # of Stable Diffusion 1.x and XL
         {
             "sample": "row",
@@ -71,15 +52,6 @@ RULES: Mapping[str, Rule] = {
         },
         results="rows",
     ),
-    "SD3Transformer2DModel": Rule(
-        {
-            "hidden_states": "row",
-            "encoder_hidden_states": "row",
-            "pooled_projections": "row",
-            "timestep": "row",
-            "block_controlnet_hidden_states": "rows",
-        }
-    ),
     "SD3ControlNetModel": Rule(
         {
             "hidden_states": "row",
@@ -89,36 +61,6 @@ RULES: Mapping[str, Rule] = {
             "timestep": "row",
         },
         results="rows",
-    ),
-    "PixArtTransformer2DModel": Rule(
-        {
-            "hidden_states": "row",
-            "encoder_hidden_states": "row",
-            "encoder_attention_mask": "row",
-            "timestep": "row",
-            "added_cond_kwargs.resolution": "row",
-            "added_cond_kwargs.aspect_ratio": "row",
-        }
-    ),
-    "SanaTransformer2DModel": Rule(
-        {
-            "hidden_states": "row",
-            "encoder_hidden_states": "row",
-            "encoder_attention_mask": "row",
-            "timestep": "row",
-            "guidance": "row",
-        }
-    ),
-    "QwenImageTransformer2DModel": Rule(  # prompts of different length differ in shape and do not merge
-        {
-            "hidden_states": "row",
-            "encoder_hidden_states": "row",
-            "encoder_hidden_states_mask": "row",
-            "timestep": "row",
-            "guidance": "row",
-            "img_shapes": "list",
-            "controlnet_block_samples": "rows",
-        }
     ),
     "QwenImageControlNetModel": Rule(
         {
@@ -131,28 +73,57 @@ RULES: Mapping[str, Rule] = {
         },
         results="rows",
     ),
-    "ZImageTransformer2DModel": Rule(
-        {"x": "list", "t": "row", "cap_feats": "list"},
-        multiples={"cap_feats": 32},  # SEQ_MULTI_OF
-    ),
 }
+"""By class of a ControlNet."""
+
+RESIDUALS: Mapping[str, Mapping[str, Kind]] = {
+    "FluxTransformer2DModel": {
+        "controlnet_block_samples": "rows",
+        "controlnet_single_block_samples": "rows",
+    },
+    "UNet2DConditionModel": {
+        "down_block_additional_residuals": "rows",
+        "mid_block_additional_residual": "row",
+    },
+    "SD3Transformer2DModel": {"block_controlnet_hidden_states": "rows"},
+    "QwenImageTransformer2DModel": {"controlnet_block_samples": "rows"},
+}
+"""By class of a denoiser, the arguments that ControlNets add to it."""
 
 
-def tap_all(pipe: Any, denoiser_name: str, controlnets: Mapping[str, Any], *, merges: bool) -> list[Tap]:
-    """Taps on everything that computes: VAEs by `encode` and `decode`, all else by `forward`.
-
-    With `merges` the denoiser and the ControlNets (by route) have the Rule of their class.
-    """
-    rules = RULES if merges else {}
-    taps = [
-        Tap(f"controlnet {route}", each, "forward", rules.get(type(each).__name__))
-        for route, each in controlnets.items()
-    ]
+def tap_all(pipe: Any, controlnets: Mapping[str, Any]) -> list[Tap]:
+    """Taps on everything that computes: VAEs by `encode` and `decode`, all else by `forward`."""
+    taps = [Tap(f"controlnet {route}", each, "forward") for route, each in controlnets.items()]
     for name, component in pipe.components.items():
         if not isinstance(component, torch.nn.Module):
             continue
-        rule = rules.get(type(component).__name__) if name == denoiser_name else None
         found = [each for each in ("encode", "decode") if hasattr(component, each)] or ["forward"]
         found += ["generate"] * hasattr(component, "generate")
-        taps += [Tap(name, component, each, rule) for each in found]
+        taps += [Tap(name, component, each) for each in found]
     return taps
+
+
+def written_rules(pipe: Any) -> dict[str, Rule]:
+    """The Rules by hand of a pipeline's modules, by the modules' names."""
+    classes = {name: type(component).__name__ for name, component in pipe.components.items()}
+    return {name: RULES[known] for name, known in classes.items() if known in RULES}
+
+
+def give_rules(
+    taps: Sequence[Tap],
+    findings: Mapping[str, Finding],
+    pipe: Any,
+    denoiser_name: str,
+    controlnets: Mapping[str, Any],
+) -> None:
+    """Lets each tap merge by the Rule that was found of it or not at all; ControlNets with the denoiser."""
+    given = {name: finding.rule for name, finding in findings.items() if finding.rule is not None}
+    if own := given.get(denoiser_name):
+        added = RESIDUALS.get(type(pipe.components[denoiser_name]).__name__, {})
+        given[denoiser_name] = replace(own, arguments={**own.arguments, **added})
+        for route, net in controlnets.items():
+            if beside := CONTROLNETS.get(type(net).__name__):
+                given[f"controlnet {route}"] = beside
+    for tap in taps:
+        if tap.parks:
+            tap.rule = given.get(tap.name)

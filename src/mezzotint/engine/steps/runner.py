@@ -13,7 +13,7 @@ import torch
 
 from mezzotint.engine.lora.bank import AdapterBank, Lease
 from mezzotint.engine.steps.batching import Call, Part, join, merge, partition, split
-from mezzotint.engine.steps.exactness import exact_row_counts
+from mezzotint.engine.steps.exactness import AdapterContext, exact_row_counts, rows_are_independent
 
 Mode = Literal["exact", "fast", "off"]
 
@@ -48,7 +48,8 @@ class Runner:
     `exact`: every merged forward has `num_rows` rows, or fewer where this machine was seen to give a row the
     same bytes in a forward of that many, padded with copies; a call of more rows goes through in chunks;
     with `num_rows` 1 every call runs as the pipeline asked for it. A shape whose rows are found to depend on
-    their neighbours is not merged. `fast`: what is there, up to `num_rows`. `off`: never merged.
+    their neighbours is not merged. `fast`: what is there, up to `num_rows`, but for shapes whose rows depend
+    on their neighbours by more than rounding. `off`: never merged.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Runner:
         # The three counters are of the `counted` component and read by the worker's Stats.
         self._synchronize = synchronize
         self._row_counts: dict[int, tuple[int, ...]] = {}
-        """By the hash of a shape, what `_exact_row_counts` has found."""
+        """By the hash of a shape, the row counts that forwards of it may have."""
 
     def run(self, calls: Sequence[Call]) -> Outcome:
         """Runs calls that share one key, and alone those that fail together."""
@@ -89,9 +90,9 @@ class Runner:
 
     def _run(self, calls: Sequence[Call], forwards: list[Forward]) -> list[Any]:
         if self.mode != "exact":
-            return (
-                [self._alone(calls[0], forwards)] if len(calls) == 1 else self._together(calls, (), forwards)
-            )
+            if len(calls) > 1 and self._rows_are_independent(calls[0]):
+                return self._together(calls, (), forwards)
+            return [self._alone(call, forwards) for call in calls]
         counts = [self._exact_row_counts(call) for call in calls]
         merging = [call for call, allowed in zip(calls, counts, strict=True) if allowed]
         common = [
@@ -119,15 +120,28 @@ class Runner:
         return [join(pieces[id(call)], rule.results) for call in calls]
 
     def _exact_row_counts(self, call: Call) -> tuple[int, ...]:
-        """Row counts that forwards of such calls may have; () for unmerged.
-
-        Settled once for each shape and each set of adapted layers, by forwards of noise in which every other
-        row has the call's adapter.
-        """
+        """Row counts that forwards of such calls may have; () for unmerged."""
         if self.num_rows == 1 or call.key is None:
             return ()
+        return self._settled(call, self.num_rows, exact_row_counts)
+
+    def _rows_are_independent(self, call: Call) -> bool:
+        """Whether such calls may share a forward in `fast` mode."""
+        rows = max(2, min(self.num_rows, 2 * call.rows))
+        return bool(self._settled(call, rows, _all_or_none))
+
+    def _settled(
+        self,
+        call: Call,
+        num_rows: int,
+        settle: Callable[[Call, int, AdapterContext], tuple[int, ...]],
+    ) -> tuple[int, ...]:
+        """What `settle` says, once for each shape and each set of adapted layers.
+
+        It runs forwards of noise in which every other row has the call's adapter.
+        """
         packed = None if call.lease is None else call.lease.resident.packed.get(call.name)
-        shape = hash((call.key, self.num_rows, packed and packed.layout))
+        shape = hash((call.key, num_rows, packed and packed.layout))
         known = self._row_counts.get(shape)
         if known is None:
             if len(self._row_counts) >= _MAX_SHAPES:
@@ -136,7 +150,14 @@ class Runner:
             def adapted(order: Sequence[int]) -> contextlib.AbstractContextManager[None]:
                 return self._adapted(call.name, [None if index % 2 else call.lease for index in order])
 
-            known = self._row_counts[shape] = exact_row_counts(call, self.num_rows, adapted)
+            try:
+                known = settle(call, num_rows, adapted)
+            except Exception as error:  # of a call that takes or returns something else than the proven ones
+                if is_out_of_memory(error):
+                    raise
+                _log.info("%s is not merged in this shape", call.name, exc_info=error)
+                known = ()
+            self._row_counts[shape] = known
             if not known:
                 _log.warning("rows of %s depend on their neighbours in this shape: not merged", call.name)
         return known
@@ -174,6 +195,10 @@ class Runner:
 _NO_ADAPTERS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 _MAX_SHAPES = 1024
 """Shapes whose check is remembered."""
+
+
+def _all_or_none(call: Call, num_rows: int, adapted: AdapterContext) -> tuple[int, ...]:
+    return (num_rows,) if rows_are_independent(call, num_rows, adapted) else ()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from mezzotint.config import EndpointSettings
 from mezzotint.errors import InvalidRequestError
 from mezzotint.input_pictures import output_size, require_controls, require_pictures
@@ -22,6 +24,7 @@ _CALIBRATED = (
     "min_batch_gain", "max_batch_stretch", "offload",
 )  # fmt: skip
 """Settings on which the calibrated rows, and so the promised bytes, may depend."""
+_INFO = TypeAdapter(ModelInfo)
 _CALIBRATED_IF_SET = ("width", "height", "scheduler", "scheduler_settings", "arguments")
 """Those that count only where they are set: what was measured before there were any still holds."""
 
@@ -214,8 +217,8 @@ class Calibration:
             # Before models edited pictures: what this one can do, its worker says with its next start.
             unknown = {"max_pictures": MAX_PICTURES, "masks": True, "strength": True}
             info = values["info"] if "max_pictures" in values["info"] else values["info"] | unknown
-            return replace(cls(**values), info=ModelInfo(**info))
-        except (TypeError, KeyError):
+            return replace(cls(**values), info=_INFO.validate_python(info))
+        except (TypeError, KeyError, ValueError):
             return None
 
 
@@ -229,4 +232,10 @@ def settings_digest(spec: EndpointSettings) -> str:
 def load_message(spec: EndpointSettings, calibration: Calibration | None) -> LoadModel:
     """The first message to a worker. It repeats the calibrated rows, because bytes are promised."""
     known = calibration if calibration and calibration.fits(spec) else None
-    return LoadModel(spec.id, spec.model, spec.engine, rows=known.info.rows if known else None)
+    return LoadModel(
+        spec.id,
+        spec.model,
+        spec.engine,
+        rows=known.info.rows if known else None,
+        proof=known.info.proof if known else None,
+    )
