@@ -232,11 +232,12 @@ class _Worker:
 
     def _admit(self, request: Generate) -> None:
         spec = request.spec
-        if spec.adapter is not None and spec.adapter.route not in self.adapters:
-            text = f"there is no adapter {spec.adapter.route!r} here"
+        missing = next((route for route in spec.routes if route not in self.adapters), None)
+        if missing is not None:
+            text = f"there is no adapter {missing!r} here"
             self._send(Failed(request.job_id, "adapter_not_found", text, "model"))
             return
-        checksum = self.adapters[spec.adapter.route].checksum if spec.adapter else ""
+        checksum = "".join(self.adapters[route].checksum for route in spec.routes)
         job = FakeJob(request, spec.width or self.size, spec.height or self.size, checksum)
         self.jobs[request.job_id] = job
         self._send(Progress(request.job_id, 0, spec.num_inference_steps))

@@ -24,7 +24,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from mezzotint.errors import InvalidRequestError
-from mezzotint.spec import ImageSpec
+from mezzotint.spec import AdapterUse, ImageSpec
 
 JPEG_QUALITY = 95
 DEFLATE_LEVEL = 1
@@ -56,14 +56,17 @@ class Parameters:
     """How the endpoint runs its model: dtype, and where they are set scheduler and fixed arguments."""
 
     @property
-    def adapter_scale(self) -> float | None:
-        """Strength of the adapter where the request named one itself."""
-        return self.spec.adapter.scale if self.spec.adapter else None
+    def adapters(self) -> list[dict[str, Any]] | None:
+        """The adapters as a request lists them; None where `model` says it all."""
+        uses = self.spec.adapters
+        if len(uses) < 2 and all(use.scale is None for use in uses):
+            return None
+        return [{"route": use.route} | ({} if use.scale is None else {"scale": use.scale}) for use in uses]
 
     def request_fields(self) -> dict[str, Any]:
         """The fields of the request that gives this picture again, without those that are None."""
         fields = {name: getattr(self.spec, name) for name in _STORED}
-        values = {"model": self.model, **fields, "adapter_scale": self.adapter_scale}
+        values = {"model": self.model, **fields, "adapters": self.adapters}
         return {name: value for name, value in values.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,16 +79,20 @@ class Parameters:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Parameters:
-        """The opposite of `to_dict`; ValueError for unknown names and wrong types."""
+        """The opposite of `to_dict`; ValueError for unknown names and wrong types.
+
+        `adapter_scale`, the strength of the only adapter, is what earlier versions wrote.
+        """
         fields = dict(values)
         model, scale = fields.pop("model", None), fields.pop("adapter_scale", None)
-        pipeline = fields.pop("pipeline", {})
+        adapters, pipeline = fields.pop("adapters", None), fields.pop("pipeline", {})
         if not isinstance(model, str) or not isinstance(pipeline, dict):
             raise ValueError("model must be a string and pipeline a table")
         _, _, route = model.partition(":")
         if fields.keys() - set(_STORED):
             raise ValueError(f"unknown fields: {', '.join(fields.keys() - set(_STORED))}")
-        adapters = [{"route": route, "scale": scale}] if route else []
+        if adapters is None:
+            adapters = [{"route": route, "scale": scale}] if route else []
         spec = _SPEC.validate_json(json.dumps({**fields, "adapters": adapters}), strict=True)
         return cls(model, spec, pipeline)
 
@@ -104,12 +111,19 @@ class Parameters:
             "Size": size,
             "Model": self.model,
             "Denoising strength": _number(spec.strength),
-            "Adapter scale": _number(self.adapter_scale),
         }
+        if len(spec.adapters) > 1:
+            last["Adapters"] = ", ".join(_adapter_text(use) for use in spec.adapters)
+        elif spec.adapters:
+            last["Adapter scale"] = _number(spec.adapters[0].scale)
         lines.append(
             ", ".join(f"{key}: {_quoted(value)}" for key, value in last.items() if value is not None)
         )
         return "\n".join(lines)
+
+
+def _adapter_text(use: AdapterUse) -> str:
+    return use.route if use.scale is None else f"{use.route} {_number(use.scale)}"
 
 
 def _number(value: float | None) -> str | None:
@@ -344,8 +358,14 @@ def parse_infotext(text: str) -> Parameters | None:
             "height": int(size[2]) if size else None,
             "strength": _parse_number(values.get("Denoising strength", "")),
             "adapter_scale": _parse_number(values.get("Adapter scale", "")),
+            "adapters": _parse_adapters(values.get("Adapters", "")),
         }
     )
+
+
+def _parse_adapters(text: str) -> list[dict[str, Any]] | None:
+    uses = [part.partition(" ") for part in text.split(", ") if part]
+    return [{"route": route, "scale": _parse_number(scale)} for route, _, scale in uses] or None
 
 
 def _parse_number(text: str) -> float | None:

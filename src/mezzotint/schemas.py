@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from mezzotint.adapter_uses import AdaptersField
 from mezzotint.errors import MAX_ECHO, InvalidRequestError, MezzotintError, echo, error_type, nearest
 from mezzotint.picture_fields import Pictures
 from mezzotint.schema_examples import ANSWER_EXAMPLE, ERROR_EXAMPLE, REQUEST_EXAMPLES
@@ -84,7 +85,9 @@ _NegativePrompt = Annotated[str, _plain_text(MAX_PROMPT)]
 _Prompt = Annotated[_NegativePrompt, AfterValidator(_not_empty)]
 
 
-_SPEC_FIELDS = set(ImageSpec.__dataclass_fields__) - {"images", "mask", "strength", "control_images"}
+_SPEC_FIELDS = set(ImageSpec.__dataclass_fields__) - {
+    "images", "mask", "strength", "control_images", "adapters",
+}  # fmt: skip
 """Fields of a request in words that a spec has by the same name."""
 
 
@@ -135,6 +138,12 @@ class DedicatedImageGenerationBody(BaseModel):
         examples=["text"],
         json_schema_extra={"maxLength": MAX_PROMPT, "pattern": _NO_NUL},
     )
+    adapters: AdaptersField | MISSING | None = Field(
+        default=MISSING,
+        description="Adapters that the image uses together, each with its strength; the adapter's own where "
+        "`scale` is unset. The one that `model` names comes first, whether it is in this list or not.",
+        examples=[[{"route": "flat", "scale": 0.8}]],
+    )
     control_images: Pictures | MISSING | None = Field(
         default=MISSING,
         description="Pictures for the endpoint's ControlNets, in their order, where it has any.",
@@ -165,7 +174,9 @@ class DedicatedImageGenerationBody(BaseModel):
         values = self.model_dump(include=_SPEC_FIELDS, exclude_none=True)
         values["controlnet_weights"] = tuple(values.get("controlnet_weights", ()))
         _, route = split_model(self.model)
-        return ImageSpec(**values, adapters=(AdapterUse(route),) if route else ())
+        listed = self.adapters if isinstance(self.adapters, tuple) else ()
+        first = [use for use in listed if use.route == route] or [AdapterUse(route)] * bool(route)
+        return ImageSpec(**values, adapters=(*first, *(use for use in listed if use.route != route)))
 
 
 class ForeignImageGenerationBody(DedicatedImageGenerationBody):

@@ -19,6 +19,8 @@ CODE_PERMISSION = r"^\S[^@]*@([0-9a-f]{40}|sha256:[0-9a-f]{64})$"
 """A source and the version of its code."""
 MAX_STEPS = 50
 MAX_SEED = 2**63 - 1
+MAX_ADAPTERS = 8
+"""Most adapters of one request."""
 MAX_PICTURES = 16
 """Most pictures of one request, its mask aside."""
 LIMITS: Mapping[str, tuple[int, int]] = {
@@ -139,9 +141,9 @@ class ImageSpec:
         return max(1, min(int(self.num_inference_steps * self.strength), self.num_inference_steps))
 
     @property
-    def adapter(self) -> AdapterUse | None:
-        """The adapter that the image uses; the engine refuses a spec with more than one."""
-        return self.adapters[0] if self.adapters else None
+    def routes(self) -> tuple[str, ...]:
+        """Of the adapters that the image uses."""
+        return tuple(use.route for use in self.adapters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,11 +77,12 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     one = endpoint("fake:step_s=0.002,size=32")
     slow = endpoint("fake:step_s=0.05,size=32", id="slow")
     still = endpoint("fake:step_s=0.5,size=32", id="still", max_jobs=1)
-    file = folder / "glow.safetensors"
-    file.write_bytes(b"weights")
     words = endpoint("fake:size=32,pictures=0", id="words")
     with hosting(settings_for(folder, one, slow, still, words)) as running:
-        running.announce("one", "glow", file)
+        for route in ("glow", "ink"):
+            file = folder / f"{route}.safetensors"
+            file.write_bytes(route.encode())
+            running.announce("one", route, file)
         yield running
 
 

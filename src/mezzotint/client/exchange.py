@@ -98,6 +98,8 @@ class ImageFields(TypedDict, total=False):
     width: int | MISSING | None
     height: int | MISSING | None
     negative_prompt: str | MISSING | None
+    adapters: Sequence[Mapping[str, str | float | None]] | MISSING | None
+    """Objects with `route` and, for a strength that is not the adapter's own, `scale`."""
     control_images: Sequence[PictureSource] | MISSING | None
     controlnet_weights: Sequence[float] | MISSING | None
     image: PictureSource | Sequence[PictureSource]
@@ -122,6 +124,7 @@ class EditFields(TypedDict, total=False):
     width: int | MISSING | None
     height: int | MISSING | None
     negative_prompt: str | MISSING | None
+    adapters: Sequence[Mapping[str, str | float | None]] | MISSING | None
 
 
 @dataclass(frozen=True, slots=True)

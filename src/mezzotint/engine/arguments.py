@@ -254,12 +254,6 @@ class PipelineProfile:
                 code="out_of_range",
                 param="num_inference_steps",
             )
-        if len(spec.adapters) > 1:
-            raise InvalidRequestError(
-                f"adapters: a picture can use one adapter (got {len(spec.adapters)}); name one",
-                code="not_supported",
-                param="adapters",
-            )
         for name in ("width", "height"):
             size = getattr(spec, name)
             if size is not None and (size <= 0 or size % self.size_multiple):

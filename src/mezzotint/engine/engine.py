@@ -241,10 +241,9 @@ class Engine:
             profile = self.editing.profile(spec)
             spec, unused = self.editing.filled(spec)
             arguments, warnings = profile.call_arguments(spec)
-            if spec.adapter is not None:
+            if spec.adapters:
                 bank = self.enable_adapters()
-                bank.info(spec.adapter.route)
-                bank.prefetch(spec.adapter.route)
+                bank.prefetch(bank.name_of(spec.adapters))
         except MezzotintError as error:
             self._events.append(Failed(job_id, error.code, error.message, error.param))
             return
@@ -302,13 +301,14 @@ class Engine:
         for job in list(self._queue):
             if len(self._active) >= self.max_jobs:
                 return
-            use = job.spec.adapter
+            uses = job.spec.adapters
             try:
-                if use is not None:
+                if uses:
                     bank = self.enable_adapters()
-                    if self._active and not bank.is_ready(use.route):
+                    name = bank.name_of(uses)
+                    if self._active and not bank.is_ready(name):
                         continue  # its file is being read in the background, while others run
-                    job.lease = bank.acquire(use.route, use.scale)
+                    job.lease = bank.acquire(name, uses[0].scale if len(uses) == 1 else None)
                     if job.lease is None:
                         continue
                 job.run = PipelineRun(

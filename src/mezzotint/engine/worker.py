@@ -290,8 +290,7 @@ class Worker:
                 _log.warning("a worker does not expect %s", type(message).__name__)
 
     def _generate(self, message: Generate) -> None:
-        use = message.spec.adapter
-        if use is not None and use.route in self._checks:
+        if any(route in self._checks for route in message.spec.routes):
             self._held.append(message)
             return
         self.engine.submit(

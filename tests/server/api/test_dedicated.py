@@ -197,3 +197,19 @@ def test_the_openapi_document_has_examples_that_are_true(host: Host) -> None:
     assert examples
     for example in examples:
         assert host.client.post(GENERATE, json=example | {"model": "one"}).status_code == 200
+
+
+def test_several_adapters_each_with_its_strength(host: Host, tmp_path: Path) -> None:
+    for route in ("glow", "ink"):
+        file = tmp_path / f"{route}.safetensors"
+        file.write_bytes(b"weights")
+        host.announce("one", route, file)
+    uses = [{"route": "glow", "scale": 0.5}, {"route": "ink"}]
+    asked = {"seed": 1, "response_format": "raw"}
+    both = host.picture(adapters=uses, **asked)
+    assert host.picture(adapters=uses, model="one:glow", **asked) == both
+    assert host.picture(model="one:glow", **asked) != both
+    missing = host.post(adapters=[{"route": "glow"}, {"route": "inc"}])
+    error = missing.json()["error"]
+    assert (missing.status_code, error["code"], error["param"]) == (404, "adapter_not_found", "adapters")
+    assert "did you mean one:ink?" in error["message"]

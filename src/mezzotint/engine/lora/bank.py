@@ -40,10 +40,15 @@ from mezzotint.engine.lora.layers import (
     RowAdapter,
     RowCopies,
     RowProducts,
+    Weights,
     patch_layers,
+    together,
 )
 from mezzotint.errors import ModelLoadError, NotFoundError, nearest
+from mezzotint.spec import AdapterUse
 
+_AND, _TIMES = "+", "*"
+"""In the names of several adapters; no route has these characters."""
 COPY_SHARE = 10
 """Rows are computed together only if the copies of their matrices take at most a tenth of the byte budget."""
 
@@ -68,8 +73,17 @@ class AdapterInfo:
     """A registered adapter: what the worker reports of it."""
 
     route: str
+    """Or the name of several that are used together; see `AdapterBank.name_of`."""
     scale: float
     file: CheckedFile
+    """The first one's, where it is several."""
+    parts: tuple[tuple[CheckedFile, float], ...] = ()
+    """The files and scales of several; empty for one."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes while resident."""
+        return sum(file.num_bytes for file, _ in self.parts) if self.parts else self.file.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +212,28 @@ class AdapterBank:
         self._known.pop(route, None)
         self._detach(route)
 
+    def name_of(self, uses: Sequence[AdapterUse]) -> str:
+        """The name under which these adapters are prefetched and acquired: a route, or for several one name.
+
+        Several are one adapter of their summed rank whose scales are part of it, `ink*0.5+glow*1.0`: its rows
+        are rows like any other's. NotFoundError as for `info`.
+        """
+        infos = [self.info(use.route) for use in uses]
+        if len(uses) == 1:
+            return uses[0].route
+        scales = [
+            info.scale if use.scale is None else use.scale for info, use in zip(infos, uses, strict=True)
+        ]
+        return _AND.join(
+            f"{info.route}{_TIMES}{float(scale)!r}" for info, scale in zip(infos, scales, strict=True)
+        )
+
     def info(self, route: str) -> AdapterInfo:
-        """What is registered under `route`; NotFoundError names the nearest."""
+        """What `route`, or the name of several, stands for; NotFoundError names the nearest."""
+        if _AND in route:
+            uses = [part.split(_TIMES) for part in route.split(_AND)]
+            parts = tuple((self.info(each).file, float(scale)) for each, scale in uses)
+            return AdapterInfo(route, 1.0, parts[0][0], parts)
         known = self._known.get(route)
         if known is None:
             near = nearest(route, self._known)
@@ -209,22 +243,25 @@ class AdapterBank:
             )
         return known
 
+    def _knows(self, name: str) -> bool:
+        return all(route in self._known for route in _routes_in(name))
+
     # ------------------------------------------------------------ residency
 
     def prefetch(self, route: str) -> None:
         """Starts to read a cold adapter in the background, if it fits beside what is in use or read ahead."""
-        info = self._known.get(route)
-        if info is None or route in self._ahead:
+        if not self._knows(route) or route in self._ahead:
             return
+        info = self.info(route)
         resident = self._resident.get(route)
         if resident is not None:
             resident.wanted = True
-        elif self._make_room(info.file.num_bytes, spare_wanted=True):
-            self._ahead[route] = _ReadAhead(self._reader.submit(self._read, info), info.file.num_bytes)
+        elif self._make_room(info.num_bytes, spare_wanted=True):
+            self._ahead[route] = _ReadAhead(self._reader.submit(self._read, info), info.num_bytes)
 
     def is_ready(self, route: str) -> bool:
         """False while the adapter is being read in the background, which this starts where it can."""
-        if route not in self._known or route in self._resident:
+        if not self._knows(route) or route in self._resident:
             return True
         self.prefetch(route)
         ahead = self._ahead.get(route)
@@ -253,7 +290,8 @@ class AdapterBank:
 
     def stats(self) -> BankStats:
         """Counters and residency, for the worker's Stats."""
-        return BankStats(self._hits, self._loads, self._evictions, self._used_bytes(), list(self._resident))
+        routes = [name for name in self._resident if _AND not in name]
+        return BankStats(self._hits, self._loads, self._evictions, self._used_bytes(), routes)
 
     def close(self) -> None:
         """Stops the background reader and gives the layers back as they were."""
@@ -263,20 +301,27 @@ class AdapterBank:
                 layer.close()
 
     def _read(self, info: AdapterInfo) -> Resident:
-        file, start = info.file, time.monotonic()
-        adapter = read_adapter(
-            file.path, self._pipeline, self._layers, checksum=file.checksum, max_bytes=self.byte_budget
-        )
+        start = time.monotonic()
         with torch.inference_mode(False), torch.no_grad():
-            packed = {name: PackedAdapter(self._layers[name], part) for name, part in adapter.weights.items()}
+            weights = (
+                together([(self._weights(file), scale) for file, scale in info.parts])
+                if info.parts
+                else self._weights(info.file)
+            )
+            packed = {name: PackedAdapter(self._layers[name], part) for name, part in weights.items()}
         return Resident(info.route, packed, time.monotonic() - start)
+
+    def _weights(self, file: CheckedFile) -> Mapping[str, Mapping[str, Weights]]:
+        return read_adapter(
+            file.path, self._pipeline, self._layers, checksum=file.checksum, max_bytes=self.byte_budget
+        ).weights
 
     def _load(self, info: AdapterInfo) -> Resident | None:
         self._install_ahead(but=info.route)
         ahead = self._ahead.pop(info.route, None)
         if ahead is not None:
             return self._install(ahead.future.result())
-        if not self._make_room(info.file.num_bytes):
+        if not self._make_room(info.num_bytes):
             return None
         return self._install(self._read(info))
 
@@ -300,13 +345,14 @@ class AdapterBank:
             self._detached.remove(resident)
 
     def _detach(self, route: str) -> None:
-        """What is resident or being read under `route` is no longer what `route` means."""
-        self._ahead.pop(route, None)
-        resident = self._resident.pop(route, None)
-        if resident is not None:
-            self._products.clear()
-            if resident.num_leases:
-                self._detached.append(resident)
+        """What is resident or being read under `route`, alone or with others, is no longer what it means."""
+        for name in [name for name in (*self._ahead, *self._resident) if route in _routes_in(name)]:
+            self._ahead.pop(name, None)
+            resident = self._resident.pop(name, None)
+            if resident is not None:
+                self._products.clear()
+                if resident.num_leases:
+                    self._detached.append(resident)
 
     def _used_bytes(self) -> int:
         held = sum(each.num_bytes for each in (*self._resident.values(), *self._detached))
@@ -387,6 +433,10 @@ class AdapterBank:
         for index, row in members:
             copies.fill(index, row)
         return copies
+
+
+def _routes_in(name: str) -> list[str]:
+    return [part.partition(_TIMES)[0] for part in name.split(_AND)]
 
 
 _NO_ADAPTERS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

@@ -49,6 +49,31 @@ class Weights:
     """alpha / rank."""
 
 
+def together(
+    adapters: Sequence[tuple[Mapping[str, Mapping[str, Weights]], float]],
+) -> dict[str, dict[str, Weights]]:
+    """One adapter that adds what these add, each times its scale: their ranks stand side by side.
+
+    Adapters are weights by component and layer.
+    """
+    found: dict[str, dict[str, list[tuple[Weights, float]]]] = {}
+    for weights, scale in adapters:
+        for component, layers in weights.items():
+            for name, each in layers.items():
+                found.setdefault(component, {}).setdefault(name, []).append((each, scale))
+    return {
+        component: {
+            name: Weights(
+                torch.cat([each.down.float() for each, _ in parts]),
+                torch.cat([each.up.float() * (each.factor * scale) for each, scale in parts], dim=1),
+                1.0,
+            )
+            for name, parts in layers.items()
+        }
+        for component, layers in found.items()
+    }
+
+
 class LoraLayer:
     """Replaces `forward` of a Linear or Conv2d; does nothing more than that while `products` is empty."""
 

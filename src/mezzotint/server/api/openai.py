@@ -436,7 +436,12 @@ async def _models(context: Context, endpoint: Endpoint) -> list[dict[str, Any]]:
             "object": "model",
             "created": created,
             "owned_by": "mezzotint",
-            "mezzotint": {"endpoint": endpoint.id, "adapter": route, **_abilities(endpoint)},
+            "mezzotint": {
+                "endpoint": endpoint.id,
+                "adapter": route,
+                "adapter_scale": endpoint.adapters[route].scale if route else None,
+                **_abilities(endpoint),
+            },
         }
         for route in (None, *sorted(endpoint.adapters))
     ]

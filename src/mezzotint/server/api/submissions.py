@@ -17,7 +17,7 @@ from mezzotint.input_pictures import decode_text, read_mask, read_pictures
 from mezzotint.schemas import DedicatedImageGenerationBody, shown
 from mezzotint.server.store.keys import Key
 from mezzotint.server.threads import PICTURES
-from mezzotint.server.work.resolve import Target
+from mezzotint.server.work.resolve import Target, require_adapters
 from mezzotint.server.work.tickets import Finish, Submission
 from mezzotint.spec import LIMITS, ImageSpec
 
@@ -48,6 +48,8 @@ class RequestHead:
         warnings: Sequence[str] = (),
         hold: bool = False,
     ) -> Submission:
+        """The submission; NotFoundError for an adapter that the endpoint does not have."""
+        require_adapters(target.endpoint, spec)
         return Submission(
             endpoint=target.endpoint,
             spec=spec,

@@ -75,7 +75,7 @@ class Dispatcher:
     def uses_adapter(self, route: str) -> bool:
         """Whether a waiting or running job asked for this adapter."""
         held = (job for jobs in self._held.values() for job in jobs.values())
-        return any(job.route == route for job in (*self.queue.waiting(), *held))
+        return any(route in job.spec.routes for job in (*self.queue.waiting(), *held))
 
     def holds_jobs(self, replicas: list[Replica]) -> bool:
         return any(self._held.get(replica) for replica in replicas)

@@ -60,8 +60,8 @@ class Job:
 
     @property
     def route(self) -> str | None:
-        """Route of the adapter that the image uses."""
-        return self.spec.adapter.route if self.spec.adapter else None
+        """Route of the adapter that the image uses; None where it uses none or several."""
+        return self.spec.routes[0] if len(self.spec.adapters) == 1 else None
 
     @property
     def remaining_s(self) -> float:

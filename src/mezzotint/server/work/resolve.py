@@ -10,6 +10,7 @@ from mezzotint.server.store.adapters import AdapterState
 from mezzotint.server.store.keys import Key
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.registry import Registry
+from mezzotint.spec import ImageSpec
 
 MAX_NAMES = 10
 """Most names that an error lists."""
@@ -73,7 +74,13 @@ def usable_endpoints(registry: Registry, key: Key) -> list[Endpoint]:
     return [endpoint for endpoint in registry if key.may_use(endpoint.id)]
 
 
-def _require_adapter(endpoint: Endpoint, route: str) -> None:
+def require_adapters(endpoint: Endpoint, spec: ImageSpec) -> None:
+    """NotFoundError or InvalidRequestError unless the endpoint has all adapters that the request uses."""
+    for route in spec.routes:
+        _require_adapter(endpoint, route, "adapters")
+
+
+def _require_adapter(endpoint: Endpoint, route: str, param: str = "model") -> None:
     if route not in endpoint.adapters:
         hint = nearest(route, endpoint.adapters)
         known = _listed(sorted(endpoint.adapters))
@@ -81,12 +88,12 @@ def _require_adapter(endpoint: Endpoint, route: str) -> None:
         raise NotFoundError(
             f"endpoint {endpoint.id} has no adapter {echo(route)}; {nearby}",
             code="adapter_not_found",
-            param="model",
+            param=param,
         )
     adapter = endpoint.adapters[route]
     if adapter.state is AdapterState.REFUSED:
         text = f"adapter {endpoint.id}:{route} cannot be used: {adapter.failure}"
-        raise InvalidRequestError(text, code=adapter.failure_code, param="model")
+        raise InvalidRequestError(text, code=adapter.failure_code, param=param)
 
 
 def _listed(names: list[str]) -> str:

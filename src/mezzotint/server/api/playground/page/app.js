@@ -8,6 +8,7 @@ import { examples, isStarting, knowsEndpoint, readForm, setModels, wireForm, wri
 import * as gallery from "./gallery.js";
 import * as full from "./full.js";
 import * as history from "./history.js";
+import { openGrid, sheetOf, wireGrid } from "./grid.js";
 import { wireKeyboard } from "./keyboard.js";
 import { guarded, note, say, showError, wireNotice } from "./notice.js";
 import { readSettings } from "./png.js";
@@ -74,6 +75,17 @@ function make() {
   const fields = readForm(from);
   history.remember(fields.prompt);
   queue.ask(fields, from);
+}
+
+function askGrid({ cells, ...grid }, from) {
+  history.remember(cells[0].prompt);
+  queue.askCells(stage.gridOf({ cells, ...grid }, from), from);
+}
+
+async function saveSheet() {
+  const [blob, download] = await sheetOf(stage.lying());
+  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download });
+  link.click();
 }
 
 /** The same settings with the next seeds. */
@@ -211,6 +223,12 @@ function wireActions() {
   $("use").addEventListener("click", () => restore(stage.shown().fields, stage.shown().from));
   $("begin-from").addEventListener("click", beginFromShown);
   $("delete").addEventListener("click", () => guarded(() => gallery.remove([stage.shown().name])));
+  $("grid-sheet").addEventListener("click", () => guarded(saveSheet));
+  $("grid").addEventListener("click", () => {
+    if (!$("form").reportValidity()) return;
+    const from = beginning.taken();
+    openGrid(readForm(from), from);
+  });
   $("vary").addEventListener("click", vary);
   $("full-view").addEventListener("click", openFull);
   $("picture").addEventListener("click", openFull);
@@ -240,6 +258,7 @@ function wire() {
   });
   $("endpoint").addEventListener("change", adapt);
   wireActions();
+  wireGrid(askGrid);
   wireFile("restore", "file", restoreFrom);
   wireFile("from-choose", "from-file", beginFrom);
   wireDrop({ begin: beginFrom, restore: restoreFrom, mayBegin: beginning.isAllowed });

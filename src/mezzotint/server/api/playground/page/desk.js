@@ -19,19 +19,21 @@ export function wireDesk(made) {
     lay(front());
     $("cancel").focus();
   });
-  $("cancel").addEventListener("click", () => stop(front()));
-  $("cancel-all").addEventListener("click", () => [...queue.all()].reverse().forEach(stop));
+  $("cancel").addEventListener("click", () => stopAll(queue.all().filter((run) => run.set === front().set)));
+  $("cancel-all").addEventListener("click", () => stopAll(queue.all()));
 }
 
-const stop = (run) => guarded(() => queue.stop(run));
+/** Ends runs, the last first, so that none of them begins meanwhile. */
+const stopAll = (runs) => [...runs].reverse().forEach((run) => guarded(() => queue.stop(run)));
 
 const HEARD = {
   asked(run) {
     showError(null);
     note("");
-    if (queue.all().length === 1) lay(run);
+    const before = queue.all().findIndex((other) => other.set === run.set);
+    if (before === 0 && run.set !== stage.lying()) lay(run);
     said = "";
-    say(queue.all().length === 1 ? "Sent" : `In the queue, ${queue.all().length - 1} before it`);
+    say(before ? `In the queue, ${before} before it` : "Sent");
     draw();
   },
   begun: draw,
@@ -72,9 +74,9 @@ const HEARD = {
   },
 };
 
-function lay(run) {
-  run.before = stage.lying();
-  stage.lay(run.set);
+function lay({ set }) {
+  if (stage.lying() !== set) set.before = stage.lying();
+  stage.lay(set);
 }
 
 /** Lays a run's pictures where those of a run lie that has ended; whoever looks at a print is not disturbed. */
@@ -86,21 +88,33 @@ function turnTo(run) {
 
 /** Takes away what came to nothing: the next run's pictures lie there instead, else what lay there before. */
 function putBack(run) {
-  if (run.set !== stage.lying()) return;
+  if (run.set !== stage.lying() || queue.all().some((other) => other.set === run.set)) return;
+  if (run.set.pictures.some(({ name }) => name)) return;
   const [next] = queue.all();
   if (next) lay(next);
-  else stage.lay(run.before?.pictures.some(({ name }) => name) ? run.before : null);
+  else stage.lay(run.set.before?.pictures.some(({ name }) => name) ? run.set.before : null);
 }
 
 /** What a run waits for or does, in words. */
 function words(run) {
   if (run.away) return run.away;
+  if (run.set.grid) return gridWords(run.set);
   if (!run.sent) return "waits here";
   if (!run.progress) return "sending";
   const { status, position, loading, seconds_left: left } = run.progress;
   const place = position ? `queued, ${position} ${position === 1 ? "goes" : "go"} first` : "queued, next in line";
   const text = status !== "queued" ? count(run.progress) : loading ? load(loading) : place;
   return left ? `${text}, about ${duration(left)} left` : text;
+}
+
+function gridWords({ pictures }) {
+  return `${pictures.filter(({ name }) => name).length} of ${pictures.length} pictures of the grid`;
+}
+
+/** How much of what lies on the sheet for this run is done. */
+function share({ set, progress }) {
+  if (set.grid) return set.pictures.filter(({ name }) => name).length / set.pictures.length;
+  return progress ? (progress.step ?? 0) / (progress.num_steps ?? 1) : 0;
 }
 
 /** Steps as people count them: of this picture, and of how many pictures. */
@@ -118,11 +132,12 @@ function draw() {
   $("running").hidden = !run;
   $("make-text").textContent = run ? "Add to the queue" : "Make picture";
   document.title = "Mezzotint";
-  drawWaiting(queue.all().filter((each) => each !== run));
+  const sets = new Map(queue.all().map((each) => [each.set, each])); // one line for each
+  drawWaiting([...sets.values()].filter((each) => each.set !== run?.set));
   if (!run) return;
   const { status, step = 0, num_steps: steps = 1 } = run.progress ?? {};
   $("watch").hidden = run.set === stage.lying();
-  $("progress").value = step / steps;
+  $("progress").value = share(run);
   $("progress-text").textContent = words(run);
   if (run.progress) document.title = `${status === "queued" ? "queued" : `${step}/${steps}`} · Mezzotint`;
   if (status && said !== `${run.sender} ${status}`) {
@@ -135,11 +150,11 @@ function drawWaiting(others) {
   $("waiting").hidden = !others.length;
   $("cancel-all").hidden = !others.length;
   const lines = [...$("waiting-list").children];
-  for (const line of lines) if (!others.some((run) => run.line === line)) line.remove();
+  for (const line of lines) if (!others.some(({ set }) => set.line === line)) line.remove();
   for (const run of others) {
-    run.line ??= newLine(run);
-    if (run.line.parentElement !== $("waiting-list")) $("waiting-list").append(run.line);
-    run.line.querySelector("small").textContent = words(run);
+    const line = (run.set.line ??= newLine(run));
+    if (line.parentElement !== $("waiting-list")) $("waiting-list").append(line);
+    line.querySelector("small").textContent = words(run);
   }
 }
 
@@ -151,7 +166,7 @@ function newLine(run) {
   show.addEventListener("click", () => lay(run));
   const drop = Object.assign(document.createElement("button"), { type: "button", className: "quiet", textContent: "Take back" });
   drop.setAttribute("aria-label", `Take back: ${run.fields.prompt}`);
-  drop.addEventListener("click", () => stop(run));
+  drop.addEventListener("click", () => stopAll(queue.all().filter((other) => other.set === run.set)));
   line.append(show, drop);
   return line;
 }

@@ -1,6 +1,8 @@
 // The form: what is asked for, and what the chosen endpoint can be asked.
 
+import * as adapters from "./adapters.js";
 import * as beginning from "./beginning.js";
+import { drawShapes, markShape } from "./shapes.js";
 
 const $ = (id) => document.getElementById(id);
 const KEPT = "mezzotint-form";
@@ -10,18 +12,18 @@ let models = [];
 
 /** What the chosen endpoint can be asked; undefined before it is known. */
 export const chosen = () => models.find((m) => m.id === $("endpoint").value)?.mezzotint;
-const model = () => ($("adapter").value ? `${$("endpoint").value}:${$("adapter").value}` : $("endpoint").value);
+const named = () => adapters.fieldsFor($("endpoint").value, adapters.taken());
 const number = (id) => ($(id).value === "" ? null : Number($(id).value));
 
 /** Fills the choices from the answer of /v1/models. */
 export function setModels(data) {
-  const before = model();
+  const before = $("endpoint").value && named();
   const untouched = number("steps") === chosen()?.default_steps;
   models = data;
   const endpoints = data.filter((model) => !model.mezzotint.adapter);
   $("endpoint").replaceChildren(...endpoints.map((model) => new Option(model.id, model.id)));
   const kept = restoreKept();
-  choose(before || kept?.model || endpoints[0]?.id);
+  choose(before || kept || { model: endpoints[0]?.id });
   if (before ? untouched : !kept) useDefaults();
 }
 
@@ -34,19 +36,19 @@ export const isStarting = () => chosen()?.status === "starting" && !knowsEndpoin
 /** Prompts that the chosen endpoint's model draws well. */
 export const examples = () => chosen()?.examples ?? [];
 
-function choose(name = "") {
-  const [endpoint, route = ""] = name.split(":");
+/** Chooses the endpoint and the adapters that these fields name, as far as there are such. */
+function choose(fields) {
+  const [endpoint] = (fields.model ?? "").split(":");
   if ([...$("endpoint").options].some((option) => option.value === endpoint)) $("endpoint").value = endpoint;
   adapt();
-  if ([...$("adapter").options].some((option) => option.value === route)) $("adapter").value = route;
+  adapters.put(adapters.named(fields));
 }
 
 /** Shows what the chosen endpoint can be asked. */
 function adapt() {
   const can = chosen();
-  const routes = models.filter((m) => m.mezzotint.adapter && m.mezzotint.endpoint === $("endpoint").value);
-  $("adapter").replaceChildren(new Option("none", ""), ...routes.map((m) => new Option(m.mezzotint.adapter)));
-  $("adapter-row").hidden = routes.length === 0;
+  const own = models.filter((m) => m.mezzotint.adapter && m.mezzotint.endpoint === $("endpoint").value);
+  adapters.offer(own.map((m) => ({ route: m.mezzotint.adapter, scale: m.mezzotint.adapter_scale })));
   $("negative-row").hidden = !can?.supports_negative_prompt;
   const ignored = can?.guidance_effective === false;
   $("guidance").disabled = $("guidance-dial").disabled = ignored;
@@ -62,6 +64,13 @@ function adaptSize(can) {
   const several = named ? named.length > 1 : can?.width && can.max_pixels >= (can.width + can.size_multiple) * can.height;
   $("size-row").hidden = !several;
   if (!several) return;
+  drawShapes(can, (width, height) => {
+    const own = width === can.width && height === can.height && !beginning.taken();
+    setValue("width", own ? "" : width);
+    setValue("height", own ? "" : height);
+    changed();
+  });
+  markSize();
   for (const side of ["width", "height"]) {
     Object.assign($(side), { min: can.size_multiple, step: can.size_multiple });
   }
@@ -70,10 +79,18 @@ function adaptSize(can) {
   $("size-note").textContent = `Multiples of ${can.size_multiple}, up to ${most}\u00a0×\u00a0${most} in all.`;
 }
 
+/** Marks the preset whose size the form has. */
+function markSize() {
+  const can = chosen() ?? {};
+  const from = beginning.taken();
+  markShape(number("width") ?? (from ? null : can.width), number("height") ?? (from ? null : can.height));
+}
+
 /** Shows what holds where a field is left empty, which depends on the picture that there is to begin from. */
 function showPlaceholders() {
   for (const side of ["width", "height"]) $(side).placeholder = beginning.taken() ? "auto" : (chosen()?.[side] ?? "");
   turnDial("strength");
+  markSize();
 }
 
 function useDefaults() {
@@ -97,7 +114,7 @@ function turnDial(id) {
 export function readForm(from) {
   if ($("lock").getAttribute("aria-pressed") === "false" || $("seed").value === "") drawSeed();
   const can = chosen() ?? {};
-  const fields = { model: model(), prompt: $("prompt").value.trim(), num_inference_steps: number("steps") };
+  const fields = { ...named(), prompt: $("prompt").value.trim(), num_inference_steps: number("steps") };
   if (number("guidance") !== null && !$("guidance").disabled) fields.guidance_scale = number("guidance");
   if (!$("negative-row").hidden && $("negative").value.trim()) fields.negative_prompt = $("negative").value.trim();
   if (!$("size-row").hidden) {
@@ -112,7 +129,7 @@ export function readForm(from) {
 
 /** Puts a picture's fields into the form, with its seed locked; answers the model that could be chosen. */
 export function writeForm(fields) {
-  choose(fields.model);
+  choose(fields);
   const can = chosen() ?? {};
   setValue("prompt", fields.prompt);
   setValue("steps", fields.num_inference_steps);
@@ -123,8 +140,9 @@ export function writeForm(fields) {
   setValue("strength", fields.strength);
   for (const side of ["width", "height"]) setValue(side, fields[side] === can[side] ? "" : fields[side]);
   lock(fields.seed !== undefined);
+  markSize();
   keep();
-  return model();
+  return named().model;
 }
 
 function drawSeed() {
@@ -138,7 +156,7 @@ function lock(on) {
 
 function keep() {
   const values = Object.fromEntries(FIELDS.map((id) => [id, $(id).value]));
-  sessionStorage.setItem(KEPT, JSON.stringify({ ...values, model: model(), locked: $("lock").getAttribute("aria-pressed") }));
+  sessionStorage.setItem(KEPT, JSON.stringify({ ...values, ...named(), locked: $("lock").getAttribute("aria-pressed") }));
 }
 
 function restoreKept() {
@@ -150,7 +168,13 @@ function restoreKept() {
   return kept;
 }
 
+function changed() {
+  markSize();
+  keep();
+}
+
 export function wireForm(onSubmit) {
+  adapters.wireAdapters(keep);
   beginning.wireBeginning(showPlaceholders);
   const form = $("form");
   form.addEventListener("submit", (event) => {
@@ -160,7 +184,7 @@ export function wireForm(onSubmit) {
   form.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
-  form.addEventListener("input", keep);
+  form.addEventListener("input", changed);
   for (const id of Object.keys(DIALS)) {
     $(`${id}-dial`).addEventListener("input", () => ($(id).value = $(`${id}-dial`).value));
     $(id).addEventListener("input", () => turnDial(id));
@@ -170,7 +194,6 @@ export function wireForm(onSubmit) {
     useDefaults();
     keep();
   });
-  $("adapter").addEventListener("change", keep);
   $("dice").addEventListener("click", () => drawSeed());
   $("seed").addEventListener("input", () => lock($("seed").value !== ""));
   $("lock").addEventListener("click", () => {

@@ -3,7 +3,7 @@
 import { call, local, read } from "./api.js";
 import { known } from "./beginning.js";
 import { guarded, say } from "./notice.js";
-import { fileName } from "./stage.js";
+import { fileName, modelText } from "./stage.js";
 import { zipOf } from "./zip.js";
 
 const $ = (id) => document.getElementById(id);
@@ -163,7 +163,7 @@ function newCard({ name, fields }) {
   show.setAttribute("aria-current", String(name === pointed));
   const image = Object.assign(document.createElement("img"), { alt: "", loading: "lazy" });
   const title = Object.assign(document.createElement("em"), { textContent: fields.prompt, title: fields.prompt });
-  const facts = [`${fields.model}, ${fields.width} × ${fields.height}`, `${fields.num_inference_steps} steps, seed ${fields.seed}`];
+  const facts = [`${modelText(fields)}, ${fields.width} × ${fields.height}`, `${fields.num_inference_steps} steps, seed ${fields.seed}`];
   const small = facts.map((text) => Object.assign(document.createElement("small"), { textContent: text, title: text }));
   show.append(image, title, ...small);
   show.addEventListener("click", () => onShow(find(name)));
@@ -206,7 +206,7 @@ function compare() {
   $("pair").replaceChildren(
     ...pair.map((print) => Object.assign(document.createElement("img"), { src: print.src, alt: print.fields.prompt })),
   );
-  const values = pair.map(({ fields }) => ({ ...fields, size: `${fields.width} × ${fields.height}` }));
+  const values = pair.map(({ fields }) => ({ ...fields, model: modelText(fields), size: `${fields.width} × ${fields.height}` }));
   const rows = Object.entries(LABELS).filter(([name]) => values.some((value) => value[name] != null));
   $("differences").tBodies[0].replaceChildren(
     ...rows.map(([name, label]) => {

@@ -17,8 +17,13 @@ export const wireQueue = (tell) => (listener = tell);
 export const all = () => runs;
 
 /** Asks for pictures; `from` is what they begin from. The run's `set` is what lies on the sheet for it. */
-export function ask(fields, from, more = {}) {
-  return add({ ...newRun(fields, from), ...more });
+export function ask(fields, from) {
+  add(newRun(fields, from));
+}
+
+/** Asks for each picture of a set with a request of its own. */
+export function askCells(set, from) {
+  set.pictures.forEach(({ fields }, first) => add({ ...newRun(fields, from), set, first }));
 }
 
 /** Takes up the runs that a reload of the page interrupted. */
@@ -36,12 +41,11 @@ export async function stop(run) {
 }
 
 function add(run) {
-  Object.assign(run, { set: noise(run.fields, run.from), sent: false, progress: null, away: "" });
+  Object.assign(run, { set: run.set ?? noise(run.fields, run.from), first: run.first ?? 0, sent: false, progress: null, away: "" });
   runs.push(run);
   keep();
   listener(run, "asked");
   pump();
-  return run;
 }
 
 function pump() {
@@ -73,22 +77,22 @@ function take(run, event, data) {
     if (run.progress?.id !== data.id) keep();
     run.progress = data;
     const { step = 0, num_steps: steps = 1 } = data;
-    grain(run.set, run.set.pictures.some(({ src }) => src) ? 0.7 * (1 - step / steps) ** 2 : 1);
+    if (!run.set.grid) grain(run.set, run.set.pictures.some(({ src }) => src) ? 0.7 * (1 - step / steps) ** 2 : 1);
   }
-  if (event === "preview") preview(run.set, data.index, data.b64_json);
-  if (event === "done") finish(run.set, data);
+  if (event === "preview") preview(run.set, run.first + data.index, data.b64_json);
+  if (event === "done") finish(run.set, data, run.first);
   if (["progress", "preview", "away"].includes(event)) listener(run, event, data);
 }
 
 function end(run, event, data) {
   runs = runs.filter((other) => other !== run);
-  run.set.ended = event === "done";
+  run.set.ended = !runs.some((other) => other.set === run.set) && run.set.pictures.some(({ name }) => name);
   keep();
   listener(run, event, event === "failed" && !(data instanceof Error) ? new Refused(0, data, data.request_id) : data);
   pump();
 }
 
 function keep() {
-  const kept = runs.map(({ id, fields, edit, sender, grid }) => ({ id, fields, edit, sender, grid }));
+  const kept = runs.map(({ id, fields, edit, sender }) => ({ id, fields, edit, sender }));
   sessionStorage.setItem(KEPT, JSON.stringify(kept));
 }

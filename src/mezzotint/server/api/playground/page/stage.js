@@ -1,6 +1,6 @@
 // The sheet in the middle: pictures that come out of the noise, and what is said about them.
-// A set is what lies there together: {pictures: [{src, fields, name, from}], at, grain}. `src` null has nothing to show
-// yet, `name` is the server's for a stored picture, `from` is what it began from where this page knows it.
+// A set is what lies there together: {pictures: [{src, fields, name, from}], at, grain, grid}. `src` null has nothing to show
+// yet, `grid` says what its rows and columns are, if it is one, `name` is the server's for a stored picture, `from` is what it began from where this page knows it.
 
 import { local, pictureName } from "./api.js";
 
@@ -29,14 +29,31 @@ export function lay(next) {
   $("welcome").hidden = Boolean(set);
   $("print").hidden = !set;
   $("actions").hidden = true;
-  $("strip").hidden = pictures.length < 2;
-  $("strip").replaceChildren(...(pictures.length < 2 ? [] : pictures.map(thumbnail)));
+  drawStrip(pictures);
   if (set) {
     if (set.grain) roughen();
     grain(set, set.grain);
     draw();
   }
   onLay();
+}
+
+/** All pictures of a set; of a grid with what its rows and columns are. */
+function drawStrip(pictures) {
+  const grid = set?.grid;
+  $("strip").hidden = pictures.length < 2;
+  $("strip").replaceChildren(...(pictures.length < 2 ? [] : pictures.map(thumbnail)));
+  $("strip").classList.toggle("grid", Boolean(grid));
+  $("strip").style.setProperty("--columns", grid?.columns.length ?? 1);
+  $("axes").hidden = $("grid-sheet").hidden = !grid;
+  if (grid) $("axes").textContent = `Columns: ${grid.x} ${grid.columns.join(", ")}${grid.rows.length > 1 ? `; rows: ${grid.y} ${grid.rows.join(", ")}` : ""}`;
+}
+
+/** What a cell of a grid differs in. */
+function place(at) {
+  const { x, y, columns, rows } = set.grid;
+  const row = rows[Math.floor(at / columns.length)];
+  return `${x} ${columns[at % columns.length]}${rows.length > 1 ? `, ${y} ${row}` : ""}`;
 }
 
 /** Puts another picture of the set in front. */
@@ -49,7 +66,13 @@ export function turn(at) {
 /** How much of the noise is left in a set, from 1 to 0. */
 export function grain(of, share) {
   of.grain = share;
-  if (of === set) $("plate").style.setProperty("--grain", share);
+  if (of === set && !of.grid) $("plate").style.setProperty("--grain", share);
+}
+
+/** The set of a grid's cells, which are requests of their own. */
+export function gridOf(grid, from) {
+  const pictures = grid.cells.map((fields) => ({ src: null, fields, from }));
+  return { pictures, at: 0, grain: 1, grid };
 }
 
 export function preview(of, index, data) {
@@ -59,8 +82,9 @@ export function preview(of, index, data) {
 }
 
 /** The finished pictures in the places of their previews. */
-export function finish(of, answer) {
-  answer.data.forEach((item, at) => {
+export function finish(of, answer, first = 0) {
+  answer.data.forEach((item, number) => {
+    const at = first + number;
     const picture = of.pictures[at];
     if (!picture) return;
     const { width, height } = item;
@@ -69,7 +93,7 @@ export function finish(of, answer) {
     picture.fields = { ...picture.fields, seed: item.seed, width, height };
     refresh(of, at);
   });
-  grain(of, 0);
+  if (of.pictures.every(({ name }) => name)) grain(of, 0);
 }
 
 /** The fields of one picture of a request. */
@@ -102,11 +126,13 @@ function draw() {
   else image.removeAttribute("src");
   image.alt = src ? fields.prompt : "";
   $("plate").style.setProperty("--shape", shape(picture));
+  if (set.grid) $("plate").style.setProperty("--grain", name ? 0 : src ? 0.4 : 1); // each cell has its own
   const edition = set.pictures.length > 1 ? `, ${set.at + 1}/${set.pictures.length}` : "";
-  $("edition").textContent = `${fields.model}${edition}`;
+  $("edition").textContent = `${modelText(fields)}${edition}`;
   $("caption").textContent = fields.prompt;
   $("caption").title = fields.prompt;
   $("signature").textContent = `seed ${fields.seed}`;
+  if (set.grid) $("edition").textContent = place(set.at);
   $("actions").hidden = !name;
   if (name) Object.assign($("download"), { href: src, download: fileName(picture) });
   for (const [at, item] of [...$("strip").children].entries()) {
@@ -117,7 +143,8 @@ function draw() {
 function thumbnail(picture, at) {
   const button = document.createElement("button");
   button.type = "button";
-  button.setAttribute("aria-label", `Picture ${at + 1}`);
+  button.setAttribute("aria-label", set.grid ? place(at) : `Picture ${at + 1}`);
+  button.title = set.grid ? place(at) : "";
   const image = document.createElement("img");
   image.alt = "";
   if (picture.src) image.src = picture.src;
@@ -126,6 +153,13 @@ function thumbnail(picture, at) {
   const item = document.createElement("li");
   item.append(button);
   return item;
+}
+
+/** The endpoint and the adapters with their strengths: `emoji:ink 0.5 + glow`. */
+export function modelText({ model, adapters }) {
+  if (!adapters?.length) return model;
+  const uses = adapters.map(({ route, scale }) => (scale == null ? route : `${route} ${scale}`));
+  return `${model.split(":")[0]}:${uses.join(" + ")}`;
 }
 
 const slug = (text) => text.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40).replace(/^-|-$/g, "") || "picture";
