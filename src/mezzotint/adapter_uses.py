@@ -5,11 +5,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import MISSING, PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from mezzotint.errors import echo
 from mezzotint.spec import ID_PATTERN, LIMITS, MAX_ADAPTERS, AdapterUse
+
+
+def uses_of(route: str | None, listed: tuple[AdapterUse, ...] | MISSING | None) -> tuple[AdapterUse, ...]:
+    """The adapters of a request: what `model` names, with its scale from the list, then the others."""
+    uses = listed if isinstance(listed, tuple) else ()
+    first = [use for use in uses if use.route == route] or [AdapterUse(route)] if route else []
+    return (*first, *(use for use in uses if use.route != route))
 
 
 def _adapter_uses(value: Any) -> tuple[AdapterUse, ...]:

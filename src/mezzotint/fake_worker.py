@@ -144,6 +144,8 @@ def model_info(load: LoadModel, size: int, step_s: float, max_pictures: int = 2)
         strength=max_pictures > 0,
         calibration=[{"rows": 1, "forward_s": step_s, "rows_per_s": 1 / step_s if step_s else 0.0}],
         step_s=step_s,
+        about="Coloured noise, the same for the same request.",
+        license="Apache-2.0",
         examples=list(EXAMPLES),
     )
 

@@ -67,7 +67,7 @@ class Parameters:
         """The fields of the request that gives this picture again, without those that are None."""
         fields = {name: getattr(self.spec, name) for name in _STORED}
         values = {"model": self.model, **fields, "adapters": self.adapters}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value not in (None, ())}
 
     def to_dict(self) -> dict[str, Any]:
         """As `request_fields`, and what the endpoint adds to every request."""

@@ -168,6 +168,10 @@ class ModelInfo:
     """Every (width, height) that the model can draw; empty: any of its multiple."""
     step_s: float = 0.0
     """Measured seconds of one step of one lone job at the default size."""
+    about: str = ""
+    """What it draws, as its maker says."""
+    license: str = ""
+    """Of the weights, as its maker says."""
     examples: list[str] = field(default_factory=list)
     """Prompts that the model's maker recommends."""
     merging: Mapping[str, str] = field(default_factory=dict)

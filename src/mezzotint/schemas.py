@@ -24,11 +24,11 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from mezzotint.adapter_uses import AdaptersField
+from mezzotint.adapter_uses import AdaptersField, uses_of
 from mezzotint.errors import MAX_ECHO, InvalidRequestError, MezzotintError, echo, error_type, nearest
 from mezzotint.picture_fields import Pictures
 from mezzotint.schema_examples import ANSWER_EXAMPLE, ERROR_EXAMPLE, REQUEST_EXAMPLES
-from mezzotint.spec import ID_PATTERN, LIMITS, MAX_SEED, AdapterUse, ImageSpec, between
+from mezzotint.spec import ID_PATTERN, LIMITS, MAX_SEED, ImageSpec, between
 
 MAX_PROMPT = 10_000
 """Most characters of a prompt after trimming."""
@@ -85,9 +85,8 @@ _NegativePrompt = Annotated[str, _plain_text(MAX_PROMPT)]
 _Prompt = Annotated[_NegativePrompt, AfterValidator(_not_empty)]
 
 
-_SPEC_FIELDS = set(ImageSpec.__dataclass_fields__) - {
-    "images", "mask", "strength", "control_images", "adapters",
-}  # fmt: skip
+_ASIDE = {"images", "mask", "strength", "control_images", "adapters"}
+_SPEC_FIELDS = set(ImageSpec.__dataclass_fields__) - _ASIDE
 """Fields of a request in words that a spec has by the same name."""
 
 
@@ -140,9 +139,7 @@ class DedicatedImageGenerationBody(BaseModel):
     )
     adapters: AdaptersField | MISSING | None = Field(
         default=MISSING,
-        description="Adapters that the image uses together, each with its strength; the adapter's own where "
-        "`scale` is unset. The one that `model` names comes first, whether it is in this list or not.",
-        examples=[[{"route": "flat", "scale": 0.8}]],
+        description="Adapters used together, each with its strength. The one that `model` names comes first.",
     )
     control_images: Pictures | MISSING | None = Field(
         default=MISSING,
@@ -174,9 +171,7 @@ class DedicatedImageGenerationBody(BaseModel):
         values = self.model_dump(include=_SPEC_FIELDS, exclude_none=True)
         values["controlnet_weights"] = tuple(values.get("controlnet_weights", ()))
         _, route = split_model(self.model)
-        listed = self.adapters if isinstance(self.adapters, tuple) else ()
-        first = [use for use in listed if use.route == route] or [AdapterUse(route)] * bool(route)
-        return ImageSpec(**values, adapters=(*first, *(use for use in listed if use.route != route)))
+        return ImageSpec(**values, adapters=uses_of(route, self.adapters))
 
 
 class ForeignImageGenerationBody(DedicatedImageGenerationBody):

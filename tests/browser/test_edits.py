@@ -5,6 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,8 @@ from PIL import Image
 from playwright.sync_api import Request
 
 from mezzotint.images import read_parameters
-from tests.browser.conftest import Visit
+from tests.browser.conftest import Visit, new_key
+from tests.server.hosting import Host
 
 EDITS = "/dedicated/v1/images/edits"
 
@@ -185,6 +190,35 @@ def test_a_model_of_words_offers_no_beginning(visit: Visit) -> None:
     assert visit.text("#error") == "words makes pictures from words only; choose another endpoint."
     visit.page.select_option("#endpoint", "one")
     visit.see("#from-pictures img")
+
+
+@pytest.mark.parametrize("recipe", ["curl", "python", "openai"])
+def test_a_recipe_gives_the_same_edit(visit: Visit, host: Host, tmp_path: Path, recipe: str) -> None:
+    choose(visit)
+    visit.page.fill("#strength", "0.5")
+    visit.make('an owl\'s "hoot" for $5', seed=5)
+    before = visit.shown_bytes()
+    visit.page.click(f"[data-recipe={recipe}]")
+    code = visit.text("#recipe")
+    with visit.page.expect_download() as begun:
+        visit.page.click("#recipe-files a")
+    begun.value.save_as(tmp_path / begun.value.suggested_filename)
+    environment = os.environ | {"MEZZOTINT_API_KEY": new_key(host), "OMP_NUM_THREADS": "1"}
+    command = ["sh", "-c", code] if recipe == "curl" else [sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert (tmp_path / "picture.png").read_bytes() == before
+
+
+def test_settings_of_an_edit_say_that_its_picture_is_gone(visit: Visit) -> None:
+    choose(visit)
+    visit.page.fill("#strength", "0.5")
+    visit.make("an owl")
+    visit.page.reload()
+    visit.page.click("#prints .show")
+    visit.page.click("#use")
+    assert visit.text("#warnings") == "The picture that it began from is not kept; choose it again."
+    visit.page.click("#vary")
+    visit.hear("there are no variations of it", selector="#error")
 
 
 def test_what_is_no_picture_is_told_so(visit: Visit) -> None:

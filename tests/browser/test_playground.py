@@ -14,11 +14,13 @@ from playwright.sync_api import Browser, Error
 from mezzotint import images
 from mezzotint.fake_worker import EXAMPLES
 from mezzotint.images import read_parameters
+from mezzotint.server.api.playground import FILES
 from tests.attacks import attack
 from tests.browser.conftest import Visit, new_key, open_page
 from tests.server.hosting import Host, client, endpoint, hosting, settings_for
 
 MAX_PAGE_BYTES = 200_000
+MAX_LINES = 500
 SERIOUS = ("serious", "critical")
 
 
@@ -359,8 +361,22 @@ def test_the_page_is_light_and_asks_nobody_else(visit: Visit, host: Host) -> Non
     }
     assert "/playground/style.css" in sizes
     assert sum(sizes.values()) < MAX_PAGE_BYTES
+    assert sum(file.stat().st_size for file in page_files()) < MAX_PAGE_BYTES, "all that it may ever load"
     foreign = [url for url in visit.requests if not url.startswith((host.url, "data:", "blob:"))]
     assert foreign == []
+
+
+def page_files() -> list[Path]:
+    """The files of the page, without those of /docs and the font's licence."""
+    return [
+        file for file in FILES.iterdir() if not file.name.startswith("reference") and file.suffix != ".txt"
+    ]
+
+
+def test_each_script_is_short() -> None:
+    lengths = {file.name: file.read_text().count("\n") for file in page_files() if file.suffix == ".js"}
+    assert len(lengths) > 20
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
 @attack("A script injected into the playground", outcome="the browser refuses it")
@@ -401,6 +417,43 @@ def test_no_serious_accessibility_fault(
     assert visit.page.evaluate("document.scrollingElement.scrollWidth") <= width, (
         "nothing sticks out sideways"
     )
+    visit.page.context.close()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_no_serious_accessibility_fault_at_work(
+    browser: Browser, host: Host, axe_source: str, scheme: Any, width: int
+) -> None:
+    visit = open_page(
+        browser,
+        host,
+        new_key(host),
+        color_scheme=scheme,
+        viewport={"width": width, "height": 900},
+        bypass_csp=True,
+    )
+    visit.page.evaluate(axe_source)
+    visit.make("an owl", seed=1)
+    visit.page.click("#card summary")
+    visit.page.locator("#prints .mark").first.click()
+    visit.page.click("#begin-from")
+    visit.see("#from-pictures img")
+    faults = check(visit)
+    for opener, dialog in (
+        ("#history", "#history-dialog"),
+        ("#keyboard", "#keyboard-dialog"),
+        ("#grid", "#grid-dialog"),
+        ("#full-view", "#full"),
+    ):
+        visit.page.click(opener)
+        visit.see(dialog)
+        faults += check(visit)
+        visit.page.keyboard.press("Escape")
+        visit.gone(dialog)
+    visit.page.click("#mask-paint")
+    faults += check(visit)
+    assert faults == []
+    assert visit.page.evaluate("document.scrollingElement.scrollWidth") <= width
     visit.page.context.close()
 
 

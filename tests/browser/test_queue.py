@@ -34,7 +34,7 @@ def test_prompts_wait_their_turn_and_all_are_made(visit: Visit) -> None:
     assert seen == [["Add to the queue"], ["an owl"], ["a cat", "a dog", "a hen"]]
     assert sorted(prompts(visit, 4)) == ["a cat", "a dog", "a hen", "an owl"]
     visit.gone("#running")
-    assert visit.text("#status") == "Done"
+    visit.done()
     assert visit.text("#caption") == "a hen", "the sheet went along"
     assert visit.text("#make-text") == "Make picture"
 

@@ -48,6 +48,8 @@ def model_info(engine: Engine) -> ModelInfo:
         calibration=[each.facts() for each in engine.measured],
         step_s=engine.measured[0].forward_s if engine.measured else 0.0,
         sizes=list(engine.profile.manifest.sizes),
+        about=engine.profile.manifest.about,
+        license=engine.profile.manifest.license,
         examples=list(engine.profile.manifest.examples),
         merging={name: finding.words for name, finding in engine.findings.items()},
         proof=_proof(engine),

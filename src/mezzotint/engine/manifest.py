@@ -30,6 +30,10 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    about: Annotated[str, Field(max_length=300)] = ""
+    """What it draws, in a sentence for people."""
+    license: Annotated[str, Field(max_length=100)] = ""
+    """Of the weights: a name such as `Apache-2.0`."""
     examples: list[Text] = Field([], max_length=12)
     """Prompts that the model draws well."""
     sizes: list[tuple[Pixels, Pixels]] = []

@@ -18,7 +18,8 @@ from PIL import Image
 
 from mezzotint import images
 from mezzotint.errors import InvalidRequestError
-from mezzotint.server.api.a1111 import take_lora
+from mezzotint.server.api.a1111 import take_loras
+from mezzotint.spec import AdapterUse
 from tests.attacks import attack
 from tests.server.hosting import PATIENCE_S, Host, endpoint, hosting, settings_for
 
@@ -103,22 +104,24 @@ def test_a_lora_in_the_prompt_is_the_adapter_of_that_route(host: Host, http: htt
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("a fox", ("a fox", None, None)),
-        ("<lora:glow:0.8>a fox", ("a fox", "glow", 0.8)),
-        ("a <lora:glow:-1> fox", ("a fox", "glow", -1.0)),
-        ("a fox <lora:glow:1:OUTALL>", ("a fox", "glow", 1.0)),
-        ("a <lora> fox", ("a <lora> fox", None, None)),
-        (None, (None, None, None)),
+        ("a fox", ("a fox", ())),
+        ("<lora:glow:0.8>a fox", ("a fox", (AdapterUse("glow", 0.8),))),
+        ("a <lora:glow:-1> fox <lora:ink>", ("a fox", (AdapterUse("glow", -1.0), AdapterUse("ink")))),
+        ("a fox <lora:glow:1:OUTALL>", ("a fox", (AdapterUse("glow", 1.0),))),
+        ("a <lora> fox", ("a <lora> fox", ())),
+        (None, (None, ())),
     ],
 )
-def test_a_lora_is_taken_out_of_the_prompt(prompt: object, expected: tuple[object, ...]) -> None:
-    assert take_lora(prompt) == expected
+def test_loras_are_taken_out_of_the_prompt(prompt: object, expected: tuple[object, ...]) -> None:
+    assert take_loras(prompt) == expected
 
 
-@pytest.mark.parametrize("prompt", ["<lora:a:1> <lora:b:1>", "<lora:a:11>"])
-def test_two_loras_or_a_wild_weight_are_refused(prompt: str) -> None:
+@pytest.mark.parametrize(
+    "prompt", ["<lora:a:1> <lora:a:2>", "<lora:a:11>", "".join(map("<lora:{}:1>".format, range(9)))]
+)
+def test_a_lora_twice_too_many_and_a_wild_weight_are_refused(prompt: str) -> None:
     with pytest.raises(InvalidRequestError):
-        take_lora(prompt)
+        take_loras(prompt)
 
 
 def test_a_bad_field_is_told_in_the_contracts_words(http: httpx2.Client) -> None:

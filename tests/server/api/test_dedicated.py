@@ -205,7 +205,7 @@ def test_several_adapters_each_with_its_strength(host: Host, tmp_path: Path) -> 
         file.write_bytes(b"weights")
         host.announce("one", route, file)
     uses = [{"route": "glow", "scale": 0.5}, {"route": "ink"}]
-    asked = {"seed": 1, "response_format": "raw"}
+    asked: dict[str, Any] = {"seed": 1, "response_format": "raw"}
     both = host.picture(adapters=uses, **asked)
     assert host.picture(adapters=uses, model="one:glow", **asked) == both
     assert host.picture(model="one:glow", **asked) != both

@@ -48,7 +48,7 @@ from mezzotint.server.store.keys import Key
 from mezzotint.server.threads import PICTURES
 from mezzotint.server.work.resolve import Target, resolve_short, usable_endpoints
 from mezzotint.server.work.tickets import Answer, Picture, Ticket
-from mezzotint.spec import AdapterUse, ImageSpec
+from mezzotint.spec import MAX_ADAPTERS, AdapterUse, ImageSpec
 
 SAMPLER = "Automatic"
 """The only sampler to choose, which is the model's own; other names in a request are ignored."""
@@ -159,9 +159,9 @@ def parse_request(values: Mapping[str, Any], request: Request, context: Context,
     settings = values.get("override_settings") or {}
     named = settings.get("sd_model_checkpoint") if isinstance(settings, dict) else None
     target = resolve_short(context.registry, key, named or _chosen(request, context, key))
-    prompt, lora, scale = take_lora(values.get("prompt"))
-    if lora is not None:
-        target = target.with_adapter(lora)
+    prompt, loras = take_loras(values.get("prompt"))
+    if loras:
+        target = target.with_adapter(loras[0].route)
     steps, seed, guidance = values.get("steps"), values.get("seed"), values.get("cfg_scale")
     fields = {
         "model": target.model,
@@ -179,7 +179,7 @@ def parse_request(values: Mapping[str, Any], request: Request, context: Context,
         fields, bent = meet_half_way(fields, target.endpoint.profile)
         warnings += bent
     body = make_body(fields, ForeignImageGenerationBody)
-    uses = (AdapterUse(target.route, scale),) if target.route else ()
+    uses = loras or ((AdapterUse(target.route),) if target.route else ())
     return CheckedRequest(body, target, replace(body.spec, adapters=uses), warnings)
 
 
@@ -201,26 +201,27 @@ def _ignored(values: Mapping[str, Any]) -> list[str]:
     return [f"{text} had no effect: this server has no such thing" for text in found]
 
 
-def take_lora(prompt: Any) -> tuple[Any, str | None, float | None]:
-    """The prompt without its LoRA, the LoRA's route and weight; InvalidRequestError for more than one."""
+def take_loras(prompt: Any) -> tuple[Any, tuple[AdapterUse, ...]]:
+    """The prompt without its LoRAs, and them; InvalidRequestError for too many and for a wild weight."""
     found = _LORA.findall(prompt) if isinstance(prompt, str) else []
     if not found:
-        return prompt, None, None
-    if len(found) > 1:
+        return prompt, ()
+    routes = [route for route, _ in found]
+    if len(routes) > MAX_ADAPTERS or len(set(routes)) < len(routes):
         raise InvalidRequestError(
-            f"prompt names {len(found)} LoRAs; a request can use one adapter",
+            f"prompt must name at most {MAX_ADAPTERS} LoRAs, each once (got {echo(', '.join(routes))})",
             code="not_supported",
             param="prompt",
         )
-    route, weight = found[0]
-    scale = float(weight) if weight else None
-    if scale is not None and abs(scale) > 10:
-        raise InvalidRequestError(
-            f"the weight of LoRA {echo(route)} must be between -10 and 10 (got {weight})",
-            code="out_of_range",
-            param="prompt",
-        )
-    return " ".join(_LORA.sub(" ", prompt).split()), route, scale
+    uses = tuple(AdapterUse(route, float(weight) if weight else None) for route, weight in found)
+    for use in uses:
+        if use.scale is not None and abs(use.scale) > 10:
+            raise InvalidRequestError(
+                f"the weight of LoRA {echo(use.route)} must be between -10 and 10 (got {use.scale})",
+                code="out_of_range",
+                param="prompt",
+            )
+    return " ".join(_LORA.sub(" ", prompt).split()), uses
 
 
 def _num_images(values: Mapping[str, Any]) -> Any:

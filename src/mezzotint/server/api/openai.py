@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -470,6 +471,23 @@ def _abilities(endpoint: Endpoint) -> dict[str, Any]:
         "sizes": info.sizes if info else None,
         "controlnets": endpoint.profile.controlnets,
         "examples": info.examples if info else None,
+        "card": _card(endpoint) if info else None,
+    }
+
+
+def _card(endpoint: Endpoint) -> dict[str, Any]:
+    """What people want to know of an endpoint's model; of a folder on the server only its name."""
+    source, info = endpoint.spec.model, endpoint.info
+    assert info is not None
+    return {
+        "model": Path(source).name if Path(source).is_absolute() or source.startswith(".") else source,
+        "about": info.about or None,
+        "license": info.license or None,
+        "pipeline": info.pipeline_class,
+        "num_parameters": info.num_parameters,
+        "dtype": info.dtype,
+        "device": info.device,
+        "step_s": round(endpoint.profile.step_s(None, None), 4),
     }
 
 

@@ -40,7 +40,7 @@ _ITEM_KEYS = ("image", "image_url", "b64_json", "url")
 """Where an object of JSON may have a picture's text."""
 _NUMBERS = (
     "n", "num_inference_steps", "steps", "guidance_scale", "seed", "width", "height", "output_compression",
-    "partial_images", "stream", "strength",
+    "partial_images", "stream", "strength", "adapters",
 )  # fmt: skip
 """Fields that are no text, which in a form everything is."""
 

@@ -40,7 +40,7 @@ export function stringify(fields, indent) {
 export async function call(path, { method = "GET", body, headers = {}, signal } = {}) {
   const all = new Headers(headers);
   if (key.get()) all.set("authorization", `Bearer ${key.get()}`);
-  if (body) all.set("content-type", "application/json");
+  if (body && !all.has("content-type")) all.set("content-type", "application/json");
   let response;
   try {
     response = await fetch(new URL(path, base), { method, body, headers: all, signal, cache: "no-store" });

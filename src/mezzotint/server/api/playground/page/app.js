@@ -1,19 +1,20 @@
 // The page: wires the parts to each other.
 
+import { offerAdmin, wireAdmin } from "./admin.js";
 import { key, read } from "./api.js";
 import * as beginning from "./beginning.js";
 import * as desk from "./desk.js";
 import { wireDrop } from "./drop.js";
-import { examples, isStarting, knowsEndpoint, readForm, setModels, wireForm, writeForm } from "./form.js";
+import { examples, isReady, isStarting, readForm, setModels, wireForm, writeForm } from "./form.js";
 import * as gallery from "./gallery.js";
 import * as full from "./full.js";
 import * as history from "./history.js";
 import { openGrid, sheetOf, wireGrid } from "./grid.js";
 import { wireKeyboard } from "./keyboard.js";
-import { guarded, note, say, showError, wireNotice } from "./notice.js";
-import { readSettings } from "./png.js";
+import { complain, guarded, note, say, showError, wireNotice } from "./notice.js";
+import { readSettings } from "./metadata.js";
 import * as queue from "./queue.js";
-import { recipes } from "./recipes.js";
+import { filesOf, recipes } from "./recipes.js";
 import * as slider from "./slider.js";
 import * as stage from "./stage.js";
 
@@ -39,6 +40,7 @@ async function enter() {
   learn(models.data);
   if (!models.data.length) note("This key may use no endpoint of this server.");
   await guarded(() => gallery.load());
+  await guarded(offerAdmin);
   queue.resume();
 }
 
@@ -88,20 +90,27 @@ async function saveSheet() {
   link.click();
 }
 
+/** Whether a picture began from one that this page no longer has. */
+const isLost = ({ fields, from }) => fields.strength !== undefined && !from;
+
 /** The same settings with the next seeds. */
 function vary() {
   const { fields, from, name } = stage.shown() ?? {};
   if (!name) return false;
+  if (isLost(stage.shown())) return showError(new Error("The picture that it began from is not kept, so there are no variations of it."));
   const { width, height, seed, ...rest } = fields;
   const size = from ? {} : { width, height };
   queue.ask({ ...rest, ...size, n: NEIGHBOURS, response_format: "url", seed: (BigInt(seed) + 1n).toString() }, from);
 }
 
+/** Takes up what has been made; errors of other requests stay in sight. */
 async function made() {
-  await guarded(async () => {
-    if (!knowsEndpoint()) learn((await read("v1/models")).data); // it had not been loaded before
+  try {
+    if (!isReady()) learn((await read("v1/models")).data); // it had not been loaded before
     await gallery.renew();
-  });
+  } catch (error) {
+    complain(error);
+  }
   pointAtShown();
 }
 
@@ -113,7 +122,7 @@ function restore(fields, from = null) {
   showError(null);
   const model = writeForm(fields);
   beginning.putBack(from);
-  const lost = fields.strength !== undefined && !from ? " The picture that it began from is not kept; choose it again." : "";
+  const lost = isLost({ fields, from }) ? " The picture that it began from is not kept; choose it again." : "";
   note((model === fields.model ? "" : `${fields.model} is not to be had with this key, so this is for ${model}.`) + lost);
   say("Settings restored; the seed is kept");
   $("prompt").focus();
@@ -170,8 +179,18 @@ function starShown() {
   guarded(() => gallery.star([print], !print.starred));
 }
 
-function showRecipe(name) {
-  $("recipe").textContent = recipes[name]({ response_format: "url", ...stage.shown().fields });
+/** The files that a recipe reads, to be saved beside it. */
+async function recipeFiles(from) {
+  if (!from) return [];
+  const { images, mask } = filesOf(from);
+  const files = from.pictures.map(({ url }, at) => [images[at], url]);
+  if (mask) files.push([mask, URL.createObjectURL(await beginning.maskOf(from))]);
+  return files.map(([download, href]) => Object.assign(document.createElement("a"), { className: "quiet", download, href, textContent: download }));
+}
+
+async function showRecipe(name) {
+  $("recipe-files").replaceChildren(...(await recipeFiles(stage.shown().from)));
+  $("recipe").textContent = recipes[name]({ response_format: "url", ...stage.shown().fields }, stage.shown().from);
   $("recipe-title").textContent = `The same picture with ${name === "python" ? "Python" : name}`;
   $("copy").firstElementChild.textContent = "Copy";
   $("recipe-dialog").showModal();
@@ -258,6 +277,7 @@ function wire() {
   });
   $("endpoint").addEventListener("change", adapt);
   wireActions();
+  wireAdmin();
   wireGrid(askGrid);
   wireFile("restore", "file", restoreFrom);
   wireFile("from-choose", "from-file", beginFrom);

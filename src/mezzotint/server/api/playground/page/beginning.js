@@ -56,8 +56,11 @@ export function putBack(from) {
 export async function wire(from) {
   const image = await Promise.all(from.pictures.map(async ({ blob }) => ({ image: await dataUrl(blob) })));
   if (!from.strokes.length) return { image };
-  return { image, mask: { image: await dataUrl(await mask.file(from)) } };
+  return { image, mask: { image: await dataUrl(await maskOf(from)) } };
 }
+
+/** The mask as a file. */
+export const maskOf = (from) => mask.file(from);
 
 async function read(blob, title) {
   let bitmap;

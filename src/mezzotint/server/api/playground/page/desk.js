@@ -63,14 +63,14 @@ const HEARD = {
     draw();
     complain(error, queue.all().length ? run.fields.prompt : "");
   },
-  done(run, answer) {
+  async done(run, answer) {
     for (const { name, from } of run.set.pictures) if (from) known.set(name, from);
     turnTo(run);
     draw();
+    note(answer.warnings.join(" "));
+    await onMade();
     const left = queue.all().length;
     say(left ? `Done, ${left} to go` : "Done");
-    note(answer.warnings.join(" "));
-    onMade(run, answer);
   },
 };
 

@@ -2,6 +2,7 @@
 
 import * as adapters from "./adapters.js";
 import * as beginning from "./beginning.js";
+import { drawCard } from "./card.js";
 import { drawShapes, markShape } from "./shapes.js";
 
 const $ = (id) => document.getElementById(id);
@@ -27,11 +28,11 @@ export function setModels(data) {
   if (before ? untouched : !kept) useDefaults();
 }
 
-/** Whether the chosen endpoint has ever been loaded, so that it is known what it can be asked. */
-export const knowsEndpoint = () => chosen()?.width != null;
+/** Whether the chosen endpoint is loaded, so that it is known what it can be asked. */
+export const isReady = () => chosen()?.status === "ready" && chosen().width != null;
 
-/** Whether it is about to be known. */
-export const isStarting = () => chosen()?.status === "starting" && !knowsEndpoint();
+/** Whether its model is loading. */
+export const isStarting = () => chosen()?.status === "starting";
 
 /** Prompts that the chosen endpoint's model draws well. */
 export const examples = () => chosen()?.examples ?? [];
@@ -55,6 +56,7 @@ function adapt() {
   $("guidance-note").hidden = !ignored;
   $("guidance").placeholder = can?.default_guidance ?? "auto";
   turnDial("guidance");
+  drawCard(can);
   beginning.allow({ max_pictures: can?.max_pictures ?? 0, masks: can?.masks ?? false, strength: can?.strength ?? false });
   adaptSize(can);
 }
