@@ -19,7 +19,7 @@ export function clear(next = []) {
   undone = [];
 }
 
-export const isPainting = () => !$("brush").hidden;
+const isPainting = () => !$("brush").hidden;
 
 /** Lays the picture on the plate to be painted on. */
 export function paint(picture) {
