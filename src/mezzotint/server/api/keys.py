@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Path
@@ -12,13 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from mezzotint.errors import ConflictError, InvalidRequestError
 from mezzotint.server.api import answers
 from mezzotint.server.api.context import AdminKey, CurrentContext, CurrentKey
+from mezzotint.server.api.strict import StrictRoute
 from mezzotint.server.store import keys
 from mezzotint.server.store.keys import Key
+from mezzotint.server.threads import DATABASE
 
 PATH = "/dedicated/beta/keys"
 _ERRORS: dict[int | str, dict[str, Any]] = {status: answers.ERRORS[status] for status in (401, 403, 503)}
 
-router = APIRouter(tags=["Keys"])
+router = APIRouter(tags=["Keys"], route_class=StrictRoute)
 
 
 class KeyView(BaseModel):
@@ -67,7 +69,7 @@ async def own_key(key: CurrentKey) -> dict[str, Any]:
 
 @router.get(PATH, summary="List keys", response_model=KeyList, responses=_ERRORS)
 async def list_keys(context: CurrentContext, admin: AdminKey) -> dict[str, Any]:
-    found = await asyncio.to_thread(keys.list_keys, context.engine)
+    found = await DATABASE.run(keys.list_keys, context.engine)
     return {"data": [KeyView.values_of(key) for key in found]}
 
 
@@ -80,10 +82,9 @@ async def list_keys(context: CurrentContext, admin: AdminKey) -> dict[str, Any]:
 async def create_key(body: NewKeyBody, context: CurrentContext, admin: AdminKey) -> dict[str, Any]:
     """The answer has the key's secret, once."""
     try:
-        await asyncio.to_thread(keys.require_endpoints, context.engine, body.endpoints)
-        key, secret = await asyncio.to_thread(
-            keys.create_key, context.engine, body.name, admin=body.admin, endpoints=body.endpoints
-        )
+        await DATABASE.run(keys.require_endpoints, context.engine, body.endpoints)
+        make = partial(keys.create_key, admin=body.admin, endpoints=body.endpoints)
+        key, secret = await DATABASE.run(make, context.engine, body.name)
     except InvalidRequestError as error:  # it speaks of the command's flags
         text = error.message.removeprefix("--")
         raise InvalidRequestError(text, code=error.code, param=error.param) from None
@@ -102,7 +103,7 @@ async def revoke_key(
     """Ends the key at once. The key that asks cannot revoke itself, so that an admin is left."""
     if key_id in (admin.id, admin.name):
         raise ConflictError("this is the key that asks; revoke it with another admin key")
-    return KeyView.values_of(await asyncio.to_thread(keys.revoke_key, context.engine, key_id))
+    return KeyView.values_of(await DATABASE.run(keys.revoke_key, context.engine, key_id))
 
 
 def install(app: FastAPI) -> None:
