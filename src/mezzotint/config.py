@@ -118,6 +118,23 @@ class Settings(Table):
     database_url: str | None = Field(
         None, description="SQLAlchemy URL; SQLite in the data folder when unset."
     )
+    storage: str | None = Field(
+        None,
+        description="Where pictures are kept: `s3://BUCKET` or `s3://BUCKET/PREFIX`; the data folder when "
+        "unset. Credentials come from the environment.",
+    )
+    storage_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^/\s@]+/?$",
+        description="Address of an S3-compatible store, such as `http://127.0.0.1:9000`; AWS's when unset.",
+    )
+    storage_timeout_s: Seconds = Field(
+        10.0, description="How long one request to the store may take; a picture's upload is one."
+    )
+    storage_held_bytes: Bytes = Field(
+        2**30,
+        description="Most bytes of pictures that wait in the data folder while the store does not answer.",
+    )
     public_url: str | None = Field(
         None,
         pattern=r"^https?://[^/\s]+(/[^\s]*)?$",

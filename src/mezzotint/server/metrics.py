@@ -123,6 +123,9 @@ class Metrics:
         self.stored = Counter(
             "mezzotint_picture_bytes_written_total", "Bytes of pictures ever stored.", registry=registry
         )
+        self.held_bytes = Gauge(
+            "mezzotint_held_bytes", "Bytes of pictures that wait for object storage.", registry=registry
+        )
         self._shapes: dict[str, set[str]] = {}
 
     def stats(self, endpoint_id: str, stats: Stats) -> None:

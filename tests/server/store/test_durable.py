@@ -17,6 +17,7 @@ from mezzotint.errors import ConfigError, InvalidRequestError
 from mezzotint.images import Parameters
 from mezzotint.server.store import adapter_files, database, durable
 from mezzotint.server.store.adapter_files import copy_source
+from mezzotint.server.store.folder import Folder
 from mezzotint.server.store.pictures import Pictures
 from mezzotint.server.store.signing import load_signer
 from mezzotint.spec import ImageSpec
@@ -66,7 +67,7 @@ def test_a_picture_is_on_the_disk_before_its_url_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = database.open_database(f"sqlite:///{tmp_path / 'x.db'}")
-    pictures = Pictures(engine, tmp_path, load_signer(tmp_path), 60, 0, 0)
+    pictures = Pictures(engine, Folder(tmp_path), load_signer(tmp_path), 60, 0, 0)
     events = recorded(monkeypatch)
     name = pictures.save(b"x", ".png", "key", Parameters("one", ImageSpec(prompt="a", num_inference_steps=1)))
     engine.dispose()

@@ -13,7 +13,7 @@ import pytest
 
 from mezzotint.server.store import keys
 from tests.attacks import attack
-from tests.server.hosting import GENERATE, Host, client, hosting, settings_for
+from tests.server.hosting import GENERATE, Host, client, folder_of, hosting, settings_for
 
 SIZE = 4
 STARS = 2
@@ -21,10 +21,14 @@ LONG_AGO_S = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with hosting(
-        settings_for(tmp_path_factory.mktemp("server"), gallery_size=SIZE, max_starred=STARS)
-    ) as running:
+def host(tmp_path_factory: pytest.TempPathFactory, server_database: str | None) -> Iterator[Host]:
+    settings = settings_for(
+        tmp_path_factory.mktemp("server"),
+        gallery_size=SIZE,
+        max_starred=STARS,
+        database_url=server_database,
+    )
+    with hosting(settings) as running:
         yield running
 
 
@@ -94,7 +98,7 @@ def test_the_newest_outlive_their_urls_and_older_ones_do_not(host: Host, http: h
     for seed in range(SIZE + 2):
         make(host, http, seed)
     mine = {item["name"] for item in http.get("/dedicated/v1/images").json()["data"]}
-    folder = host.service.pictures.folder
+    folder = folder_of(host)
     then = time.time() - LONG_AGO_S
     for file in folder.iterdir():
         os.utime(file, (then, then))
@@ -113,7 +117,7 @@ def test_pictures_of_a_key_that_is_no_more_end_with_their_urls(host: Host, end: 
     (keys.revoke_key if end == "revoked" else keys.delete_key)(engine, key.id)
     host.service.pictures.clean()
     assert httpx2.get(url).status_code == 200, "the URL has not expired"
-    file = host.service.pictures.folder / httpx2.URL(url).path.rpartition("/")[2]
+    file = folder_of(host) / httpx2.URL(url).path.rpartition("/")[2]
     os.utime(file, (time.time() - LONG_AGO_S,) * 2)
     host.service.pictures.clean()
     assert not file.exists()
@@ -122,7 +126,7 @@ def test_pictures_of_a_key_that_is_no_more_end_with_their_urls(host: Host, end: 
 def test_without_keys_everybodys_pictures_outlive_their_urls(tmp_path: Path) -> None:
     with hosting(settings_for(tmp_path, auth=False)) as host:
         make(host, host.client, 1)
-        (file,) = host.service.pictures.folder.iterdir()
+        (file,) = folder_of(host).iterdir()
         os.utime(file, (time.time() - LONG_AGO_S,) * 2)
         host.service.pictures.clean()
         assert seeds(host.client) == [1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
 import httpx2
@@ -15,11 +17,15 @@ import pytest
 from mezzotint.errors import ConfigError, GoneError, NotFoundError, PermissionDeniedError
 from mezzotint.images import Parameters
 from mezzotint.server.store.database import open_database
-from mezzotint.server.store.pictures import Pictures
+from mezzotint.server.store.folder import Folder
+from mezzotint.server.store.pictures import PictureFile, Pictures
 from mezzotint.server.store.signing import Signer, load_signer
 from mezzotint.spec import ImageSpec
 from tests.attacks import attack
 from tests.server.hosting import Host, hosting, settings_for
+
+if TYPE_CHECKING:
+    from tests.server.s3 import S3Server
 
 
 def parts(url: str) -> tuple[str, str, str]:
@@ -37,21 +43,38 @@ def save(pictures: Pictures, data: bytes) -> str:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Iterator[Pictures]:
     engine = open_database(f"sqlite:///{tmp_path / 'mezzotint.db'}")
-    (tmp_path / "images").mkdir()
-    yield Pictures(engine, tmp_path / "images", Signer(b"s" * 32), 3600, 0, 0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    yield Pictures(engine, Folder(folder), Signer(b"s" * 32), 3600, 0, 0)
     engine.dispose()
+
+
+def find(pictures: Pictures, *parts: str) -> PictureFile:
+    return asyncio.run(pictures.find(*parts))
+
+
+def read(file: PictureFile) -> bytes:
+    async def collect() -> bytes:
+        return b"".join([piece async for piece in file.stored.pieces(0, file.stored.size)])
+
+    return asyncio.run(collect())
+
+
+@pytest.fixture
+def folder(pictures: Pictures, tmp_path: Path) -> Path:
+    return tmp_path / "images"
 
 
 def test_what_was_saved_is_found_by_its_url(pictures: Pictures) -> None:
     name = save(pictures, b"picture")
-    found = pictures.find(*parts(pictures.url("http://x", name)))
-    assert (found.path.read_bytes(), found.media_type) == (b"picture", "image/png")
+    found = find(pictures, *parts(pictures.url("http://x", name)))
+    assert (read(found), found.media_type) == (b"picture", "image/png")
 
 
-def test_names_are_random_and_files_are_whole(pictures: Pictures) -> None:
+def test_names_are_random_and_files_are_whole(pictures: Pictures, folder: Path) -> None:
     names = {save(pictures, b"same") for _ in range(50)}
     assert len(names) == 50
-    assert {file.name for file in pictures.folder.iterdir()} == names
+    assert {file.name for file in folder.iterdir()} == names
 
 
 @attack("A signature used for another picture or a later end", outcome="403")
@@ -66,47 +89,47 @@ def test_a_signature_holds_for_one_name_and_one_expiry(pictures: Pictures) -> No
         (name, expires, "é"),
     ):
         with pytest.raises(PermissionDeniedError):
-            pictures.find(*forged)
+            find(pictures, *forged)
 
 
 def test_another_secret_makes_other_signatures(pictures: Pictures) -> None:
     name = save(pictures, b"1")
     expires = int(time.time()) + 60
     with pytest.raises(PermissionDeniedError):
-        pictures.find(name, str(expires), Signer(b"t" * 32).signature(name, expires))
+        find(pictures, name, str(expires), Signer(b"t" * 32).signature(name, expires))
 
 
 @attack("A picture's name with ../ or of another shape", outcome="404")
 @pytest.mark.parametrize("name", ["../signing-key", "x.png", "", "a" * 32 + ".svg", "a" * 32 + ".png\n"])
 def test_what_no_save_ever_made_is_not_found(pictures: Pictures, name: str) -> None:
     with pytest.raises(NotFoundError):
-        pictures.find(name, "99999999999", "x")
+        find(pictures, name, "99999999999", "x")
 
 
 def test_an_expiry_that_is_no_number_is_not_found(pictures: Pictures) -> None:
     name = save(pictures, b"1")
     for expires in ("", "-1", "1e9", "²", "9" * 13):
         with pytest.raises(NotFoundError):
-            pictures.find(name, expires, "x")
+            find(pictures, name, expires, "x")
 
 
-def test_expired_is_gone_and_so_is_a_file_that_was_cleaned_away(pictures: Pictures) -> None:
+def test_expired_is_gone_and_so_is_a_file_that_was_cleaned_away(pictures: Pictures, folder: Path) -> None:
     name = save(pictures, b"1")
     with pytest.raises(GoneError):
-        pictures.find(*parts(pictures.url("http://x", name, expires=int(time.time()) - 1)))
+        find(pictures, *parts(pictures.url("http://x", name, expires=int(time.time()) - 1)))
     url = pictures.url("http://x", name)
-    (pictures.folder / name).unlink()
+    (folder / name).unlink()
     with pytest.raises(GoneError):
-        pictures.find(*parts(url))
+        find(pictures, *parts(url))
 
 
-def test_cleaning_removes_what_is_past_its_life_and_counts_the_rest(pictures: Pictures) -> None:
-    old, new, part = save(pictures, b"old"), save(pictures, b"newer"), pictures.folder / "x.png.part"
+def test_cleaning_removes_what_is_past_its_life_and_counts_the_rest(pictures: Pictures, folder: Path) -> None:
+    old, new, part = save(pictures, b"old"), save(pictures, b"newer"), folder / "x.png.part"
     part.write_bytes(b"half")
-    for file in (pictures.folder / old, part):
+    for file in (folder / old, part):
         os.utime(file, (time.time() - 3601, time.time() - 3601))
     assert pictures.clean() == (2, 5)
-    assert [file.name for file in pictures.folder.iterdir()] == [new]
+    assert [file.name for file in folder.iterdir()] == [new]
 
 
 def test_the_secret_is_made_once_private_and_kept(tmp_path: Path) -> None:
@@ -127,9 +150,14 @@ def test_a_damaged_secret_stops_the_start_with_a_sentence(tmp_path: Path) -> Non
 # ---------------------------------------------------------------- over HTTP
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with hosting(settings_for(tmp_path_factory.mktemp("server"), url_ttl_s=100)) as running:
+@pytest.fixture(scope="module", params=["folder", "s3"])
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """A server with each kind of storage in turn: nobody can tell from outside which it is."""
+    values = {}
+    if request.param == "s3":
+        s3: S3Server = request.getfixturevalue("s3")
+        values = {"storage": f"s3://{s3.bucket}/test/pictures", "storage_endpoint": s3.endpoint}
+    with hosting(settings_for(tmp_path_factory.mktemp("server"), url_ttl_s=100, **values)) as running:
         yield running
 
 
@@ -212,18 +240,17 @@ def test_a_known_picture_is_not_sent_again(url: str) -> None:
 
 
 @attack("Many downloads of a large picture", outcome="sent from the disk in pieces")
-def test_a_large_picture_is_never_whole_in_memory(host: Host, tmp_path: Path) -> None:
-    name = "a" * 32 + ".png"
-    with (host.service.pictures.folder / name).open("wb") as file:
-        file.truncate(48 * 2**20)
+def test_a_large_picture_is_never_whole_in_memory(host: Host) -> None:
+    name, size = "a" * 32 + ".png", 48 * 2**20
+    host.service.pictures.storage.write(name, bytes(size))
     tracemalloc.start()
     try:
         with httpx2.stream("GET", host.service.pictures.url(host.url, name)) as answer:
-            size = sum(len(part) for part in answer.iter_bytes(2**16))
+            received = sum(len(part) for part in answer.iter_bytes(2**16))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert size == 48 * 2**20
+    assert received == size
     assert peak < 16 * 2**20
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -66,6 +66,11 @@ def parameters_of(endpoint: Endpoint, model: str, picture: Picture) -> images.Pa
     """What made this picture."""
     spec = replace(picture.spec, width=picture.width, height=picture.height)
     return images.Parameters(model, spec, endpoint.profile.pipeline)
+
+
+def room_for(context: Context, stored: bool) -> Callable[[], None]:
+    """What a submission requires whose pictures are to be `stored`, or only to be sent."""
+    return context.pictures.storage.require_room if stored else lambda: None
 
 
 def store(

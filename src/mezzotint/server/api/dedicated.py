@@ -127,16 +127,18 @@ async def _answer(
     admission, preference = asked.context.admission, asked.preference
     kind = "dedicated edit" if spec.images else "dedicated"
     texts = body.model_dump(mode="json", exclude={"image", "mask", "control_images"})
+    form = body.response_format if isinstance(body.response_format, str) else "url"
     ticket = await admission.submit(
         asked.head.submission(
             target,
             asked.key,
             spec,
-            _finish(asked.context, body, asked.context.base_url(asked.request)),
+            _finish(asked.context, body, form, asked.context.base_url(asked.request)),
             body_fingerprint(kind, texts | picture_digests(spec)),
             num_images=body.num_images,
             num_previews=preference.num_previews,
             hold=preference.respond_async,
+            require=answers.room_for(asked.context, form == "url"),
         )
     )
     if preference.respond_async:
@@ -144,9 +146,8 @@ async def _answer(
     return answers.AnswerResponse(ticket, admission.attached(ticket))
 
 
-def _finish(context: Context, body: DedicatedImageGenerationBody, base_url: str) -> Finish:
+def _finish(context: Context, body: DedicatedImageGenerationBody, form: str, base_url: str) -> Finish:
     """The function that turns pictures into this dialect's answer; it runs in a thread."""
-    form = body.response_format if isinstance(body.response_format, str) else "url"
 
     def finish(ticket: Ticket, pictures: list[Picture]) -> Answer:
         began = time.perf_counter()

@@ -194,6 +194,7 @@ async def answer(
             num_images=asked.body.num_images,
             num_previews=asked.partial_images if asked.stream else 0,
             warnings=asked.warnings,
+            require=answers.room_for(context, asked.item_field in ("url", "both")),
         )
     )
     attached = context.admission.attached(ticket)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -47,6 +47,7 @@ class RequestHead:
         num_previews: int = 0,
         warnings: Sequence[str] = (),
         hold: bool = False,
+        require: Callable[[], None] = lambda: None,
     ) -> Submission:
         """The submission; NotFoundError for an adapter that the endpoint does not have."""
         require_adapters(target.endpoint, spec)
@@ -65,6 +66,7 @@ class RequestHead:
             warnings=tuple(warnings),
             hold=hold,
             arrived=self.request.state.arrived,
+            require=require,
         )
 
 

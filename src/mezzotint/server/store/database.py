@@ -90,6 +90,15 @@ pictures = sa.Table(
     sa.Index("pictures_of_key", "key_id", "created"),
 )
 
+objects = sa.Table(  # what is, or may be, in object storage
+    "objects",
+    metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("bytes", sa.Integer, nullable=False),
+    sa.Index("objects_by_age", "created"),
+)
+
 usage = sa.Table(
     "usage",
     metadata,

@@ -1,4 +1,4 @@
-"""Pictures as files behind signed URLs, and the list of each key's newest ones.
+"""Pictures behind signed URLs, and the list of each key's newest ones.
 
 A file's name is random, and a URL's signature covers name and expiry, so that a name alone opens nothing.
 The newest pictures of a living key, and those that it has starred, stay when their URLs have expired;
@@ -7,11 +7,8 @@ whoever else held such a URL cannot use it any more.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hmac
 import itertools
-import os
 import re
 import secrets
 import threading
@@ -19,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import sqlalchemy as sa
@@ -35,18 +32,15 @@ from mezzotint.errors import (
 )
 from mezzotint.images import FORMATS, Parameters
 from mezzotint.server.store import database
-from mezzotint.server.store.durable import sync
+from mezzotint.server.store.folder import OWNER_LENGTH, Storage, StoredFile
 from mezzotint.server.store.keys import ANONYMOUS
 from mezzotint.server.store.signing import Signer
 
-OWNER_LENGTH = 8
-"""Characters of a name that `Signer.owner` gives; the other 24 are random."""
 PATH = "/images/"
 """The path of all pictures below the server's address."""
 MEDIA_TYPES = {kind.suffix: kind.mime_type for kind in FORMATS.values()}
 _NAME = re.compile(rf"[A-Za-z0-9_-]{{32}}({'|'.join(map(re.escape, MEDIA_TYPES))})")
 _EXPIRY = re.compile(r"[0-9]{1,12}")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TABLE = database.pictures
 log = structlog.get_logger(__name__)
 
@@ -55,9 +49,8 @@ log = structlog.get_logger(__name__)
 class PictureFile:
     """The file behind a valid URL."""
 
-    path: Path
+    stored: StoredFile
     media_type: str
-    stat: os.stat_result
     expires: int
     """When the URL ends, in seconds since 1970."""
 
@@ -82,24 +75,24 @@ class GalleryEntry:
 
 
 class Pictures:
-    """The pictures of every key. Methods touch the disk and the database: call them from a thread.
+    """The pictures of every key. Methods that are no coroutines block: call them from a thread.
 
-    `folder` must exist. `gallery_size` is how many of a key's newest outlive their URLs; 0 keeps none.
+    `gallery_size` is how many of a key's newest outlive their URLs; 0 keeps none.
     `max_starred` is how many a key may star, which are kept besides. All pictures of one key may take
-    `max_bytes` on disk.
+    `max_bytes`.
     """
 
     def __init__(
         self,
         engine: sa.Engine,
-        folder: Path,
+        storage: Storage,
         signer: Signer,
         ttl_s: float,
         gallery_size: int,
         max_starred: int,
         max_bytes: int = 2**62,
     ) -> None:
-        self.folder = folder
+        self.storage = storage
         self._engine = engine
         self._signer = signer
         self._ttl_s = ttl_s
@@ -116,12 +109,15 @@ class Pictures:
     # ------------------------------------------------------------ files and their URLs
 
     def save(self, data: bytes, suffix: str, key_id: str, parameters: Parameters) -> str:
-        """Stores a picture for this key and returns its name; StorageFullError leaves nothing behind."""
+        """Stores a picture for this key and returns its name; raises what `Storage.write` does.
+
+        StorageFullError when the key may store no more; nothing is left behind.
+        """
         owner = self._signer.owner(key_id)
         name = owner + secrets.token_urlsafe(18) + suffix
         self._take_room(owner, len(data))
         try:
-            self._write(name, data)
+            self.storage.write(name, data)
         except BaseException:
             self._free_room(owner, len(data))
             raise
@@ -141,11 +137,11 @@ class Pictures:
         signature = self._signer.signature(name, until)
         return f"{base.rstrip('/')}{PATH}{name}?expires={until}&signature={signature}"
 
-    def find(self, name: str, expires: str, signature: str) -> PictureFile:
+    async def find(self, name: str, expires: str, signature: str) -> PictureFile:
         """The file behind a URL.
 
         PermissionDeniedError for a forged URL, GoneError for an expired one, NotFoundError for a name that
-        cannot be a picture's.
+        cannot be a picture's, UnavailableError when the storage does not answer.
         """
         if not _NAME.fullmatch(name) or not _EXPIRY.fullmatch(expires):
             raise NotFoundError("there is no such picture; take the URL from an answer as it is")
@@ -155,13 +151,10 @@ class Pictures:
                 "the signature of this picture URL is not valid; take the URL from an answer as it is",
                 code="invalid_signature",
             )
-        path = self.folder / name
-        with contextlib.suppress(FileNotFoundError):  # cleaning may remove it at any moment
-            if time.time() < int(expires):
-                return PictureFile(path, MEDIA_TYPES[path.suffix], path.stat(), int(expires))
-        raise GoneError(
-            "this picture URL has expired; the same request with the same seed makes the picture again"
-        )
+        stored = await self.storage.find(name) if time.time() < int(expires) else None
+        if stored is None:
+            raise gone()
+        return PictureFile(stored, MEDIA_TYPES[PurePath(name).suffix], int(expires))
 
     def _take_room(self, owner: str, size: int) -> None:
         with self._lock:
@@ -179,24 +172,6 @@ class Pictures:
         with self._lock:
             self._used[owner] -= size
             self._saved[owner] -= size
-
-    def _write(self, name: str, data: bytes) -> None:
-        """Writes under another name first, so that a reader sees all of a picture or none of it."""
-        temporary = self.folder / f"{name}.part"
-        try:
-            temporary.write_bytes(data)
-            sync(temporary)
-            temporary.replace(self.folder / name)
-            sync(self.folder)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            if error.errno in _DISK_FULL:
-                raise StorageFullError(
-                    "the server's disk is full, so the picture could not be stored; "
-                    "ask for response_format png to have it in the answer, or free space in data_dir"
-                ) from None
-            raise
 
     # ------------------------------------------------------------ the gallery
 
@@ -238,14 +213,12 @@ class Pictures:
 
     def remove(self, name: str, key_id: str) -> None:
         """Deletes one of the key's pictures; its URLs end with it."""
-        with self._engine.begin() as connection:
+        with self._engine.connect() as connection:
             _created(connection, name, key_id)
+        freed = self.storage.remove(name)  # first, so that who is told that it failed can ask again
+        self._free_room(name[:OWNER_LENGTH], freed)
+        with self._engine.begin() as connection:
             connection.execute(_TABLE.delete().where(_TABLE.c.name == name))
-        file = self.folder / name
-        with contextlib.suppress(FileNotFoundError):
-            size = file.stat().st_size
-            file.unlink()
-            self._free_room(name[:OWNER_LENGTH], size)
 
     def clean(self) -> tuple[int, int]:
         """Removes what is past its life; returns how many files went and how many bytes stay."""
@@ -261,25 +234,19 @@ class Pictures:
         with self._engine.begin() as connection:
             connection.execute(_TABLE.delete().where(_TABLE.c.name.in_(beyond) | orphan))
             listed = frozenset(connection.scalars(sa.select(_TABLE.c.name)))
-        return self._remove_expired(listed)
-
-    def _remove_expired(self, listed: frozenset[str]) -> tuple[int, int]:
-        removed, used = 0, Counter[str]()
         with self._lock:
             self._saved.clear()
-        now = time.time()
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    stat = entry.stat()
-                    if stat.st_mtime + self._ttl_s < now and entry.name not in listed:
-                        os.unlink(entry.path)
-                        removed += 1
-                    else:
-                        used[entry.name[:OWNER_LENGTH]] += stat.st_size
+        removed, used = self.storage.clean(time.time() - self._ttl_s, listed)
         with self._lock:
             self._used = used + self._saved
         return removed, used.total()
+
+
+def gone() -> GoneError:
+    """What is said of a picture that is no more."""
+    return GoneError(
+        "this picture URL has expired; the same request with the same seed makes the picture again"
+    )
 
 
 def _created(connection: sa.Connection, name: str, key_id: str) -> float:

@@ -78,6 +78,7 @@ class Admission:
     def _admit(self, submission: Submission) -> Ticket:
         endpoint, key = submission.endpoint, submission.key
         endpoint.require_available()
+        submission.require()
         loop = asyncio.get_running_loop()
         now = loop.time()
         timeout_s = endpoint.spec.deadline_s if submission.timeout_s is None else submission.timeout_s

@@ -116,6 +116,8 @@ class Submission:
     """Nobody waits on this connection, and the request runs to its end."""
     arrived: float
     """When its head was there, on the event loop's clock; its deadline counts from here."""
+    require: Callable[[], None] = lambda: None
+    """Raises when the answer could not be made; called before a new request is queued."""
 
     @property
     def identity(self) -> Identity:
