@@ -231,6 +231,26 @@ def test_the_command_upgrades_and_says_what_it_did(tmp_path: Path) -> None:
         assert json.loads(result.stdout) == expected
 
 
+def test_the_command_upgrades_postgres_and_tells_no_password(
+    new_postgres: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = new_postgres()
+    make_0_1_0(url)
+    monkeypatch.setenv("MEZZOTINT_DATABASE_URL", url.replace("tests@", "tests:sesame@"))
+    command = ["db", "upgrade", "--data-dir", str(tmp_path)]
+    for said in (f"schema version 0001 -> {migrations.HEAD}", f"at schema version {migrations.HEAD} already"):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert said in result.output
+    with hosting(settings_for(tmp_path, database_url=url), key=SECRET) as host:
+        assert host.post().status_code == 200
+    monkeypatch.setenv("MEZZOTINT_DATABASE_URL", url.replace("tests@", "nobody:sesame@"))
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, ConfigError)
+    assert 'role "nobody" does not exist' in refused.exception.message
+    assert "sesame" not in refused.exception.message
+
+
 def test_the_revisions_are_part_of_the_package() -> None:
     folder = Path(migrations.__file__).parent
     for each in (folder, folder / "versions"):

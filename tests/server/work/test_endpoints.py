@@ -18,8 +18,9 @@ from tests.server.hosting import Host, endpoint, hosting, settings_for
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with hosting(settings_for(tmp_path_factory.mktemp("server"), endpoint("fake:step_s=0.01"))) as running:
+def host(tmp_path_factory: pytest.TempPathFactory, server_database: str | None) -> Iterator[Host]:
+    folder = tmp_path_factory.mktemp("server")
+    with hosting(settings_for(folder, endpoint("fake:step_s=0.01"), database_url=server_database)) as running:
         yield running
 
 
