@@ -62,7 +62,7 @@ def adapter_of(values: Mapping[str, Any], target: Target) -> tuple[Target, Adapt
     if not loras:
         return target, None
     if len(loras) > 1:
-        text = f"{LORAS} names {len(loras)} LoRAs; a request can use one adapter"
+        text = f"{LORAS} names {len(loras)} LoRAs; send one of them, or several as adapters"
         raise InvalidRequestError(text, code="not_supported", param=LORAS)
     scale = loras[0].get("scale")
     if scale is not None and (not isinstance(scale, int | float) or isinstance(scale, bool)):
