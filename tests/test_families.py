@@ -40,9 +40,14 @@ def test_the_readme_says_what_was_found() -> None:
     assert f"{len(merging)} of them share forwards" in readme
 
 
-def test_no_class_was_ever_found_wrong() -> None:
+ROUNDED = ("KolorsPipeline", "KolorsImg2ImgPipeline")
+"""In bf16, forwards of two rows and of four differ in bits that the check's noise does not show."""
+
+
+def test_no_class_was_found_wrong_but_those_that_the_page_names() -> None:
     for dtype, most in (("fp32", 1), ("bf16", 16)):
         for row in [row for kind in KINDS for row in found(dtype, kind).values()]:
             if row["fast_levels"] is not None:  # else it failed in diffusers itself, or was not built
-                assert (row["alone"], row["exact"]) == (True, True), row
-                assert row["fast_levels"] <= most, row
+                named = dtype == "bf16" and row["pipeline"] in ROUNDED
+                assert (row["alone"], row["exact"]) == (True, not named), row
+                assert named or row["fast_levels"] <= most, row
