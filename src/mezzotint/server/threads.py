@@ -158,7 +158,7 @@ class Threads:
 
 
 DATABASE = Threads("database", 8, 5.0, "database_unavailable")
-STRANGERS = Threads("check of keys", 1, 5.0, max_waiting=256)
+STRANGERS = Threads("check of keys", 1, 5.0, code="server_busy", max_waiting=256)
 """Looks up keys that have never been good here, so that a flood of wrong ones holds up no right one."""
 FILES = Threads("file storage", 8, 30.0)
 SOURCES = Threads("look at adapter sources", 4, 600.0)
