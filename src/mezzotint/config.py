@@ -158,6 +158,10 @@ class Settings(Table):
     max_image_body_bytes: Bytes = Field(
         32 * 2**20, description="Largest request body on the routes where it holds pictures."
     )
+    allow_image_urls: bool = Field(
+        False,
+        description="Fetch input pictures that a request names by http(s) URL, from public addresses only.",
+    )
     body_timeout_s: float = Field(
         30.0,
         ge=0.1,

@@ -23,7 +23,7 @@ ADAPTER_CODES = (
 
 IMAGE_CODES = (
     "invalid_image", "image_format", "image_damaged", "image_too_large", "image_not_base64",
-    "image_url_refused", "too_many_images", "mask_size",
+    "image_url_refused", "image_fetch_failed", "too_many_images", "mask_size",
 )  # fmt: skip
 """What can be wrong with a picture that a request brings along."""
 

@@ -7,7 +7,7 @@ its signature says. An entry says what those do not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class Family:
     """Width and height are multiples of the VAE's factor times this."""
     max_pictures: int = 1
     """Most pictures of one request, where the class itself edits."""
+    edits_only: bool = False
+    """Whether the class makes pictures from pictures, and none from words alone."""
     tolerance_fp32: float = 0.004
     """Largest difference of any channel value (0 to 1) between a merged picture and plain diffusers'."""
     tolerance_bf16: float = 0.02
@@ -45,6 +47,14 @@ class Family:
 
 DEFAULT = Family()
 """For a pipeline class that is not listed."""
+
+_QWEN_IMAGE = Family(
+    default_steps=50,
+    default_guidance=4.0,
+    guidance_argument="true_cfg_scale",
+    implied_negative_prompt=" ",
+    tolerance_bf16=0.03,  # its texts are padded, and a mask takes other kernels
+)
 
 FAMILIES: Mapping[str, Family] = {
     "FluxPipeline": Family(
@@ -54,6 +64,13 @@ FAMILIES: Mapping[str, Family] = {
         guided_when=("guidance_embeds", True),
         negative_prompt=False,
     ),
+    "FluxKontextPipeline": Family(
+        default_steps=28,
+        default_guidance=3.5,
+        guided_when=("guidance_embeds", True),
+        negative_prompt=False,
+    ),
+    "Flux2Pipeline": Family(max_pictures=4),
     "Flux2KleinPipeline": Family(
         default_steps=50,
         distilled_steps=4,
@@ -79,13 +96,9 @@ FAMILIES: Mapping[str, Family] = {
     "StableDiffusion3Pipeline": Family(default_steps=28, default_guidance=7.0),
     "PixArtSigmaPipeline": Family(default_steps=20, default_guidance=4.5),
     "SanaPipeline": Family(default_steps=20, default_guidance=4.5, patch=1),
-    "QwenImagePipeline": Family(
-        default_steps=50,
-        default_guidance=4.0,
-        guidance_argument="true_cfg_scale",
-        implied_negative_prompt=" ",
-        tolerance_bf16=0.03,  # its texts are padded, and a mask takes other kernels
-    ),
+    "QwenImagePipeline": _QWEN_IMAGE,
+    "QwenImageEditPipeline": replace(_QWEN_IMAGE, edits_only=True),
+    "QwenImageEditPlusPipeline": replace(_QWEN_IMAGE, edits_only=True, max_pictures=3),
     "ZImagePipeline": Family(default_steps=50, default_guidance=5.0),
     "HunyuanImagePipeline": Family(
         guidance_argument="distilled_guidance_scale", guided_when=("guidance_embeds", True)

@@ -43,7 +43,7 @@ def decode_text(text: str, param: str) -> bytes:
     if text[:8].lower().startswith(("http://", "https://")):
         raise InvalidRequestError(
             f"{param} is a URL, and this server fetches no pictures; send the picture itself, as a data URL "
-            "or as base64",
+            "or as base64 (a server with allow_image_urls = true fetches them)",
             code="image_url_refused",
             param=param,
         )
@@ -70,9 +70,7 @@ def read_pictures(files: Sequence[bytes], param: str = "image") -> tuple[InputPi
             param=param,
         )
     kept = KEPT_PIXELS // len(files)
-    return tuple(
-        _input_picture(_shrunk(_on_white(_open(data, param)), kept).convert("RGB")) for data in files
-    )
+    return tuple(from_image(_shrunk(_on_white(_open(data, param)), kept).convert("RGB")) for data in files)
 
 
 def read_mask(
@@ -99,14 +97,22 @@ def read_mask(
         )
     if mask.size != picture.size:
         mask = mask.resize(picture.size, Image.Resampling.BILINEAR)
-    return _input_picture(mask)
+    return from_image(mask)
 
 
-def require_pictures(spec: ImageSpec, who: str, *, max_pictures: int, masks: bool, strength: bool) -> None:
+def require_pictures(
+    spec: ImageSpec, who: str, *, min_pictures: int, max_pictures: int, masks: bool, strength: bool
+) -> None:
     """InvalidRequestError, which names what `who` can do, unless it can do what `spec` asks of pictures."""
     if spec.mask is not None and not spec.images:
         raise InvalidRequestError(
             "mask says which part of a picture is repainted; send image too",
+            code="missing_field",
+            param="image",
+        )
+    if len(spec.images) < min_pictures:
+        raise InvalidRequestError(
+            f"{who} edits pictures and makes none from words only; send image too",
             code="missing_field",
             param="image",
         )
@@ -263,7 +269,8 @@ def _shrunk(image: Image.Image, max_pixels: int) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def _input_picture(image: Image.Image) -> InputPicture:
+def from_image(image: Image.Image) -> InputPicture:
+    """The picture (RGB) or mask (L) that `to_image` gives back."""
     return InputPicture(image.width, image.height, image.tobytes(), channels=len(image.getbands()))
 
 

@@ -154,6 +154,8 @@ class ModelInfo:
     num_parameters: int
     max_pictures: int = 0
     """Most pictures that a request may bring along; 0: words only."""
+    min_pictures: int = 0
+    """1: it makes nothing from words only."""
     masks: bool = False
     """Whether it can repaint a part of a picture."""
     strength: bool = False

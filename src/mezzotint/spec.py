@@ -36,6 +36,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
 }
 """Smallest and largest value of each number in a request; both are allowed."""
 
+Batching = Literal["exact", "fast", "off"]
 Seconds = Annotated[float, Field(ge=0)]
 Bytes = Annotated[int, Field(ge=0)]
 
@@ -205,7 +206,7 @@ class EngineSettings(Table):
         description="`auto` (cuda, then mps, then cpu), or a torch device such as `cuda:1`.",
     )
     num_threads: int = Field(0, ge=0, le=1024, description="torch threads of the worker; 0 is one per core.")
-    batching: Literal["exact", "fast", "off"] = Field(
+    batching: Batching = Field(
         "exact",
         description="`exact`: a seed gives the same bytes under any load. `fast`: merge what is there. "
         "`off`: never merge.",

@@ -25,6 +25,14 @@ def test_a_picture_and_words_become_a_file(run: Run, fake: Fake) -> None:
     assert Path("a-green-apple-7-2.png").read_bytes() != first
 
 
+def test_a_control_picture_needs_a_controlnet(run: Run, fake: Fake) -> None:
+    Image.new("RGB", (32, 16), "red").save("red.png")
+    asked = ("generate", "a cat", "--control", "red.png", "--control-weight", "0.5")
+    done = run(*asked, "--data-dir", str(fake.settings.data_dir))
+    assert done.returncode == 2
+    assert "has no ControlNet" in done.stderr
+
+
 def test_a_picture_that_is_not_there_is_a_sentence(run: Run, fake: Fake) -> None:
     done = run("edit", "none.png", "a cat", "--data-dir", str(fake.settings.data_dir))
     assert done.returncode == 2

@@ -31,7 +31,7 @@ def test_the_code_of_the_page_runs(
     files = sorted(path.name for path in tmp_path.iterdir())
     previews = [name for name in files if name.startswith("owl-after-")]
     assert len(previews) == 2
-    assert set(files) - set(previews) == {"apple.png", "owl.png", "rocket.png", "tree.png"}
+    assert set(files) - set(previews) == {"apple.png", "green.png", "owl.png", "rocket.png", "tree.png"}
     for name in files:
         with Image.open(name) as image:
             assert image.size == (16, 16)

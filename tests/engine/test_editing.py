@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from PIL import Image
 
 from mezzotint.engine import Engine, Request
@@ -22,8 +25,11 @@ from mezzotint.input_pictures import to_image
 from mezzotint.messages import Done
 from mezzotint.spec import InputPicture
 from tests.engine import tiny
+from tests.engine.adapter_files import transformer_peft, uses, write
 from tests.engine.conftest import same_alone_and_together
 
+SEVERAL = ("Flux2KleinPipeline", "QwenImageEditPlusPipeline")
+"""Classes that take a list of pictures."""
 DTYPES = (torch.float32, torch.bfloat16)
 PROMPTS = ("a red fox", "two boats", "big ocean", "one chair")
 
@@ -36,6 +42,9 @@ class Case:
     cls: str
     mask: bool = False
     guidance: str = "guidance_scale"
+    num_pictures: int = 1
+    steps: int | None = None
+    """None: any number."""
     call: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that this class wants and the text-to-image class does not."""
 
@@ -54,7 +63,31 @@ CASES = {
     "z-image": Case("z-image", "ZImageImg2ImgPipeline"),
     "z-image-mask": Case("z-image", "ZImageInpaintPipeline", mask=True),
     "flux2-klein": Case("flux2-klein", "Flux2KleinPipeline"),
+    "flux-kontext": Case("flux-kontext", "FluxKontextPipeline"),
+    "sana-sprint": Case("sana-sprint", "SanaSprintImg2ImgPipeline", steps=2),
+    "qwen-image-edit": Case("qwen-image-edit", "QwenImageEditPipeline", guidance="true_cfg_scale"),
+    "qwen-image-edit-plus": Case(
+        "qwen-image-edit-plus", "QwenImageEditPlusPipeline", guidance="true_cfg_scale", num_pictures=2
+    ),
 }
+NEEDS_VISION = pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="its processor needs torchvision"
+)
+
+
+def cases() -> list[ParameterSet]:
+    return [pytest.param(name, marks=[NEEDS_VISION] if "edit" in name else []) for name in CASES]
+
+
+@pytest.fixture(autouse=True)
+def small_pictures_for_qwen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its editing classes look at a million pixels whatever they are given: here at four thousand."""
+    for name in ("pipeline_qwenimage_edit", "pipeline_qwenimage_edit_plus"):
+        module = importlib.import_module(f"diffusers.pipelines.qwenimage.{name}")
+        usual = module.calculate_dimensions
+        monkeypatch.setattr(
+            module, "calculate_dimensions", lambda area, ratio, usual=usual: usual(area // 256, ratio)
+        )
 
 
 @functools.cache
@@ -81,19 +114,23 @@ def requests(case: Case) -> list[Request]:
     """Four requests that differ in prompt, steps, guidance, strength, picture and seed."""
     call = tiny.call(case.tiny)
     width, height = call.pop("width"), call.pop("height")
+    call.pop("num_inference_steps", None)
     by_itself = case.cls == type(pipeline(case.tiny, torch.float32)).__name__
     return [
         Request(
             prompt=prompt,
-            num_inference_steps=4 + index % 3,
+            num_inference_steps=case.steps or 4 + index % 3,
             guidance_scale=3.0 + index,
             seed=index,
             width=width,
             height=height,
             negative_prompt=" " if case.guidance == "true_cfg_scale" else None,
-            images=(picture(64, 64, index) if by_itself else picture(width, height, index),),
+            images=tuple(
+                picture(64, 64, index + each) if by_itself else picture(width, height, index)
+                for each in range(case.num_pictures)
+            ),
             mask=mask(width, height) if case.mask else None,
-            strength=None if by_itself else (0.5, 0.75, 1.0, 0.4)[index],
+            strength=None if by_itself else (0.5, 0.75, 1.0, 0.6 if case.steps else 0.4)[index],
             extra=call,
         )
         for index, prompt in enumerate(PROMPTS)
@@ -111,7 +148,8 @@ def plain(case: Case, dtype: torch.dtype, request: Request) -> Pixels:
     if "strength" in takes:
         arguments |= {"image": to_image(request.images[0]), "strength": request.strength}
     else:
-        arguments["image"] = [to_image(each) for each in request.images]
+        images = [to_image(each) for each in request.images]
+        arguments["image"] = images if case.cls in SEVERAL else images[0]
     if request.mask is not None:
         arguments["mask_image"] = to_image(request.mask)
     if "height" in takes:
@@ -141,7 +179,7 @@ def pictures(engine: Engine, wanted: list[Request]) -> list[Pixels]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases())
 def test_an_edit_alone_gives_the_bytes_of_plain_diffusers(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     wanted = requests(case)
@@ -217,6 +255,31 @@ def test_outside_the_mask_every_pixel_stays() -> None:
     assert not np.array_equal(made[~outside], before[~outside])
 
 
+def test_an_adapter_applies_to_edits_and_rows_of_both_mix(tmp_path: Path) -> None:
+    pipe = pipeline("flux", torch.float32)
+    file = write(transformer_peft(pipe, 1), tmp_path / "adapter.safetensors")
+    base = requests(CASES["flux"])[:2] + requests(CASES["flux-mask"])[:1]
+    adapted = [replace(each, adapters=uses("inked")) for each in base]
+    engine = Engine(pipe, rows=4)
+    try:
+        engine.enable_adapters().add("inked", file)
+        alone = pictures(engine, base[:1])[0], pictures(engine, adapted[:1])[0]
+        assert not np.array_equal(*alone)
+        same_alone_and_together(engine, [*base, *adapted])
+    finally:
+        engine.close()
+
+
+def test_at_full_strength_nothing_of_the_picture_is_left() -> None:
+    """Where the pipeline itself begins from noise alone, as Flux does."""
+    request = replace(requests(CASES["flux"])[0], strength=1.0)
+    other = replace(request, images=(picture(64, 64, 9),))
+    engine = Engine(pipeline("flux", torch.float32))
+    one, two = pictures(engine, [request, other])
+    engine.close()
+    assert np.array_equal(one, two)
+
+
 def test_only_the_steps_that_run_are_counted() -> None:
     engine = Engine(pipeline("flux", torch.float32))
     request = replace(requests(CASES["flux"])[0], num_inference_steps=10, strength=0.3)
@@ -238,6 +301,9 @@ def test_only_the_steps_that_run_are_counted() -> None:
         ("flux", {"images": (), "mask": mask(8, 8)}, "missing_field", "send image too"),
         ("flux", {"strength": 0.1}, "out_of_range", "at least 1"),
         ("flux", {"strength": 1.5}, "out_of_range", "between 0 and 1"),
+        pytest.param(
+            "qwen-image-edit", {"images": ()}, "missing_field", "none from words only", marks=NEEDS_VISION
+        ),
     ],
 )
 def test_what_a_model_cannot_do_is_refused(

@@ -8,7 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from mezzotint.cli.generate import client_for, make_and_print, parse_size
-from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, ServerFlag
+from mezzotint.cli.options import (
+    ConfigFlag,
+    DataDirFlag,
+    EndpointFlag,
+    FormatFlag,
+    GuidanceFlag,
+    JsonFlag,
+    NegativeFlag,
+    NumberFlag,
+    OutFlag,
+    SeedFlag,
+    ServerFlag,
+    ShowFlag,
+    StepsFlag,
+)
 
 
 def edit(
@@ -21,26 +35,17 @@ def edit(
         float | None,
         typer.Option(metavar="S", help="How much is made anew, 0 to 1. [0.8; with a mask 1]"),
     ] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="ID[:ROUTE]", help="Endpoint and adapter. [the first endpoint]")
-    ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", help="Denoising steps, 1 to 50.")] = 20,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="G", help="How closely to follow the prompt. [the endpoint's]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="S", help="Same seed, same picture. [random]")] = None,
-    format: Annotated[
-        str,
-        typer.Option(metavar="F", help="`png`, `jpeg`, `jpg`, `raw`, or `url` to leave it on the server."),
-    ] = "png",
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write. [from the prompt, in this folder]")
-    ] = None,
-    number: Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures, 1 to 8.")] = 1,
+    endpoint: EndpointFlag = None,
+    steps: StepsFlag = 20,
+    guidance: GuidanceFlag = None,
+    seed: SeedFlag = None,
+    format: FormatFlag = "png",
+    out: OutFlag = None,
+    number: NumberFlag = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels. [the picture's]")] = None,
-    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to show.")] = None,
+    negative: NegativeFlag = None,
     server: ServerFlag = None,
-    show: Annotated[bool, typer.Option(help="Draw the picture if stderr is a terminal.")] = True,
+    show: ShowFlag = True,
     config: ConfigFlag = None,
     data_dir: DataDirFlag = None,
     as_json: JsonFlag = False,

@@ -17,8 +17,17 @@ import typer
 from mezzotint.cli.options import (
     ConfigFlag,
     DataDirFlag,
+    EndpointFlag,
+    FormatFlag,
+    GuidanceFlag,
     JsonFlag,
+    NegativeFlag,
+    NumberFlag,
+    OutFlag,
+    SeedFlag,
     ServerFlag,
+    ShowFlag,
+    StepsFlag,
     read_settings,
     require_engine,
 )
@@ -38,21 +47,12 @@ SLUG_LENGTH = 40
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to show.")] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="ID[:ROUTE]", help="Endpoint and adapter. [the first endpoint]")
-    ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", help="Denoising steps, 1 to 50.")] = 20,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="G", help="How closely to follow the prompt. [the endpoint's]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="S", help="Same seed, same picture. [random]")] = None,
-    format: Annotated[
-        str,
-        typer.Option(metavar="F", help="`png`, `jpeg`, `jpg`, `raw`, or `url` to leave it on the server."),
-    ] = "png",
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write. [from the prompt, in this folder]")
-    ] = None,
+    endpoint: EndpointFlag = None,
+    steps: StepsFlag = 20,
+    guidance: GuidanceFlag = None,
+    seed: SeedFlag = None,
+    format: FormatFlag = "png",
+    out: OutFlag = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -61,11 +61,19 @@ def generate(
             allow_dash=True,
         ),
     ] = None,
-    number: Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures, 1 to 8.")] = 1,
+    number: NumberFlag = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels. [the endpoint's]")] = None,
-    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to show.")] = None,
+    negative: NegativeFlag = None,
+    control: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A picture for the endpoint's next ControlNet; may be repeated."),
+    ] = None,
+    control_weight: Annotated[
+        list[float] | None,
+        typer.Option(metavar="W", help="How much that picture counts, 0 to 1; one for each. [1]"),
+    ] = None,
     server: ServerFlag = None,
-    show: Annotated[bool, typer.Option(help="Draw the picture if stderr is a terminal.")] = True,
+    show: ShowFlag = True,
     config: ConfigFlag = None,
     data_dir: DataDirFlag = None,
     as_json: JsonFlag = False,
@@ -91,6 +99,8 @@ def generate(
         "width": width,
         "height": height,
         "negative_prompt": negative,
+        "control_images": control or None,
+        "controlnet_weights": control_weight or None,
     }
     fields = {name: value for name, value in fields.items() if value is not None}
     if prompts is not None:

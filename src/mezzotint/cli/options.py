@@ -34,6 +34,24 @@ ServerFlag = Annotated[
     ),
 ]
 
+EndpointFlag = Annotated[
+    str | None, typer.Option(metavar="ID[:ROUTE]", help="Endpoint and adapter. [the first endpoint]")
+]
+StepsFlag = Annotated[int, typer.Option(metavar="N", help="Denoising steps, 1 to 50.")]
+GuidanceFlag = Annotated[
+    float | None, typer.Option(metavar="G", help="How closely to follow the prompt. [the endpoint's]")
+]
+SeedFlag = Annotated[int | None, typer.Option(metavar="S", help="Same seed, same picture. [random]")]
+FormatFlag = Annotated[
+    str, typer.Option(metavar="F", help="`png`, `jpeg`, `jpg`, `raw`, or `url` to leave it on the server.")
+]
+OutFlag = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Where to write. [from the prompt, in this folder]")
+]
+NumberFlag = Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures, 1 to 8.")]
+NegativeFlag = Annotated[str | None, typer.Option(metavar="TEXT", help="What not to show.")]
+ShowFlag = Annotated[bool, typer.Option(help="Draw the picture if stderr is a terminal.")]
+
 
 def read_settings(config: Path | None, **flags: Any) -> Settings:
     """The settings of file, environment and these flags; ConfigError says what stops the command."""

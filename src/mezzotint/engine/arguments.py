@@ -201,6 +201,8 @@ class PipelineProfile:
             "output_type": "np",
             **self.fixed,
         }
+        if "max_area" in self.parameters:  # Kontext's, which scales every size to it
+            arguments.setdefault("max_area", width * height)
         self._add_pictures(spec, arguments, (width, height))
         self._add_controls(spec, arguments, (width, height))
         self._add_guidance(spec, arguments, warnings)

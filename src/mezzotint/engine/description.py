@@ -42,6 +42,7 @@ def model_info(engine: Engine) -> ModelInfo:
         max_prompt_tokens=engine.profile.max_prompt_tokens,
         num_parameters=loaded.num_parameters,
         max_pictures=engine.editing.max_pictures,
+        min_pictures=engine.editing.min_pictures,
         masks=engine.editing.masks,
         strength=engine.editing.strength,
         best_rows=engine.best_rows,

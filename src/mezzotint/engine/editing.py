@@ -38,6 +38,7 @@ class Editing:
         """By class and number of ControlNets."""
         self._from_picture: type | None = None
         self._repaint: type | None = None
+        self.min_pictures = int(words.family.edits_only)
         self.max_pictures = 0
         """Most pictures of one request; 0: words only."""
         if "image" in words.parameters:
@@ -52,8 +53,9 @@ class Editing:
     def profile(self, spec: ImageSpec) -> PipelineProfile:
         """The pipeline for this request; InvalidRequestError names what the model can do instead."""
         require_pictures(
-            spec, "this model", max_pictures=self.max_pictures, masks=self.masks, strength=self.strength
-        )
+            spec, "this model", min_pictures=self.min_pictures, max_pictures=self.max_pictures,
+            masks=self.masks, strength=self.strength,
+        )  # fmt: skip
         require_controls(
             len(spec.control_images), spec.controlnet_weights, "this model", tuple(self.controlnets),
             edits=bool(spec.images),

@@ -38,7 +38,7 @@ from mezzotint.engine.steps.jobs import Job
 from mezzotint.engine.steps.laboratory import Laboratory
 from mezzotint.engine.steps.pipeline_run import PipelineRun
 from mezzotint.engine.steps.rules import give_rules, tap_all, written_rules
-from mezzotint.engine.steps.runner import Forward, Mode, Runner
+from mezzotint.engine.steps.runner import Forward, Runner
 from mezzotint.engine.steps.scheduler import FairShares, StepTimes, pick
 from mezzotint.engine.steps.shared_state import AttentionState
 from mezzotint.engine.trial import (
@@ -52,7 +52,7 @@ from mezzotint.engine.trial import (
 from mezzotint.errors import GenerationError, MezzotintError
 from mezzotint.images import on_white
 from mezzotint.messages import MEASURING, Cancelled, Done, Failed, ModelInfo, Preview, Progress, Proof
-from mezzotint.spec import EngineSettings, ImageSpec
+from mezzotint.spec import Batching, EngineSettings, ImageSpec
 
 Event = Progress | Preview | Done | Failed | Cancelled
 
@@ -69,7 +69,7 @@ class Engine:
         self,
         pipe: Any,
         *,
-        batching: Mode = "exact",
+        batching: Batching = "exact",
         rows: int = 1,
         max_rows: int = 16,
         max_jobs: int = 64,

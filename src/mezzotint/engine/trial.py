@@ -44,8 +44,10 @@ class Seen:
 
 
 def trial_request(profile: PipelineProfile) -> ImageSpec:
-    """What the endpoint draws for a prompt alone."""
-    return ImageSpec(prompt=_PROMPTS[0], num_inference_steps=profile.default_steps)
+    """What the endpoint draws for a prompt alone, or of a grey picture where it needs one."""
+    grey = InputPicture(profile.width, profile.height, bytes([128]) * profile.width * profile.height * 3)
+    images = (grey,) if profile.family.edits_only else ()
+    return ImageSpec(prompt=_PROMPTS[0], num_inference_steps=profile.default_steps, images=images)
 
 
 def without_pictures(spec: ImageSpec) -> ImageSpec:

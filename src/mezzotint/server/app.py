@@ -48,6 +48,7 @@ from mezzotint.server.api import (
 from mezzotint.server.api.connections import MAX_HEAD_BYTES, Connections, max_connections
 from mezzotint.server.api.context import Context, caller_of
 from mezzotint.server.api.middleware import BodyReader, Envelope, HostAndOriginGuard, Refusals, error_response
+from mezzotint.server.api.picture_urls import PictureFetcher
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import database
 from mezzotint.server.store.durable import owned
@@ -256,6 +257,7 @@ def _context(settings: Settings, worker: str) -> Context:
         ),
         metrics=metrics,
         quotas=quotas,
+        fetcher=PictureFetcher(settings.max_image_body_bytes) if settings.allow_image_urls else None,
     )
 
 

@@ -149,8 +149,16 @@ VISION: dict[str, Tiny] = {
 }
 """Classes that need the package torchvision."""
 
+VISION_EDITORS: dict[str, Tiny] = {
+    "qwen-image-edit": Tiny("QwenImageEditPipeline", vision.qwen_image_edit, {}, 32),
+    "qwen-image-edit-plus": Tiny(
+        "QwenImageEditPlusPipeline", lambda: vision.qwen_image_edit(d.QwenImageEditPlusPipeline), {}, 32
+    ),
+}
+"""Those of them that make nothing from words alone."""
+
 ALL = {**FAMILIES, **OTHERS, **EDITORS}
-EVERY = {**ALL, **WIDER, **VISION}
+EVERY = {**ALL, **WIDER, **VISION, **VISION_EDITORS}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -90,6 +90,15 @@ def flux2() -> Any:
     )
 
 
+def qwen_image_edit(pipeline: Any = d.QwenImageEditPipeline) -> Any:
+    parts, processor = families.qwen_image().components, qwen_processor("Qwen2_5_VLProcessor")
+    tokens_of = processor.tokenizer.convert_tokens_to_ids
+    config = parts["text_encoder"].config
+    config.image_token_id = parts["text_encoder"].model.config.image_token_id = tokens_of("<|image_pad|>")
+    config.video_token_id = parts["text_encoder"].model.config.video_token_id = tokens_of("<|video_pad|>")
+    return pipeline(**{**parts, "processor": processor})
+
+
 def kandinsky5() -> Any:
     qwen = families.qwen_image()
     return d.Kandinsky5T2IPipeline(

@@ -19,7 +19,8 @@ from PIL import Image
 
 from mezzotint.errors import InvalidRequestError
 from mezzotint.fake_worker import paint
-from mezzotint.input_pictures import read_mask, read_pictures
+from mezzotint.input_pictures import read_mask, read_pictures, to_image
+from mezzotint.server.api.img2img import prepared
 from mezzotint.spec import ImageSpec, InputPicture
 from tests.attacks import attack
 from tests.server.hosting import Host, endpoint, hosting, settings_for
@@ -359,9 +360,66 @@ def test_img2img_is_the_dedicated_request(host: Host) -> None:
     assert answers[0] == answers[1] != answer.json()["images"]
 
 
+def wide_stripes() -> Image.Image:
+    """32x16: red, then white, then blue."""
+    image = Image.new("RGB", (32, 16), "white")
+    image.paste("red", (0, 0, 8, 16))
+    image.paste("blue", (24, 0, 32, 16))
+    return image
+
+
+def masked_spec(words: ImageSpec, picture: bytes, mask: bytes) -> ImageSpec:
+    images = read_pictures([picture])
+    return dataclasses.replace(words, images=images, mask=read_mask(mask, images[0]))
+
+
+def test_resize_modes_crop_and_fill_the_picture() -> None:
+    words = ImageSpec(prompt="a cat", num_inference_steps=8, width=16, height=16)
+    masked = masked_spec(words, file_of(wide_stripes()), file_of(wide_stripes().convert("L")))
+    stretched, cropped, filled = (prepared(masked, {"resize_mode": mode}) for mode in range(3))
+    assert stretched == masked
+    assert to_image(cropped.images[0]).tobytes() == Image.new("RGB", (16, 16), "white").tobytes()
+    assert filled.images[0].size == (32, 32)
+    assert to_image(filled.images[0]).crop((0, 8, 32, 24)).tobytes() == wide_stripes().tobytes()
+    above = to_image(filled.images[0]).crop((0, 0, 32, 8))
+    assert above.tobytes() == wide_stripes().crop((0, 0, 32, 8)).tobytes()
+    assert [each.mask and each.mask.size for each in (cropped, filled)] == [(16, 16), (32, 32)]
+    high = ImageSpec(prompt="a cat", num_inference_steps=8, width=32, height=8, images=cropped.images)
+    assert prepared(high, {"resize_mode": 1}).images[0].size == (16, 4)
+    assert prepared(high, {"resize_mode": 2}).images[0].size == (64, 16)
+
+
+def test_a_blurred_mask_has_no_hard_edge() -> None:
+    words = ImageSpec(prompt="a cat", num_inference_steps=8)
+    half = Image.new("L", (32, 32))
+    half.paste(255, (16, 0, 32, 32))
+    sharp = masked_spec(words, file_of(half.convert("RGB")), file_of(half))
+    soft = prepared(sharp, {"mask_blur": 4})
+    assert sharp.mask is not None
+    assert soft.mask is not None
+    assert set(sharp.mask.pixels) == {0, 255}
+    assert 100 < soft.mask.pixels[16] < 200
+    assert prepared(sharp, {"mask_blur": 0}) == sharp
+
+
+def test_what_img2img_cannot_do_is_said(host: Host) -> None:
+    values = {"prompt": "a cat", "seed": 7, "steps": 2, "init_images": [text_of(RED)], "mask": text_of(MASK)}
+    wishes = {"resize_mode": 3, "inpainting_fill": 0, "inpaint_full_res": True, "mask_blur": 4}
+    info = json.loads(host.client.post("/sdapi/v1/img2img", json=values | wishes).json()["info"])
+    assert [text.split(" had")[0] for text in info["warnings"]] == [
+        "resize_mode 3", "inpainting_fill 0", "inpaint_full_res",
+    ]  # fmt: skip
+    done = {"resize_mode": 1, "inpainting_fill": 1, "inpaint_full_res": False}
+    info = json.loads(host.client.post("/sdapi/v1/img2img", json=values | done).json()["info"])
+    assert info["warnings"] == []
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
+        ({"resize_mode": 4}, "out_of_range"),
+        ({"mask_blur": -1}, "out_of_range"),
+        ({"inpainting_fill": "much"}, "invalid_type"),
         ({"init_images": None}, "invalid_type"),
         ({"init_images": [3]}, "invalid_type"),
         ({"init_images": []}, "missing_field"),
@@ -373,6 +431,16 @@ def test_img2img_is_the_dedicated_request(host: Host) -> None:
 def test_img2img_faults_are_said(host: Host, changes: dict[str, Any], code: str) -> None:
     values = {"prompt": "a cat", "init_images": [text_of(RED)]} | changes
     refused(host.client.post("/sdapi/v1/img2img", json=values), code)
+
+
+@pytest.mark.parametrize("side", [2**63, 10**4000])
+def test_a_side_beyond_all_bounds_is_answered_at_once(host: Host, side: int) -> None:
+    values = {"model": "one", "prompt": "a cat", "image": text_of(RED), "num_inference_steps": 1}
+    for sizes in ({"height": side}, {"width": side, "height": side}):
+        for path in ("/v1/images/edits", "/v1/images/generations"):
+            sent = {name: value for name, value in values.items() if name != "image" or "edits" in path}
+            assert host.client.post(path, json=sent | sizes).status_code in (200, 400)
+    assert host.client.post("/v1/images/edits", json=values | {"steps": side}).status_code in (200, 400)
 
 
 # ---------------------------------------------------------------- whatever is sent

@@ -18,6 +18,7 @@ import torch
 from mezzotint import hub
 from mezzotint.engine.models import remote_code, sources
 from mezzotint.errors import ModelLoadError, echo
+from mezzotint.families import family
 
 LIBRARIES = ("diffusers", "transformers")
 OVERHEAD = 1.1
@@ -106,12 +107,14 @@ def check_class(name: str) -> Any:
 
 
 def check_text_to_image(pipeline: Any) -> None:
-    """ModelLoadError unless the pipeline class makes pictures from text alone."""
+    """ModelLoadError unless the pipeline class makes pictures from text, alone or with pictures to edit."""
     name = pipeline.__name__
+    if family(name).edits_only:
+        return
     if any(word in name for word in _FROM_PICTURES):
         raise ModelLoadError(
-            f"pipeline class {name} makes pictures from pictures; Mezzotint hosts text-to-image models: "
-            "use the text-to-image class of the same family in model_index.json",
+            f"pipeline class {name} makes pictures from pictures; Mezzotint runs it beside the text-to-image "
+            "class of the same family: name that in model_index.json",
             code="unsupported_class",
         )
     parameters = inspect.signature(pipeline.__call__).parameters

@@ -7,15 +7,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from mezzotint.engine.lora.bank import AdapterBank, Lease
 from mezzotint.engine.steps.batching import Call, Part, join, merge, partition, split
 from mezzotint.engine.steps.exactness import AdapterContext, exact_row_counts, rows_are_independent
-
-Mode = Literal["exact", "fast", "off"]
+from mezzotint.spec import Batching
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class Runner:
     """
 
     def __init__(
-        self, mode: Mode, num_rows: int, counted: str = "", synchronize: Callable[[], None] = _no_wait
+        self, mode: Batching, num_rows: int, counted: str = "", synchronize: Callable[[], None] = _no_wait
     ) -> None:
         """`counted` names the component whose forwards and rows are counted.
 

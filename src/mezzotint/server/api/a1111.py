@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -36,6 +35,7 @@ from mezzotint.server.api import answers, dedicated, openai
 from mezzotint.server.api.answers import AnswerResponse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.foreign import meet_half_way
+from mezzotint.server.api.img2img import prepared, warnings_of
 from mezzotint.server.api.submissions import (
     CurrentHead,
     RequestHead,
@@ -55,7 +55,8 @@ SAMPLER = "Automatic"
 _LORA = re.compile(r"<lora:([^:<>]+)(?::(-?\d{1,3}(?:\.\d{1,6})?))?(?::[^<>]*)?>")
 READ = (
     "prompt", "negative_prompt", "steps", "seed", "cfg_scale", "width", "height", "batch_size", "n_iter",
-    "denoising_strength", "inpainting_mask_invert",
+    "denoising_strength", "inpainting_mask_invert", "resize_mode", "mask_blur", "inpainting_fill",
+    "inpaint_full_res",
 )  # fmt: skip
 """Fields of a body that this server reads, besides the override of the checkpoint."""
 _PLAIN_EDIT = {"resize_mode": 0, "inpainting_fill": 1, "inpaint_full_res": 0, "mask_blur": 0}
@@ -110,11 +111,12 @@ async def img2img(request: Request, context: CurrentContext, key: CurrentKey, he
         raise InvalidRequestError(text, code="invalid_type", param="mask")
     asked = parse_request(values, request, context, key)
     strength = checked_strength(values.get("denoising_strength", IMG2IMG_STRENGTH), "denoising_strength")
+    unused = warnings_of(values, mask=bool(mask))
     invert = bool(values.get("inpainting_mask_invert"))
-    spec = await PICTURES.run(partial(with_pictures, asked.spec, pictures, mask or None, invert=invert))
-    return await _answer(
-        request, context, key, head, values, replace(asked, spec=replace(spec, strength=strength))
-    )
+    spec = await with_pictures(context, asked.spec, pictures, mask or None, invert=invert)
+    spec = await PICTURES.run(prepared, spec, values)
+    asked = replace(asked, spec=replace(spec, strength=strength), warnings=asked.warnings + unused)
+    return await _answer(request, context, key, head, values, asked)
 
 
 async def _answer(

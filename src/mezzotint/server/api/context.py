@@ -13,6 +13,7 @@ from starlette.types import Scope
 
 from mezzotint.config import Settings
 from mezzotint.errors import AuthenticationError
+from mezzotint.server.api.picture_urls import PictureFetcher
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import keys
 from mezzotint.server.store.keys import Key
@@ -41,6 +42,8 @@ class Context:
     pictures: Pictures
     metrics: Metrics
     quotas: Quotas
+    fetcher: PictureFetcher | None
+    """None: URLs of pictures are refused."""
     _good: dict[str, None] = field(default_factory=dict)
     """Hashes of the secrets that were those of a key; the others wait in a queue of their own."""
 

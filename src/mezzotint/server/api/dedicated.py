@@ -103,7 +103,7 @@ async def generate(asked: _CurrentAsked) -> Response:
     raw = await asked.request.body()
     body = parse_body(raw) if len(raw) < _MANY_BYTES else await PICTURES.run(parse_body, raw)
     target = resolve(asked.context.registry, asked.key, body.model)
-    return await _answer(asked, target, body, await spec_of(body, target))
+    return await _answer(asked, target, body, await spec_of(asked.context, body, target))
 
 
 @router.post(
@@ -116,9 +116,10 @@ async def edit(asked: _CurrentAsked) -> Response:
     """Makes images from pictures and words; a mask says which part is repainted."""
     body = await PICTURES.run(parse_edit_body, await asked.request.body())
     target = resolve(asked.context.registry, asked.key, body.model)
-    spec = await spec_of(body, target, edits=True)
+    spec = await spec_of(asked.context, body, target, edits=True)
     mask = body.mask if isinstance(body.mask, str) else None
-    return await _answer(asked, target, body, await PICTURES.run(with_pictures, spec, body.image, mask))
+    spec = await with_pictures(asked.context, spec, body.image, mask)
+    return await _answer(asked, target, body, spec)
 
 
 async def _answer(

@@ -67,9 +67,10 @@ def meet_half_way(fields: Mapping[str, Any], profile: Profile) -> tuple[dict[str
     if _is_integer(steps) and not low <= steps <= high:
         bent["num_inference_steps"] = min(max(steps, low), high)
         warnings.append(
-            f"num_inference_steps is {bent['num_inference_steps']}: {steps} is not between {low} and {high}"
+            f"num_inference_steps is {bent['num_inference_steps']}: {shown(steps)} is not between {low} "
+            f"and {high}"
         )
-    asked = fields.get("width"), fields.get("height")
+    asked = [_at_most(fields.get(name), LIMITS[name][1]) for name in ("width", "height")]
     if all(value is None or (_is_integer(value) and value > 0) for value in asked) and any(asked):
         size = profile.size(*asked)
         nearest = profile.nearest_size(*size) if size else None
@@ -82,6 +83,10 @@ def meet_half_way(fields: Mapping[str, Any], profile: Profile) -> tuple[dict[str
         bent["negative_prompt"] = None
         warnings.append("negative_prompt had no effect: this model does not use it")
     return bent, warnings
+
+
+def _at_most(value: Any, most: int) -> Any:
+    return min(value, most) if _is_integer(value) else value
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

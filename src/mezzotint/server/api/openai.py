@@ -163,10 +163,10 @@ async def generate(request: Request, context: CurrentContext, key: CurrentKey, h
     target, adapter = together.adapter_of(values, target)
     fields = {name: value for name, value in values.items() if name not in together.FIELDS}
     asked = parse_request(fields, target, context.settings.foreign_values)
-    spec = await spec_of(asked.body, target, edits=bool(pictures))
+    spec = await spec_of(context, asked.body, target, edits=bool(pictures))
     spec = replace(spec, adapters=(adapter,)) if adapter else spec
     if pictures:
-        spec = await PICTURES.run(with_pictures, spec, pictures, None)
+        spec = await with_pictures(context, spec, pictures, None)
         values = {name: value for name, value in values.items() if name not in together.PICTURES}
     fingerprint = body_fingerprint("openai", values | picture_digests(spec))
     return await answer(request, context, key, head, target, asked, spec, fingerprint)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -84,8 +83,8 @@ async def edit(request: Request, context: CurrentContext, key: CurrentKey, head:
     target = resolve_short(context.registry, key, values.get("model"))
     images, mask, strength = _take_pictures(values)
     asked = openai.parse_request(values, target, context.settings.foreign_values)
-    words = await spec_of(asked.body, target, edits=True)
-    spec = await PICTURES.run(partial(with_pictures, words, images, mask, alpha=True))
+    words = await spec_of(context, asked.body, target, edits=True)
+    spec = await with_pictures(context, words, images, mask, alpha=True)
     spec = replace(spec, strength=strength)
     fingerprint = body_fingerprint("openai edit", values | {"strength": strength} | picture_digests(spec))
     return await openai.answer(

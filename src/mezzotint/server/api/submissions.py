@@ -15,6 +15,7 @@ from fastapi import Depends, Header, Request
 from mezzotint.errors import InvalidRequestError, echo
 from mezzotint.input_pictures import decode_text, read_mask, read_pictures
 from mezzotint.schemas import DedicatedImageGenerationBody, shown
+from mezzotint.server.api.context import Context
 from mezzotint.server.store.keys import Key
 from mezzotint.server.threads import PICTURES
 from mezzotint.server.work.resolve import Target, require_adapters
@@ -112,7 +113,8 @@ def body_fingerprint(dialect: str, values: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{dialect}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def with_pictures(
+async def with_pictures(
+    context: Context,
     spec: ImageSpec,
     images: Sequence[str | bytes],
     mask: str | bytes | None,
@@ -120,31 +122,45 @@ def with_pictures(
     alpha: bool = False,
     invert: bool = False,
 ) -> ImageSpec:
-    """The spec with its pictures decoded; call it in a thread. `alpha`, `invert` are those of `read_mask`.
+    """The spec with its pictures fetched and decoded. `alpha`, `invert` are those of `read_mask`.
 
-    A text is a data URL or base64. InvalidRequestError says what is wrong with a picture.
+    A text is a data URL, base64 or a URL. InvalidRequestError says what is wrong with a picture.
     """
-    pictures = read_pictures([_file_of(picture, "image") for picture in images])
-    shown = (
-        None if mask is None else read_mask(_file_of(mask, "mask"), pictures[0], alpha=alpha, invert=invert)
-    )
-    return replace(spec, images=pictures, mask=shown)
+    files = await _fetched(context, images, "image")
+    masks = [] if mask is None else await _fetched(context, [mask], "mask")
+
+    def decoded() -> ImageSpec:
+        pictures = read_pictures([_file_of(picture, "image") for picture in files])
+        shown = [read_mask(_file_of(each, "mask"), pictures[0], alpha=alpha, invert=invert) for each in masks]
+        return replace(spec, images=pictures, mask=shown[0] if shown else None)
+
+    return await PICTURES.run(decoded)
 
 
-async def spec_of(body: DedicatedImageGenerationBody, target: Target, *, edits: bool = False) -> ImageSpec:
+async def spec_of(
+    context: Context, body: DedicatedImageGenerationBody, target: Target, *, edits: bool = False
+) -> ImageSpec:
     """What a body asks of a target, with its pictures for ControlNets; those to edit come later.
 
     InvalidRequestError before anything is decoded if the endpoint has no ControlNets for them.
     """
-    spec = body.spec
+    spec, param = body.spec, "control_images"
     texts = body.control_images if isinstance(body.control_images, tuple) else ()
     target.endpoint.profile.check_controls(len(texts), spec.controlnet_weights, edits=edits)
-    return await PICTURES.run(_with_controls, spec, texts) if texts else spec
+    if not texts:
+        return spec
+    files = await _fetched(context, texts, param)
+
+    def decoded() -> ImageSpec:
+        pictures = read_pictures([_file_of(each, param) for each in files], param)
+        return replace(spec, control_images=pictures)
+
+    return await PICTURES.run(decoded)
 
 
-def _with_controls(spec: ImageSpec, texts: Sequence[str]) -> ImageSpec:
-    files = [decode_text(text, "control_images") for text in texts]
-    return replace(spec, control_images=read_pictures(files, "control_images"))
+async def _fetched(context: Context, pictures: Sequence[str | bytes], param: str) -> list[str | bytes]:
+    fetcher = context.fetcher
+    return list(pictures) if fetcher is None else await fetcher.fetched(pictures, param)
 
 
 def _file_of(picture: str | bytes, param: str) -> bytes:

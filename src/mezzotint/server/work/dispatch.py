@@ -6,7 +6,13 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
-from mezzotint.errors import GenerationError, InvalidRequestError, MezzotintError, RequestCancelledError
+from mezzotint.errors import (
+    ANSWERS,
+    GenerationError,
+    InvalidRequestError,
+    MezzotintError,
+    RequestCancelledError,
+)
 from mezzotint.messages import (
     Cancel,
     Cancelled,
@@ -303,6 +309,5 @@ def _given_up(job: Job) -> GenerationError:
 
 def job_error(code: str, text: str, param: str | None) -> MezzotintError:
     """A worker's Failed as the error that the request ends with."""
-    if code in ("out_of_range", "invalid_value", "not_supported"):
-        return InvalidRequestError(text, code=code, param=param)
-    return GenerationError(text, code=code, param=param)
+    cls = next((each for each in ANSWERS if code in each.codes), GenerationError)
+    return cls(text, code=code, param=param)

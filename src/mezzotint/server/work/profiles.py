@@ -106,8 +106,9 @@ class Profile:
         step = self.info.size_multiple
         shrink = min(1.0, math.sqrt(self.max_pixels / (width * height)))
         fitted = [max(step, round(side * shrink / step) * step) for side in (width, height)]
-        while fitted[0] * fitted[1] > self.max_pixels and max(fitted) > step:
-            fitted[fitted.index(max(fitted))] -= step
+        if fitted[0] * fitted[1] > self.max_pixels:
+            long = fitted.index(max(fitted))
+            fitted[long] = max(step, self.max_pixels // fitted[1 - long] // step * step)
         return fitted[0], fitted[1]
 
     def step_s(self, width: int | None, height: int | None) -> float:
@@ -155,6 +156,7 @@ class Profile:
         require_pictures(
             spec,
             f"endpoint {self.spec.id}",
+            min_pictures=self.info.min_pictures,
             max_pictures=self.info.max_pictures,
             masks=self.info.masks,
             strength=self.info.strength,
