@@ -325,19 +325,6 @@ def test_what_is_no_form_is_said(host: Host) -> None:
 # ---------------------------------------------------------------- AUTOMATIC1111
 
 
-def test_img2img_says_what_has_no_effect(host: Host) -> None:
-    """webuiapi sends all of these by itself."""
-    values = {"prompt": "a cat", "init_images": [text_of(RED)], "mask": text_of(MASK), "steps": 2}
-    values |= {"resize_mode": 1, "inpainting_fill": 0, "inpaint_full_res": True, "mask_blur": 4}
-    info = json.loads(host.client.post("/sdapi/v1/img2img", json=values).json()["info"])
-    assert [text.partition(" ")[0] for text in info["warnings"]] == [
-        "resize_mode", "inpainting_fill", "inpaint_full_res", "mask_blur"
-    ]  # fmt: skip
-    values |= {"resize_mode": 0, "inpainting_fill": 1, "inpaint_full_res": False, "mask_blur": 0}
-    info = json.loads(host.client.post("/sdapi/v1/img2img", json=values).json()["info"])
-    assert info["warnings"] == []
-
-
 def test_img2img_is_the_dedicated_request(host: Host) -> None:
     values = {
         "prompt": "a cat",

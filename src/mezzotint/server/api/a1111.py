@@ -59,9 +59,6 @@ READ = (
     "inpaint_full_res",
 )  # fmt: skip
 """Fields of a body that this server reads, besides the override of the checkpoint."""
-_PLAIN_EDIT = {"resize_mode": 0, "inpainting_fill": 1, "inpaint_full_res": 0, "mask_blur": 0}
-"""Fields of an edit that have no effect here, and the values that say what is done anyway: the picture is
-stretched, what is under the mask is the beginning, the whole picture is worked on, and the mask is sharp."""
 IMG2IMG_STRENGTH = 0.75
 """The original's default."""
 PNG_INFO_S = 10.0
@@ -197,7 +194,6 @@ def _ignored(values: Mapping[str, Any]) -> list[str]:
         "restore_faces": "restore_faces",
     }
     found = [text for name, text in unused.items() if values.get(name)]
-    found += [name for name, plain in _PLAIN_EDIT.items() if values.get(name, plain) != plain]
     if isinstance(scripts, dict):
         found += [f"alwayson_scripts: {echo(name)}" for name in islice(scripts, MAX_SCRIPTS)]
     return [f"{text} had no effect: this server has no such thing" for text in found]
