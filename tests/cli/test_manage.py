@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from mezzotint.cli.adapters import split_name
 from mezzotint.cli.endpoints import calibration_facts, parse_settings
 from mezzotint.cli.running import running_on
 from mezzotint.cli.top import read_metrics
+from mezzotint.client.adapters import split_name
 from mezzotint.errors import InvalidRequestError
 from mezzotint.server.store.keys import list_keys
 from tests.cli.conftest import Run

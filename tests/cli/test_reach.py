@@ -6,14 +6,18 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from mezzotint.cli import completion
 from mezzotint.cli.hosting import hosted
 from mezzotint.cli.running import SERVER_FILE, announced, running_servers, state_folder
 from mezzotint.config import EndpointSettings, Settings
 from tests.cli.conftest import Run
 from tests.conftest import Fake
+from tests.server.work.test_adapters import write
 
 
 @pytest.fixture
@@ -34,6 +38,32 @@ def test_commands_find_the_one_server_that_runs_from_any_folder(run: Run, known:
     assert "from-elsewhere" in run("keys", "list", "--data-dir", str(known.settings.data_dir)).stdout
     assert run("keys", "revoke", "from-elsewhere").returncode == 0
     assert sorted(path.name for path in Path().iterdir()) == ["cat.png", "state"], "no data folder"
+
+
+def test_an_adapter_is_uploaded_from_any_folder(run: Run, known: Fake) -> None:
+    write(Path("ink.safetensors"))
+    added = run("adapters", "add", "emoji:ink", "ink.safetensors", "--scale", "0.5", "--json")
+    assert added.returncode == 0, added.stderr
+    assert json.loads(added.stdout)["source"] == "upload of ink.safetensors"
+    command = ("generate", "a cat", "--endpoint", "emoji:ink", "--steps", "2", "--out", "cat.png")
+    done = run(*command, "--no-show")
+    assert (done.returncode, done.stdout) == (0, "cat.png\n"), done.stderr
+    assert run("adapters", "remove", "emoji:ink").returncode == 0
+
+
+def test_the_shell_is_offered_endpoints_routes_and_formats(run: Run, known: Fake) -> None:
+    context = cast(Any, SimpleNamespace(params={}))
+    write(Path("ink.safetensors"))
+    assert run("adapters", "add", "emoji:ink", "ink.safetensors").returncode == 0
+    assert completion.endpoint_ids(context, "em") == ["emoji"]
+    assert completion.models(context, "em") == ["emoji", "emoji:ink"]
+    assert completion.models(context, "emoji:") == ["emoji:ink"]
+    assert completion.formats("j") == ["jpeg", "jpg"]
+    assert run("adapters", "remove", "emoji:ink").returncode == 0
+
+
+def test_nothing_is_offered_where_no_server_runs() -> None:
+    assert completion.models(cast(Any, SimpleNamespace(params={})), "") == []
 
 
 def test_ps_lists_servers_and_endpoints(run: Run, known: Fake) -> None:

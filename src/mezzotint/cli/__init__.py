@@ -16,11 +16,12 @@ import typer
 import mezzotint
 from mezzotint.cli.adapters import adapters
 from mezzotint.cli.db import db
+from mezzotint.cli.doctor import doctor
 from mezzotint.cli.edit import edit
 from mezzotint.cli.endpoints import endpoints
 from mezzotint.cli.generate import generate
 from mezzotint.cli.keys import keys
-from mezzotint.cli.models import doctor, pull
+from mezzotint.cli.models import pull
 from mezzotint.cli.ps import ps
 from mezzotint.cli.serve import serve
 from mezzotint.cli.top import top

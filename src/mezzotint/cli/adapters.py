@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from mezzotint.cli import completion
 from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, ServerFlag
 from mezzotint.cli.reach import ENDPOINTS, managed
 from mezzotint.cli.tables import print_facts, print_table
-from mezzotint.errors import InvalidRequestError, NotFoundError, nearest
+from mezzotint.errors import NotFoundError, nearest
 
 adapters = typer.Typer(help="Manage the adapters of a running server's endpoints.", no_args_is_help=True)
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The endpoint.")]
-NameArgument = Annotated[str, typer.Argument(metavar="ID:ROUTE", help="Endpoint and route.")]
+NameArgument = Annotated[
+    str,
+    typer.Argument(metavar="ID:ROUTE", help="Endpoint and route.", autocompletion=completion.models),
+]
 
 
 @adapters.command()
@@ -25,7 +30,8 @@ def add(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A safetensors file, a folder, or `owner/name[:file][@revision]`."
+            metavar="SOURCE",
+            help="A safetensors file or a folder here, or `owner/name[:file][@revision]`.",
         ),
     ],
     scale: Annotated[float, typer.Option(metavar="S", help="Strength; 1 is as trained.")] = 1.0,
@@ -35,22 +41,36 @@ def add(
     data_dir: DataDirFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Adds an adapter; requests reach it at once as `ID:ROUTE`.
+    """Adds an adapter; requests reach it at once as `ID:ROUTE`. A file or folder here is uploaded.
 
-    Example: `mezzotint adapters add emoji:ink loras/ink.safetensors --scale 0.8`
+    Example: `mezzotint adapters add emoji:ink ./ink.safetensors --scale 0.8`
     """
+    from mezzotint.client import Client
+    from mezzotint.client.adapters import split_name
+
     id, route = split_name(name)
-    if server is None and Path(source).exists():
-        source = str(Path(source).resolve())  # the server runs in another folder
-    body = {"route": route, "source": source, "scale": scale, "replace": replace}
+    added: Mapping[str, Any]
     with managed(server, config, data_dir) as running:
-        added = running.ask("POST", f"{ENDPOINTS}/{id}/adapters", body)
+        if Path(source).expanduser().exists():
+            with Client(base_url=running.url, api_key=running.key or None) as client:
+                file = Path(source).expanduser()
+                added = client.adapters.add(name, file, scale=scale, replace=replace)
+        else:
+            body = {"route": route, "source": source, "scale": scale, "replace": replace}
+            added = running.ask("POST", f"{ENDPOINTS}/{id}/adapters", body)
     typer.echo(json.dumps(added) if as_json else f"{added['name']} {added['state']}")
 
 
 @adapters.command("list")
 def list_(
-    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The endpoint; all of them else.")] = None,
+    id: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ID]",
+            help="The endpoint; all of them else.",
+            autocompletion=completion.endpoint_ids,
+        ),
+    ] = None,
     server: ServerFlag = None,
     config: ConfigFlag = None,
     data_dir: DataDirFlag = None,
@@ -91,6 +111,8 @@ def show(
 
     Example: `mezzotint adapters show emoji:flat`
     """
+    from mezzotint.client.adapters import split_name
+
     id, route = split_name(name)
     with managed(server, config, data_dir) as running:
         found = running.ask("GET", f"{ENDPOINTS}/{id}/adapters")["data"]
@@ -118,15 +140,9 @@ def remove(
 
     Example: `mezzotint adapters remove emoji:ink`
     """
+    from mezzotint.client.adapters import split_name
+
     id, route = split_name(name)
     with managed(server, config, data_dir) as running:
         removed = running.ask("DELETE", f"{ENDPOINTS}/{id}/adapters/{route}")
     typer.echo(json.dumps(removed) if as_json else f"{removed['name']} removed")
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Endpoint and route of `ID:ROUTE`; InvalidRequestError for anything else."""
-    id, _, route = name.partition(":")
-    if not id or not route or ":" in route or "/" in name:
-        raise InvalidRequestError(f"an adapter is named ID:ROUTE, like emoji:flat (got {name})", param="name")
-    return id, route

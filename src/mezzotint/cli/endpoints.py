@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mezzotint.cli import completion
 from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, ServerFlag
 from mezzotint.cli.reach import ENDPOINTS, Server, managed
 from mezzotint.cli.tables import print_facts, print_table
@@ -21,7 +22,9 @@ SURE = 0.1
 
 endpoints = typer.Typer(help="Manage a running server's endpoints.", no_args_is_help=True)
 
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The endpoint.")]
+IdArgument = Annotated[
+    str, typer.Argument(metavar="ID", help="The endpoint.", autocompletion=completion.endpoint_ids)
+]
 SetFlag = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="A setting of `[[endpoints]]`; repeat for more."),

@@ -1,11 +1,7 @@
-"""`mezzotint pull` and `mezzotint doctor`: what the engine says about models and this machine.
-
-Both run the engine's own programs as child processes, because only the engine may load torch.
-"""
+"""`mezzotint pull`, and how commands ask the engine: through its own programs, for only it may load torch."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +10,6 @@ from typing import Annotated
 import typer
 
 from mezzotint.cli.options import JsonFlag, require_engine
-from mezzotint.cli.tables import print_facts
 
 
 def pull(
@@ -30,22 +25,11 @@ def pull(
     Example: `mezzotint pull black-forest-labs/FLUX.1-schnell`
     """
     arguments = [source, *(["--revision", revision] if revision else []), *(["--json"] if as_json else [])]
-    raise typer.Exit(_engine_program("loading", "pull", *arguments).returncode)
+    raise typer.Exit(engine_program("loading", "pull", *arguments).returncode)
 
 
-def doctor(as_json: JsonFlag = False) -> None:
-    """Shows what models would run on here: processor, GPU, memory, versions, threads, and the dtype and why.
-
-    Example: `mezzotint doctor`
-    """
-    child = _engine_program("doctor", "--json", capture=True)
-    if child.returncode or as_json:
-        typer.echo(child.stdout, nl=False)
-        raise typer.Exit(child.returncode)
-    print_facts(json.loads(child.stdout))
-
-
-def _engine_program(module: str, *arguments: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
+def engine_program(module: str, *arguments: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs `main` of a module of `engine.models` as a child process, with its output captured on request."""
     require_engine()
     program = f"import sys; from mezzotint.engine.models.{module} import main; sys.exit(main())"
     command = [sys.executable, "-c", program, *arguments]

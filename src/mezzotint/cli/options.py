@@ -34,8 +34,24 @@ ServerFlag = Annotated[
     ),
 ]
 
+
+def _models(context: typer.Context, incomplete: str) -> list[str]:
+    from mezzotint.cli.completion import models
+
+    return models(context, incomplete)
+
+
+def _formats(incomplete: str) -> list[str]:
+    from mezzotint.cli.completion import formats
+
+    return formats(incomplete)
+
+
 EndpointFlag = Annotated[
-    str | None, typer.Option(metavar="ID[:ROUTE]", help="Endpoint and adapter. [the first endpoint]")
+    str | None,
+    typer.Option(
+        metavar="ID[:ROUTE]", help="Endpoint and adapter. [the first endpoint]", autocompletion=_models
+    ),
 ]
 StepsFlag = Annotated[int, typer.Option(metavar="N", help="Denoising steps, 1 to 50.")]
 GuidanceFlag = Annotated[
@@ -43,7 +59,12 @@ GuidanceFlag = Annotated[
 ]
 SeedFlag = Annotated[int | None, typer.Option(metavar="S", help="Same seed, same picture. [random]")]
 FormatFlag = Annotated[
-    str, typer.Option(metavar="F", help="`png`, `jpeg`, `jpg`, `raw`, or `url` to leave it on the server.")
+    str,
+    typer.Option(
+        metavar="F",
+        help="`png`, `jpeg`, `jpg`, `raw`, or `url` to leave it on the server.",
+        autocompletion=_formats,
+    ),
 ]
 OutFlag = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Where to write. [from the prompt, in this folder]")

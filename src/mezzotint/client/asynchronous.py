@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Literal, Self, TypeVar, Unpack, cast, overload
 
 import httpx2
 
-from mezzotint.client import exchange
+from mezzotint.client import adapters, exchange
+from mezzotint.client.adapters import AdapterView
 from mezzotint.client.exchange import (
     CONCURRENCY,
     MAX_EVENT_BYTES,
@@ -44,6 +46,7 @@ class AsyncClient:
         self._options = Options.given(base_url, api_key, timeout, max_retries, headers)
         self._http = httpx2.AsyncClient(**self._options.http())
         self.images = AsyncImages(self)
+        self.adapters = AsyncAdapters(self)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -196,6 +199,24 @@ class AsyncImages:
         if picture.url is not None and "data" not in vars(picture):
             picture.data = await self._client._run(exchange.fetch(self._options, picture.url))
         return picture.data
+
+
+class AsyncAdapters:
+    """`client.adapters` of an AsyncClient; the methods of Adapters, awaited."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def add(
+        self, name: str, file: str | os.PathLike[str], *, scale: float = 1.0, replace: bool = False
+    ) -> AdapterView:
+        return await self._client._run(adapters.upload(self._client._options, name, file, scale, replace))
+
+    async def list(self, endpoint_id: str) -> list[AdapterView]:
+        return await self._client._run(adapters.show_all(self._client._options, endpoint_id))
+
+    async def remove(self, name: str) -> AdapterView:
+        return await self._client._run(adapters.remove(self._client._options, name))
 
 
 class AsyncHandle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -11,7 +12,8 @@ from typing import Any, Literal, Self, TypeVar, Unpack, cast, overload
 
 import httpx2
 
-from mezzotint.client import exchange
+from mezzotint.client import adapters, exchange
+from mezzotint.client.adapters import AdapterView
 from mezzotint.client.exchange import (
     CONCURRENCY,
     MAX_EVENT_BYTES,
@@ -52,6 +54,7 @@ class Client:
         self._options = replace(options, fetch=self._fetch)
         self._http = httpx2.Client(**options.http())
         self.images = Images(self)
+        self.adapters = Adapters(self)
 
     def close(self) -> None:
         self._http.close()
@@ -211,6 +214,27 @@ class Images:
     def fetch(self, picture: GeneratedImage) -> bytes:
         """The picture's file, from its URL if need be; the same as `picture.data`."""
         return picture.data
+
+
+class Adapters:
+    """`client.adapters`: the LoRA adapters of the server's endpoints, with an admin key."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def add(
+        self, name: str, file: str | os.PathLike[str], *, scale: float = 1.0, replace: bool = False
+    ) -> AdapterView:
+        """Uploads a safetensors file, or a folder's, as `ID:ROUTE`; requests reach it at once."""
+        return self._client._run(adapters.upload(self._client._options, name, file, scale, replace))
+
+    def list(self, endpoint_id: str) -> list[AdapterView]:
+        """The adapters of an endpoint."""
+        return self._client._run(adapters.show_all(self._client._options, endpoint_id))
+
+    def remove(self, name: str) -> AdapterView:
+        """Removes `ID:ROUTE`; requests that already use it finish."""
+        return self._client._run(adapters.remove(self._client._options, name))
 
 
 class Handle:

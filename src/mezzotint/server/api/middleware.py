@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -52,7 +53,9 @@ IMAGE_PATHS = (
 CONTROL_PATHS = ("/dedicated/v1/images/generations", "/v1/images/generations")
 """Where it may, if an endpoint has ControlNets."""
 AMBIGUOUS_LENGTH = "ambiguous_length"
-JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
+UPLOAD_PATH = re.compile(r"/dedicated/beta/endpoint/[^/]+/adapters/[^/]+")
+"""Where the body of a PUT is a file, which the route reads itself once it knows who sends it."""
+JSON_TYPE, FORM_TYPE, UPLOAD_TYPE = "application/json", "multipart/form-data", "application/octet-stream"
 
 log = structlog.get_logger(__name__)
 
@@ -230,6 +233,10 @@ class BodyReader:
             await self._app(scope, receive, send)
             return
         scope["state"]["key"] = await self._identify(scope)
+        if scope["method"] == "PUT" and UPLOAD_PATH.fullmatch(path):
+            _require_type(headers.get("content-type"), (UPLOAD_TYPE,))
+            await self._app(scope, receive, send)
+            return
         if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
             _require_type(headers.get("content-type"), (JSON_TYPE, FORM_TYPE)[: 1 + (path in FORM_PATHS)])
         pictures = path in IMAGE_PATHS or (path in CONTROL_PATHS and self._has_controls())

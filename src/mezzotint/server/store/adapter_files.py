@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mezzotint import hub
+from mezzotint.adapter_sources import choose_weights
 from mezzotint.errors import InvalidRequestError, echo
 from mezzotint.server.store.durable import sync
 
 WEIGHTS = "adapter.safetensors"
-PREFERRED = (hub.DIFFUSERS_WEIGHTS, hub.PEFT_WEIGHTS)
-"""Names of the file to take where there are several."""
 MAX_HEADER_BYTES = 8 * 2**20
 """Longest header of an adapter's file; that of the largest LoRA has under 1 MiB."""
 MAX_CONFIG_BYTES = 2**20
@@ -102,7 +101,7 @@ def _too_large(name: str, size: int, max_bytes: int) -> InvalidRequestError:
 def _locate(source: str, max_bytes: int) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
-        return path / _choose([each.name for each in path.iterdir()], f"the folder {path.name}")
+        return path / choose_weights([each.name for each in path.iterdir()], f"the folder {path.name}")
     if path.exists():
         return path
     reference = hub.parse_reference(source)
@@ -124,7 +123,7 @@ def _locate(source: str, max_bytes: int) -> Path:
 def _download(reference: hub.Reference, max_bytes: int) -> Path:
     """The file in the Hub's cache; a file that is there already needs no network."""
     repository, listing = reference.repository, hub.list_files(reference)
-    file = reference.file or _choose(list(listing.sizes), f"repository {repository}")
+    file = reference.file or choose_weights(list(listing.sizes), f"repository {repository}")
     if file not in listing.sizes:
         if listing.cache:
             raise hub.HubError(f"{hub.AWAY} {echo(file)}", code="no_network", permanent=False)
@@ -134,25 +133,6 @@ def _download(reference: hub.Reference, max_bytes: int) -> Path:
     beside = str(Path(file).with_name(hub.PEFT_CONFIG))
     files = [file, beside] if Path(file).name == hub.PEFT_WEIGHTS and beside in listing.sizes else [file]
     return (listing.cache or hub.download(repository, reference.revision, files)) / file
-
-
-def _choose(names: list[str], where: str) -> str:
-    """The name of the weights among a folder's files; a refusal where that is not clear."""
-    found = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-    for name in PREFERRED:
-        if name in found:
-            return name
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise _refusal(
-            f"{where} holds {len(found)} safetensors files ({', '.join(found[:5])}); name one of them",
-            "adapter_source_not_found",
-        )
-    pickled = next((name for name in names if Path(name).suffix in hub.PICKLES), None)
-    if pickled:
-        raise _refusal(f"{where} holds only {pickled}, {hub.PICKLE_RISK}; convert it", "adapter_unsupported")
-    raise _refusal(f"{where} holds no safetensors file", "adapter_source_not_found")
 
 
 def _rank(tensors: dict[str, dict[str, object]]) -> int | None:
@@ -191,9 +171,15 @@ def _copy(weights: Path, config: bytes, folder: Path, rank: int | None) -> Adapt
 
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    path = folder / f".{secrets.token_hex(8)}"
-    path.mkdir(mode=0o700)
+    path = new_scratch(folder)
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def new_scratch(folder: Path) -> Path:
+    """A new folder below `folder`; `remove_unused` deletes it if nobody else does."""
+    path = folder / f".{secrets.token_hex(8)}"
+    path.mkdir(mode=0o700, parents=True)
+    return path

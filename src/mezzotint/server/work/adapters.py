@@ -110,14 +110,27 @@ class AdapterRegistry:
             await UPKEEP.run(self._adopt, spec, False)
             endpoint.adapters.announce(await DATABASE.run(self.table.list, endpoint.id))
 
-    async def add(self, endpoint: Endpoint, settings: AdapterSettings, *, overwrite: bool = False) -> Adapter:
+    async def add(
+        self,
+        endpoint: Endpoint,
+        settings: AdapterSettings,
+        *,
+        overwrite: bool = False,
+        upload: Path | None = None,
+    ) -> Adapter:
         """Registers an adapter that every running worker has checked against its model.
 
         InvalidRequestError says what is wrong with the source or the file. ConflictError means that the route
         is taken. Nothing has changed then. A caller that is cancelled does not stop what has begun.
+        `upload` is a file of the caller's own that is taken instead of the source's.
         """
         _require_free(endpoint, settings.route, overwrite)  # before anything is downloaded
-        return await self._finish(self._add(endpoint, settings, overwrite))
+        return await self._finish(self._add(endpoint, settings, overwrite, upload))
+
+    def require_room_for(self, endpoint: Endpoint, route: str, *, overwrite: bool) -> int:
+        """The most bytes that a new adapter's file may have; ConflictError where the route is taken."""
+        _require_free(endpoint, route, overwrite)
+        return _max_file_bytes(endpoint.spec)
 
     async def remove(self, endpoint: Endpoint, route: str) -> Adapter:
         """Refuses new requests for the route at once; workers forget it when the last old one has ended.
@@ -126,9 +139,11 @@ class AdapterRegistry:
         """
         return await self._finish(self._remove(endpoint, route))
 
-    async def _add(self, endpoint: Endpoint, settings: AdapterSettings, overwrite: bool) -> Adapter:
-        max_bytes = _max_file_bytes(endpoint.spec)
-        file = await SOURCES.run(copy_source, settings.source, self.table.folder, max_bytes)
+    async def _add(
+        self, endpoint: Endpoint, settings: AdapterSettings, overwrite: bool, upload: Path | None
+    ) -> Adapter:
+        source, max_bytes = str(upload or settings.source), _max_file_bytes(endpoint.spec)
+        file = await SOURCES.run(copy_source, source, self.table.folder, max_bytes)
         async with endpoint.adapters.lock:  # nobody waits for another's download, and one of two is first
             _require_free(endpoint, settings.route, overwrite)
             return await self._put(endpoint, _registered(endpoint.id, settings, file, Origin.API))
