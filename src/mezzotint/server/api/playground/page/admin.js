@@ -173,7 +173,11 @@ async function listKeys() {
 async function addAdapter() {
   const path = `${ENDPOINTS}/${$("new-endpoint").value}/adapters`;
   const [route, scale, source] = ["new-route", "new-scale", "new-source"].map((id) => $(id).value.trim());
-  await call(path, { method: "POST", body: JSON.stringify({ route, source, scale: Number(scale) }) });
+  const [file] = $("new-file").files;
+  if (!file && !source) throw new Error("Name a source, or choose a file.");
+  if (!file) return call(path, { method: "POST", body: JSON.stringify({ route, source, scale: Number(scale) }) });
+  const query = new URLSearchParams({ name: file.name, scale });
+  await call(`${path}/${route}?${query}`, { method: "PUT", body: file, headers: { "content-type": "application/octet-stream" } });
 }
 
 async function makeKey() {
