@@ -41,7 +41,7 @@ def test_a_benchmark_tells_its_arguments(
         ("first_answer", PAINTED),
         ("fuzz", ["--examples", "50"]),
         ("fairness", [*PAINTED, "--queued", "40"]),
-        ("soak", ["--model", "fake:step_s=0.001,size=32", "--seconds", "4", "--clients", "4"]),
+        ("soak", ["--model", "fake:step_s=0.001,size=128", "--seconds", "4", "--clients", "4"]),
     ],
 )
 def test_a_benchmark_runs_on_workers_that_paint(
