@@ -289,7 +289,7 @@ def test_the_queue_is_counted_once_for_all_watchers(tmp_path: Path, monkeypatch:
         return counted, places
 
     monkeypatch.setattr(_Line, "of", staticmethod(counting))
-    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.5"))) as host:  # so that they wait
+    with hosting(settings_for(tmp_path, endpoint("fake:step_s=0.1"))) as host:  # so that they wait
         waiting = [host.submit(num_inference_steps=50) for _ in range(30)]
         times, places = host.run(look(host.endpoint().dispatcher.queue))
         assert len(places) > 100
