@@ -285,8 +285,10 @@ def test_every_option_of_openais_client_is_taken(client: openai.OpenAI) -> None:
 
 def test_an_edit_streams_events_of_its_own_name(client: openai.OpenAI) -> None:
     stream = client.images.edit(model="one", image=RED, prompt="a cat", stream=True, partial_images=2)
-    kinds = [event.type for event in stream]
-    assert kinds == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
+    *earlier, last = [event.type for event in stream]
+    assert last == "image_edit.completed"
+    assert set(earlier) <= {"image_edit.partial_image"}
+    assert len(earlier) <= 2, "a preview that comes too late for its step is left out"
 
 
 @pytest.mark.filterwarnings("ignore:deprecated")
