@@ -278,6 +278,8 @@ FORMATS: Mapping[str, Format] = {
     "raw": Format("application/octet-stream", ".rgb", _encode_raw, _decode_raw, bare=True),
 }
 """By the names of the contract; `url` is the file behind the URL."""
+MEDIA_TYPES: Mapping[str, str] = {kind.suffix: kind.mime_type for kind in FORMATS.values()}
+"""By the suffix of a file."""
 
 
 # ---------------------------------------------------------------- reading parameters back

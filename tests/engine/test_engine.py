@@ -168,7 +168,8 @@ def test_load_takes_a_folder(tmp_path: Path) -> None:
     assert np.array_equal(loaded.image, expected.image)
 
 
-def test_a_model_whose_first_picture_fails_is_served_unmerged_and_says_why(caplog: Any) -> None:
+def moody_pipeline() -> tuple[Any, list[bool]]:
+    """A pipeline that draws nothing until something is in its list."""
     pipe = tiny.build("flux")
     encode = pipe.text_encoder.forward
     healthy: list[bool] = []
@@ -179,6 +180,11 @@ def test_a_model_whose_first_picture_fails_is_served_unmerged_and_says_why(caplo
         return encode(*args, **kwargs)
 
     pipe.text_encoder.forward = moody
+    return pipe, healthy
+
+
+def test_a_model_whose_first_picture_fails_is_served_unmerged_and_says_why(caplog: Any) -> None:
+    pipe, healthy = moody_pipeline()
     engine = Engine.load(pipe, EngineSettings(num_threads=1, width=32, height=32))
     assert "not at this hour" in engine.info().merging["all"]
     assert (engine.info().mergeable, engine.info().rows) == (False, 1)
@@ -189,16 +195,7 @@ def test_a_model_whose_first_picture_fails_is_served_unmerged_and_says_why(caplo
 
 
 def test_real_requests_show_how_a_model_merges_whose_first_picture_failed() -> None:
-    pipe = tiny.build("flux")
-    encode = pipe.text_encoder.forward
-    healthy: list[bool] = []
-
-    def moody(*args: Any, **kwargs: Any) -> Any:
-        if not healthy:
-            raise ValueError("not at this hour")
-        return encode(*args, **kwargs)
-
-    pipe.text_encoder.forward = moody
+    pipe, healthy = moody_pipeline()
     settings = EngineSettings(num_threads=1, width=32, height=32, batching="fast")
     engine = Engine.load(pipe, settings)
     assert not engine.merges

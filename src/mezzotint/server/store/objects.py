@@ -22,7 +22,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import S3Store
 
 from mezzotint.errors import ConfigError, MezzotintError, StorageFullError, UnavailableError
-from mezzotint.images import FORMATS
+from mezzotint.images import MEDIA_TYPES
 from mezzotint.server.store import database
 from mezzotint.server.store.folder import OWNER_LENGTH, Folder, FolderFile
 from mezzotint.server.threads import DATABASE
@@ -35,7 +35,6 @@ BATCH = 1000
 """Objects removed by one request, as S3 allows."""
 CHECK_NAME = "mezzotint-storage-check"
 """Written and removed at the start, to see whether the store lets us."""
-_MEDIA_TYPES = {kind.suffix: kind.mime_type for kind in FORMATS.values()}
 _METADATA_SERVICE = "169.254.169.254"
 """Where the machines of a cloud give credentials; asked when there are none elsewhere."""
 _TABLE = database.objects
@@ -175,7 +174,7 @@ class ObjectStorage:
         return written
 
     def _move(self, file: FolderFile) -> bool:
-        if file.path.suffix not in _MEDIA_TYPES:  # not a picture of ours
+        if file.path.suffix not in MEDIA_TYPES:  # not a picture of ours
             return False
         try:
             data = file.path.read_bytes()
@@ -190,7 +189,7 @@ class ObjectStorage:
         with self._engine.begin() as connection:
             if not _has(connection, name):
                 connection.execute(_TABLE.insert().values(name=name, created=created, bytes=len(data)))
-        kind = _MEDIA_TYPES[PurePath(name).suffix]
+        kind = MEDIA_TYPES[PurePath(name).suffix]
         obstore.put(self._store, name, data, attributes={"Content-Type": kind}, use_multipart=False)
 
     def _hold(self, name: str, data: bytes) -> None:

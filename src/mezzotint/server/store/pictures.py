@@ -30,7 +30,7 @@ from mezzotint.errors import (
     StorageFullError,
     echo,
 )
-from mezzotint.images import FORMATS, Parameters
+from mezzotint.images import MEDIA_TYPES, Parameters
 from mezzotint.server.store import database
 from mezzotint.server.store.folder import OWNER_LENGTH, Storage, StoredFile
 from mezzotint.server.store.keys import ANONYMOUS
@@ -38,7 +38,6 @@ from mezzotint.server.store.signing import Signer
 
 PATH = "/images/"
 """The path of all pictures below the server's address."""
-MEDIA_TYPES = {kind.suffix: kind.mime_type for kind in FORMATS.values()}
 _NAME = re.compile(rf"[A-Za-z0-9_-]{{32}}({'|'.join(map(re.escape, MEDIA_TYPES))})")
 _EXPIRY = re.compile(r"[0-9]{1,12}")
 _TABLE = database.pictures
