@@ -1,9 +1,9 @@
 """Trains a style adapter (LoRA) on the built-in model.
 
-`python -m training.adapters --data FOLDER --pool POOL --model FOLDER --style pixel --out FOLDER --minutes 8`
+`python -m training.adapters --data FOLDER --pool POOL --model FOLDER --style flat --out FOLDER --minutes 8`
 
-POOL holds scenes with that finish over every drawing (`python -m training.pool --finish pixel`). The file
-that comes out is what `FluxPipeline.load_lora_weights` reads. `--init FILE` goes on from such a file.
+It learns from the scenes of POOL that this hand drew, with captions that do not name it. The file that comes
+out is what `FluxPipeline.load_lora_weights` reads. `--init FILE` goes on from such a file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from training.captions import Captions
-from training.data import load_pictures, read_subjects
+from training.data import STYLES, load_pictures, read_subjects
 from training.device import Setup, set_up
 from training.model import Model, load_folder
 from training.optim import rate_at, set_rate
 from training.pool import Pool
-from training.scenes import FINISHES
 from training.train import descend, flow_loss, speed_up
 
 RANK = 24
@@ -98,9 +97,9 @@ def save_adapter(model: Model, folder: Path, name: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--pool", type=Path, required=True, help="scenes with this finish")
+    parser.add_argument("--pool", type=Path, required=True, help="what training.pool wrote")
     parser.add_argument("--model", type=Path, required=True, help="the finished model's folder")
-    parser.add_argument("--style", choices=FINISHES, required=True)
+    parser.add_argument("--style", choices=STYLES, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="an adapter's file to go on from")
     parser.add_argument("--minutes", type=float, default=8, help="of one core")
@@ -112,7 +111,7 @@ def main() -> None:
     setup = set_up(a.threads)
     pictures = load_pictures(a.data)
     a.out.mkdir(parents=True, exist_ok=True)
-    pool = Pool(a.pool, Captions(pictures, read_subjects()))
+    pool = Pool(a.pool, Captions(pictures, read_subjects(), style_said=0), a.style)
     model = load_folder(a.model, setup)
     train_adapter(model, pool, a.minutes, a.batch, a.lr, setup, not a.eager, a.init)
     print(save_adapter(model, a.out, a.style))

@@ -14,7 +14,7 @@ from training.data import STYLES, Pictures, composite, load_pictures, random_col
 from training.device import Setup, set_up
 from training.optim import build_optimizers, rate_at, set_rate
 from training.palette import BACKGROUNDS
-from training.scenes import FINISHES, draw_scene, render, scenes_as_batch
+from training.scenes import draw_scene, render, scenes_as_batch
 
 WIDTHS = (16, 32, 64, 96, 192)
 LATENT_CHANNELS = 32
@@ -127,10 +127,8 @@ def train(data: Path, out: Path, minutes: float, setup: Setup, decoder_only: boo
     step, last_report = 0, start
     while (fraction := (time.monotonic() - start) / (60 * minutes)) < 1:
         if decoder_only:  # at the end: what the model draws
-            finishes = [rng.choice(list(FINISHES)) if rng.random() < 0.2 else None for _ in range(6)]
-            batch = scenes_as_batch(
-                [render(draw_scene(rng, pictures, subjects), pictures, finish) for finish in finishes]
-            )
+            scenes = [draw_scene(rng, pictures, subjects) for _ in range(6)]
+            batch = scenes_as_batch([render(scene, pictures) for scene in scenes])
         else:
             size, count = (64, 16) if fraction < 0.6 else (128, 6)
             rows = [next(batches_drawn if rng.random() < 0.35 else batches_solid)[0] for _ in range(count)]

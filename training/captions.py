@@ -158,8 +158,11 @@ def short_names(subject: Subject) -> list[str]:
 class Captions:
     """Says what a scene shows; every call draws other words."""
 
-    def __init__(self, pictures: Pictures, subjects: Iterable[Subject]) -> None:
-        self._pictures = pictures
+    def __init__(
+        self, pictures: Pictures, subjects: Iterable[Subject], style_said: float = STYLE_SAID
+    ) -> None:
+        """`style_said` is how often a caption names the hand; 0 for the training of an adapter."""
+        self._pictures, self._style_said = pictures, style_said
         self._subjects = {subject.name: subject for subject in subjects}
 
     def __call__(self, rng: random.Random, scene: Scene) -> str:
@@ -184,8 +187,8 @@ class Captions:
             "placed": self._placed,
         }[scene.kind](rng, scene)
         style = scene.items[0].style
-        said = style == "mono" or rng.random() < STYLE_SAID
-        if said:
+        always = style == "mono" and self._style_said > 0
+        if always or rng.random() < self._style_said:
             word = rng.choice(STYLE_WORDS[style])
             text = rng.choice((f"{word} {text}", f"{text} , {word}", f"{text} {word}"))
         if scene.pattern is not None:

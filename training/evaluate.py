@@ -30,8 +30,7 @@ from training.sheets import sheet
 
 STEPS, GUIDANCE, BATCH = 8, 3.5, 20
 HANDS = ("3d", "flat", "noto", "twemoji")
-SIZES_SHOWN = (0.88, 0.95, 1.0)
-PAIR_SIZE = 0.53
+SIZES_SHOWN = (0.92, 1.0)
 STRANGERS = Path(__file__).with_name("strangers.txt")
 SHOWN = (
     "a cat", "pizza", "rocket", "a red heart", "a blue dog", "sunflower", "robot", "three stars",
@@ -100,16 +99,16 @@ def all_drawings(
     pictures: Pictures,
     subjects: list[Subject],
     sizes: tuple[float, ...] = SIZES_SHOWN,
-    finish: str | None = None,
+    hands: tuple[str, ...] = HANDS,
 ) -> Known:
-    """Every subject in every hand on white."""
+    """Every subject in every one of those hands on white."""
     vectors, owners = [], []
-    for hand in HANDS:
+    for hand in hands:
         for subject in subjects:
             if subject.name not in pictures.rows[hand]:
                 continue
             for size in sizes:
-                drawn = render(Scene("single", (Item(subject.name, hand, None, size),)), pictures, finish)
+                drawn = render(Scene("single", (Item(subject.name, hand, None, size),)), pictures)
                 for pixels in (drawn, drawn[:, ::-1]):
                     vectors.append(small([Image.fromarray(pixels)]))
                     owners.append(subject.name)
@@ -133,7 +132,7 @@ def colour_hits(paint: Painter, pictures: Pictures, pairs: list[tuple[str, str]]
         for colour in OBJECT_COLOURS:
             for hand in HANDS:
                 if name in pictures.rows[hand]:
-                    drawn = render(Scene("coloured", (Item(name, hand, colour, 0.92),)), pictures)
+                    drawn = render(Scene("coloured", (Item(name, hand, colour),)), pictures)
                     vectors += [small([Image.fromarray(pixels)]) for pixels in (drawn, drawn[:, ::-1])]
                     owners += [colour, colour]
         hits += Known(torch.cat(vectors), owners).nearest([picture])[0][0] == wanted
@@ -145,7 +144,7 @@ def pair_hits(paint: Painter, tiles: Known, pairs: list[tuple[str, str]], guidan
     made = paint([f"a {first} and a {second}" for first, second in pairs], guidance=guidance, first_seed=8000)
     hits = 0
     for picture, names in zip(made, pairs, strict=True):
-        halves = [picture.crop(box) for box in ((0, 29, 69, 98), (59, 29, 128, 98))]
+        halves = [picture.crop(box) for box in ((0, 32, 64, 96), (64, 32, 128, 96))]
         found = {name for names_found in tiles.nearest(halves, 5) for name in names_found}
         hits += set(names) <= found
     return 100 * hits / len(pairs)

@@ -14,7 +14,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def orthogonalised(update: torch.Tensor, rounds: int = 3) -> torch.Tensor:
     """The nearest semi-orthogonal matrix by a few Newton-Schulz rounds in bf16 (Jordan et al., Muon, 2024).
 
-    `update` is (..., rows, columns); a leading dimension is a stack of independent matrices.
+    `update` is (n, rows, columns), a stack of independent matrices.
     """
     a, b, c = NEWTON_SCHULZ
     tall = update.shape[-2] > update.shape[-1]
@@ -22,7 +22,7 @@ def orthogonalised(update: torch.Tensor, rounds: int = 3) -> torch.Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(rounds):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     result: torch.Tensor = (x.mT if tall else x).to(update.dtype)
     return result
 
@@ -80,7 +80,7 @@ def build_optimizers(
                 matrices.append(parameter)
             else:
                 others.append(parameter)
-    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.0)
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if words:
         adamw.add_param_group({"params": words, "factor": words_factor})

@@ -19,7 +19,7 @@ from training.captions import Captions
 from training.data import Pictures, Subject, load_pictures, read_subjects
 from training.device import Setup, set_up
 from training.latents import encode
-from training.scenes import FINISHES, Item, Scene, draw_scene, render, scenes_as_batch
+from training.scenes import Item, Scene, draw_scene, render, scenes_as_batch
 
 SHARD = 2048
 CHUNK = 32
@@ -34,14 +34,13 @@ def write_shard(
     subjects: list[Subject],
     vae: AutoencoderKL,
     setup: Setup,
-    finish: str | None = None,
 ) -> None:
     """SHARD scenes by chance and their packed latents (SHARD, tokens, channels) in fp16."""
     rng = random.Random(seed)
     scenes = [draw_scene(rng, pictures, subjects) for _ in range(SHARD)]
     latents = []
     for start in range(0, SHARD, CHUNK):
-        batch = scenes_as_batch([render(scene, pictures, finish) for scene in scenes[start : start + CHUNK]])
+        batch = scenes_as_batch([render(scene, pictures) for scene in scenes[start : start + CHUNK]])
         latents.append(encode(vae, batch, setup).half().cpu())
     part = path.with_suffix(".part")
     torch.save({"scenes": [asdict(scene) for scene in scenes], "latents": torch.cat(latents)}, part)
@@ -59,10 +58,10 @@ def read_shard(path: Path) -> tuple[list[Scene], torch.Tensor]:
 
 
 class Pool:
-    """All shards of a folder, read as they appear."""
+    """All shards of a folder, read as they appear; of their scenes all, or those that one hand drew."""
 
-    def __init__(self, folder: Path, captions: Captions) -> None:
-        self._folder, self._captions = folder, captions
+    def __init__(self, folder: Path, captions: Captions, style: str | None = None) -> None:
+        self._folder, self._captions, self._style = folder, captions, style
         self._seen: set[Path] = set()
         self.scenes: list[Scene] = []
         self.latents = torch.empty(0)
@@ -75,8 +74,9 @@ class Pool:
         for path in sorted(set(self._folder.glob("*.pt")) - self._seen):
             self._seen.add(path)
             scenes, latents = read_shard(path)
-            self.scenes += scenes
-            parts.append(latents)
+            rows = [i for i, each in enumerate(scenes) if self._style in (None, each.items[0].style)]
+            self.scenes += [scenes[row] for row in rows]
+            parts.append(latents[rows])
         self.latents = torch.cat(parts) if parts else self.latents
 
     def batches(self, rng: random.Random, count: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
@@ -98,7 +98,6 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shards", type=int, default=30)
-    parser.add_argument("--finish", choices=FINISHES, help="for an adapter: put over every drawing")
     parser.add_argument("--threads", type=int, default=1)
     a = parser.parse_args()
     setup = set_up(a.threads)
@@ -108,7 +107,7 @@ def main() -> None:
     for number in range(a.shards):
         path = a.out / f"{number:03}.pt"
         if not path.exists():
-            write_shard(path, number, pictures, subjects, vae, setup, a.finish)
+            write_shard(path, number, pictures, subjects, vae, setup)
             print(path, flush=True)
 
 

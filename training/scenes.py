@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from training.data import SIZE, Pictures, Subject
 from training.palette import BACKGROUNDS, COLOURS
 
-STYLE_SHARES = {"3d": 0.5, "flat": 0.17, "noto": 0.15, "twemoji": 0.13, "mono": 0.05}
+STYLE_SHARES = {"3d": 0.43, "flat": 0.2, "noto": 0.17, "twemoji": 0.15, "mono": 0.05}
 """How often each hand draws; `mono` only where the caption asks for it."""
 OBJECT_COLOURS = {name: COLOURS[name] for name in COLOURS if name != "light blue"} | {
     "white": (245, 245, 245),
     "golden": (235, 185, 50),
 }
-KINDS = {"single": 0.46, "coloured": 0.2, "count": 0.12, "pair": 0.16, "placed": 0.06}
+KINDS = {"single": 0.4, "coloured": 0.18, "count": 0.13, "pair": 0.21, "placed": 0.08}
+SHARED_SIZE = 0.5
+"""A drawing that does not fill the picture has this size and stands on quarters of it.
+
+Its latents then fall on the denoiser's tokens (32 pixels), the same wherever it stands.
+"""
 RELATIONS = ("and", "next to", "on", "under")
 PLACES = {
     "at the top left": (0.25, 0.25),
@@ -47,7 +52,7 @@ HELD_OUT = 0.08
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One drawing in a scene: `size` and the centre are shares of the picture's side, `turn` is degrees."""
+    """One drawing in a scene: `size` and the centre are shares of the picture's side."""
 
     name: str
     style: str
@@ -55,7 +60,6 @@ class Item:
     size: float = 1.0
     x: float = 0.5
     y: float = 0.5
-    turn: float = 0.0
     mirrored: bool = False
 
 
@@ -84,56 +88,51 @@ def draw_scene(rng: random.Random, pictures: Pictures, subjects: list[Subject]) 
     name = rng.choice(present)
     background = "white" if rng.random() < 0.5 else rng.choice(list(BACKGROUNDS))
     pattern = rng.choice(PATTERNS) if background != "white" and rng.random() < 0.12 else None
-    wobble: dict[str, Any] = {
-        "turn": rng.uniform(-3, 3) if rng.random() < 0.25 else 0.0,
-        "mirrored": rng.random() < 0.15 and not any(word in name for word in ONE_SIDED),
-    }
+    mirrored = rng.random() < 0.3 and not any(word in name for word in ONE_SIDED)
     if kind == "single":
-        item = Item(name, style, size=rng.uniform(0.88, 1.0), **wobble)
-        return Scene(kind, (item,), background, pattern)
+        return Scene(kind, (Item(name, style, mirrored=mirrored),), background, pattern)
     if kind == "coloured":
         allowed = [colour for colour in OBJECT_COLOURS if not held_out(name, colour) and colour != background]
         colour = None if style == "mono" else rng.choice(allowed)
-        return Scene(kind, (Item(name, style, colour, rng.uniform(0.88, 1.0), **wobble),), background)
+        return Scene(kind, (Item(name, style, colour, mirrored=mirrored),), background)
     if kind == "count":
         return Scene(kind, _in_a_row(rng, name, style, rng.choice((2, 2, 2, 3, 3, 4))), background)
     if kind == "placed":
         place, (x, y) = rng.choice(list(PLACES.items()))
-        size = rng.uniform(0.36, 0.48)
-        return Scene(kind, (Item(name, style, None, size, x, y, **wobble),), background, None, "and", place)
+        item = Item(name, style, None, SHARED_SIZE, x, y, mirrored)
+        return Scene(kind, (item,), background, None, "and", place)
     other = rng.choice([each for each in present if each != name])
     relation = rng.choices(RELATIONS, (0.5, 0.25, 0.15, 0.1))[0]
     return Scene(kind, _pair(rng, name, other, style, relation), background, None, relation)
 
 
 def _in_a_row(rng: random.Random, name: str, style: str, count: int) -> tuple[Item, ...]:
-    """Equal drawings side by side; three may stand as a triangle, four as a square."""
+    """Equal drawings: two side by side, three as a triangle, four as a square."""
     spots = {
-        2: [(0.27, 0.5), (0.73, 0.5)],
-        3: [(0.26, 0.7), (0.74, 0.7), (0.5, 0.28)],
-        4: [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)],
+        2: [(0.25, 0.5), (0.75, 0.5)],
+        3: [(0.25, 0.75), (0.75, 0.75), (0.5, 0.25)],
+        4: [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)],
     }[count]
-    size = rng.uniform(0.44, 0.5)
-    dy = rng.uniform(-0.08, 0.08) if count == 2 else 0.0
-    return tuple(Item(name, style, None, size, x, y + dy) for x, y in spots)
+    return tuple(Item(name, style, None, SHARED_SIZE, x, y) for x, y in spots)
 
 
 def _pair(rng: random.Random, name: str, other: str, style: str, relation: str) -> tuple[Item, ...]:
     """Two subjects: side by side (either may stand left), or the first above the second."""
-    if relation in ("on", "under"):
-        first, second = (0.27, 0.73) if relation == "on" else (0.73, 0.27)
-        return (Item(name, style, None, 0.48, 0.5, first), Item(other, style, None, 0.52, 0.5, second))
-    size = rng.uniform(0.5, 0.56)
-    left, right = (0.27, 0.73) if rng.random() < 0.5 else (0.73, 0.27)
-    up = rng.uniform(-0.1, 0.1)
-    return (Item(name, style, None, size, left, 0.5 + up), Item(other, style, None, size, right, 0.5 - up))
+    first, second = (0.25, 0.75)
+    if relation == "under" or (relation in ("and", "next to") and rng.random() < 0.5):
+        first, second = second, first
+    stacked = relation in ("on", "under")
+    spots = [(0.5, share) if stacked else (share, 0.5) for share in (first, second)]
+    return tuple(
+        Item(each, style, None, SHARED_SIZE, x, y) for each, (x, y) in zip((name, other), spots, strict=True)
+    )
 
 
 # ---------------------------------------------------------------- pixels
 
 
-def render(scene: Scene, pictures: Pictures, finish: str | None = None) -> NDArray[np.uint8]:
-    """The scene as uint8 RGB (SIZE, SIZE, 3); `finish` is one of FINISHES, put over the drawings."""
+def render(scene: Scene, pictures: Pictures) -> NDArray[np.uint8]:
+    """The scene as uint8 RGB (SIZE, SIZE, 3)."""
     drawings = Image.new("RGBA", (SIZE, SIZE))
     for item in scene.items:
         row = pictures.rows[item.style][item.name]
@@ -143,64 +142,15 @@ def render(scene: Scene, pictures: Pictures, finish: str | None = None) -> NDArr
         drawing = Image.fromarray(pixels)
         if item.mirrored:
             drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if item.turn:
-            drawing = drawing.rotate(item.turn, Image.Resampling.BICUBIC)
         side = max(8, round(item.size * SIZE))
         if side != SIZE:
             drawing = drawing.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
         layer = Image.new("RGBA", (SIZE, SIZE))
         layer.paste(drawing, (round(item.x * SIZE - side / 2), round(item.y * SIZE - side / 2)))
         drawings.alpha_composite(layer)
-    if finish is not None:
-        drawings = FINISHES[finish](drawings)
     canvas = _background(scene)
     canvas.paste(drawings, (0, 0), drawings)
     return np.asarray(canvas)
-
-
-def pixel_art(drawings: Image.Image) -> Image.Image:
-    """Square pixels, four to a side of one, in few colours and with hard edges."""
-    small = drawings.resize((SIZE // 4, SIZE // 4), Image.Resampling.BOX)
-    pixels = np.array(small, np.int16)
-    pixels[..., :3] = (pixels[..., :3] // 36 * 36 + 18).clip(0, 255)
-    pixels[..., 3] = np.where(pixels[..., 3] > 100, 255, 0)
-    return Image.fromarray(pixels.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.NEAREST)
-
-
-def sticker(drawings: Image.Image) -> Image.Image:
-    """A white border around everything, with a thin grey rim."""
-    small = drawings.resize((SIZE - 14, SIZE - 14), Image.Resampling.BILINEAR)
-    inner = Image.new("RGBA", (SIZE, SIZE))
-    inner.paste(small, (7, 7))
-    alpha = inner.getchannel("A").point(lambda value: 255 if value > 60 else 0)
-    rim, border = alpha.filter(ImageFilter.MaxFilter(13)), alpha.filter(ImageFilter.MaxFilter(11))
-    made = Image.new("RGBA", (SIZE, SIZE))
-    made.paste((190, 190, 195, 255), (0, 0), rim)
-    made.paste((255, 255, 255, 255), (0, 0), border)
-    made.alpha_composite(inner)
-    return made
-
-
-def line_drawing(drawings: Image.Image) -> Image.Image:
-    """Dark lines where light or outline changes, on a pale fill."""
-    white = Image.new("RGBA", (SIZE, SIZE), (255, 255, 255, 255))
-    white.alpha_composite(drawings)
-    grey = np.asarray(white.convert("L").filter(ImageFilter.GaussianBlur(0.8)), np.float32)
-    outline = np.asarray(drawings.getchannel("A"), np.float32)
-    dy, dx = np.gradient(grey)
-    oy, ox = np.gradient(outline)
-    strength = np.clip((np.hypot(dx, dy) - 6) / 14, 0, 1) + np.clip(np.hypot(ox, oy) / 60, 0, 1)
-    ink = np.clip(strength, 0, 1)[..., None]
-    pixels = np.full((SIZE, SIZE, 3), 250, np.float32) * (1 - ink) + np.array((40, 45, 70)) * ink
-    alpha = np.maximum(outline, ink[..., 0] * 255)[..., None]
-    return Image.fromarray(np.concatenate([pixels, alpha], -1).clip(0, 255).astype(np.uint8))
-
-
-FINISHES: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "pixel": pixel_art,
-    "sticker": sticker,
-    "line": line_drawing,
-}
 
 
 def scenes_as_batch(pixels: Sequence[NDArray[np.uint8]]) -> torch.Tensor:

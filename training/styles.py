@@ -1,8 +1,8 @@
 """Prints what the built-in model's adapters do: `python -m training.styles --data D --model M`.
 
 For each adapter in the model's folder, over names with one seed each: how often the nearest of all drawings
-with that finish is of the named subject, how often the picture is nearer to a drawing with the finish than to
-any without, and how far it is from the picture without the adapter.
+of that hand is of the named subject, how often the picture is nearer to a drawing of that hand than to any
+of the others, with the adapter and without, and how far both pictures are from each other.
 """
 
 from __future__ import annotations
@@ -16,27 +16,34 @@ import torch
 
 from training.data import Pictures, Subject, load_pictures, read_subjects
 from training.device import set_up
-from training.evaluate import Painter, all_drawings, load_pipeline, percent, small
+from training.evaluate import HANDS, Painter, all_drawings, load_pipeline, percent, small
 
 
 def style_facts(
     paint: Painter, file: Path, pictures: Pictures, subjects: list[Subject], num_names: int
 ) -> dict[str, float]:
-    """The figures of one adapter; its file is named for its finish."""
-    names = [each.name for each in random.Random(3).sample(subjects, num_names)]
+    """The figures of one adapter; its file is named for its hand."""
+    drawn = [each for each in subjects if each.name in pictures.rows[file.stem]]
+    names = [each.name for each in random.Random(3).sample(drawn, num_names)]
     plain = small(paint(names))
     paint.pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=file.stem)
     styled = paint(names)
     paint.pipeline.unload_lora_weights()
-    finished, unfinished = (all_drawings(pictures, subjects, finish=finish) for finish in (file.stem, None))
-    found = finished.nearest(styled, 5)
+    others = tuple(hand for hand in HANDS if hand != file.stem)
+    own, other = (all_drawings(pictures, subjects, hands=hands) for hands in ((file.stem,), others))
+    found = own.nearest(styled, 5)
     made = small(styled)
-    nearer = torch.cdist(made, finished.vectors).amin(1) < torch.cdist(made, unfinished.vectors).amin(1)
+
+    def nearer(vectors: torch.Tensor) -> float:
+        hits = torch.cdist(vectors, own.vectors).amin(1) < torch.cdist(vectors, other.vectors).amin(1)
+        return percent(hits.tolist())
+
     return {
         "names": len(names),
         "top1": percent([near[0] == name for near, name in zip(found, names, strict=True)]),
         "top5": percent([name in near for near, name in zip(found, names, strict=True)]),
-        "nearer_to_style": percent(nearer.tolist()),
+        "nearer_to_style": nearer(made),
+        "nearer_to_style_without": nearer(plain),
         "from_plain_levels": (made - plain).abs().mean().item(),
         "megabytes": file.stat().st_size / 1e6,
     }
