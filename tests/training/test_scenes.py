@@ -1,4 +1,4 @@
-"""Scenes: what is drawn, what is never drawn, and what a finish does to it."""
+"""Scenes: what is drawn, where it stands, and what is never drawn."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from training.data import SIZE, STYLES, Pictures, Subject
 from training.palette import BACKGROUNDS
 from training.scenes import (
-    FINISHES,
     KINDS,
     OBJECT_COLOURS,
+    SHARED_SIZE,
     Item,
     Scene,
     draw_scene,
@@ -73,9 +73,9 @@ def test_an_object_in_another_colour_has_that_colour(name: str) -> None:
     assert min(distances, key=lambda other: distances[other]) == name
 
 
-@pytest.mark.parametrize("finish", FINISHES)
-def test_a_finish_changes_the_drawing_and_leaves_the_far_background(finish: str, pictures: Pictures) -> None:
-    scene = Scene("single", (Item("cat face", "3d"),), "teal")
-    plain, finished = render(scene, pictures), render(scene, pictures, finish)
-    assert np.abs(plain.astype(int) - finished).mean() > 2
-    assert tuple(finished[2, 2]) == BACKGROUNDS["teal"]
+def test_what_shares_a_picture_stands_on_quarters_of_it(pictures: Pictures) -> None:
+    rng = random.Random(4)
+    for scene in (draw_scene(rng, pictures, SUBJECTS) for _ in range(500)):
+        alone = scene.kind in ("single", "coloured")
+        assert {item.size for item in scene.items} == {1.0 if alone else SHARED_SIZE}
+        assert {share for item in scene.items for share in (item.x, item.y)} <= {0.25, 0.5, 0.75}

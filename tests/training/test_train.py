@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,12 +15,14 @@ from diffusers import FluxPipeline
 
 from training.autoencoder import build_autoencoder
 from training.captions import Captions
-from training.data import Pictures, read_subjects
+from training.data import STYLES, Pictures, read_subjects
 from training.device import set_up
 from training.distil import guided_velocity
+from training.export import taught_words, write_vocabulary
 from training.optim import orthogonalised, rate_at
 from training.pool import Pool
 from training.scenes import Item, Scene
+from training.text import SPECIAL, build_tokenizer
 from training.train import Plan, train
 
 PLAN = Plan(
@@ -70,6 +74,28 @@ def test_a_resumed_training_goes_on_and_its_folder_makes_a_picture(tmp_path: Pat
     assert third.step > 0
 
 
+def test_an_adapter_learns_from_the_scenes_of_its_hand_alone(tmp_path: Path) -> None:
+    scenes = [asdict(Scene("single", (Item("rocket", style),))) for style in STYLES * 2]
+    torch.save({"scenes": scenes, "latents": torch.randn(len(scenes), 16, 128)}, tmp_path / "000.pt")
+    none = Pictures(np.zeros((0, 128, 128, 4), np.uint8), {}, {"rocket": []}, {})
+    pool = Pool(tmp_path, Captions(none, read_subjects(), style_said=0), "mono")
+    assert [scene.items[0].style for scene in pool.scenes] == ["mono", "mono"]
+    assert len(pool.latents) == 2
+    _, captions = next(pool.batches(random.Random(1), 2))
+    assert all("mono" not in caption and "outline" not in caption for caption in captions)
+
+
+def test_the_manifest_gets_the_words_of_the_tokenizer_and_keeps_the_rest(tmp_path: Path) -> None:
+    vocab = [(token, 0.0) for token in SPECIAL] + [("▁cat", -8.0), ("猫", -8.0), ("s", -9.0)]
+    tokenizer = build_tokenizer(vocab, 0, 8)
+    (tmp_path / "mezzotint.json").write_text('{"about": "Cats.", "vocabulary": ["dog"]}')
+    write_vocabulary(tmp_path, taught_words(tokenizer))
+    assert json.loads((tmp_path / "mezzotint.json").read_text("utf-8")) == {
+        "about": "Cats.",
+        "vocabulary": ["cat", "猫"],
+    }
+
+
 def test_guidance_of_one_is_the_teacher_as_it_is() -> None:
     noisy, with_prompt, without = torch.randn(3, 2, 16, 128)
     times = torch.tensor([0.3, 0.9])
@@ -85,7 +111,7 @@ def test_guidance_above_one_moves_away_from_the_unprompted_picture() -> None:
 
 
 def test_an_orthogonalised_update_has_singular_values_near_one() -> None:
-    values = torch.linalg.svdvals(orthogonalised(torch.randn(32, 64), rounds=5).float())
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(3, 32, 64), rounds=5).float())
     assert values.min() > 0.5
     assert values.max() < 1.5
 
