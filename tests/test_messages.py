@@ -45,6 +45,7 @@ SETTINGS = [
         revision="main", dtype="fp32", device="cuda:1", num_threads=3, batching="off",
         performance="reference", max_rows=2, max_jobs=3, min_batch_gain=1.5, max_batch_stretch=3.5,
         max_wait_s=1.5, offload=True, allow_remote_code="studio/own@" + "0" * 40, adapter_bytes=5,
+        text_cache_bytes=6,
         default_steps=3, default_guidance=2.5, width=64, height=32, scheduler="DDIMScheduler",
         scheduler_settings={"shift": 5.0}, arguments={"clip_skip": 1, "texts": ["é", None]},
         controlnets=(ControlNetSettings(route="edges", source="studio/edges"),),

@@ -31,6 +31,7 @@ CHANGED: dict[str, Any] = {
     "offload": True,
     "allow_remote_code": "studio/own@" + "0" * 40,
     "adapter_bytes": 123,
+    "text_cache_bytes": 45,
     "default_steps": 9,
     "default_guidance": 2.5,
     "width": 64,

@@ -309,6 +309,11 @@ class Stats:
     adapter_loads: int = 0
     adapter_evictions: int = 0
     resident_routes: list[str] = field(default_factory=list)
+    text_hits: int = 0
+    """Calls of text encoders since the last Stats whose result was remembered, and those that ran."""
+    text_misses: int = 0
+    text_bytes: int = 0
+    """What the remembered results take now."""
 
 
 ToWorker = LoadModel | AddAdapter | RemoveAdapter | PrefetchAdapter | Generate | Cancel | Ping | Shutdown

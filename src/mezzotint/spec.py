@@ -234,6 +234,11 @@ class EngineSettings(Table):
         "`FOLDER@sha256:HASH`. The refusal of such a model says what to write.",
     )
     adapter_bytes: Bytes = Field(512 * 2**20, description="Byte budget for resident adapters in one worker.")
+    text_cache_bytes: Bytes = Field(
+        128 * 2**20,
+        description="Byte budget, on the model's device, for remembered results of text encoders in one "
+        "worker; 0 remembers none. Bytes of pictures do not depend on it.",
+    )
     default_steps: Annotated[int, between("num_inference_steps")] | None = Field(
         None, description="Steps when a dialect lets them be unset."
     )

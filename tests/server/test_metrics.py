@@ -49,9 +49,24 @@ def test_what_a_worker_reports_adds_up() -> None:
     metrics = Metrics()
     for _ in range(2):
         metrics.stats(
-            "one", Stats(0, forwards=3, rows=9, padded_rows=3, busy_s=0.5, step_s={}, adapter_hits=2)
+            "one",
+            Stats(
+                0,
+                forwards=3,
+                rows=9,
+                padded_rows=3,
+                busy_s=0.5,
+                step_s={},
+                adapter_hits=2,
+                text_hits=4,
+                text_misses=1,
+                text_bytes=50,
+            ),
         )
     text = metrics.render().decode()
     assert 'mezzotint_steps_total{endpoint="one"} 18.0' in text
     assert 'mezzotint_padded_rows_total{endpoint="one"} 6.0' in text
     assert 'mezzotint_adapter_hits_total{endpoint="one"} 4.0' in text
+    assert 'mezzotint_text_hits_total{endpoint="one"} 8.0' in text
+    assert 'mezzotint_text_misses_total{endpoint="one"} 2.0' in text
+    assert 'mezzotint_text_bytes{endpoint="one"} 50.0' in text

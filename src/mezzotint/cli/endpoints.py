@@ -83,6 +83,7 @@ def show(
         "adapters": adapters,
         "queue": spec.pop("queue"),
         "workers": replicas,
+        "text_cache": spec.pop("text_cache"),
     }
     settings = {name: value for name, value in spec.pop("settings").items() if name != "adapters"}
     print_facts(

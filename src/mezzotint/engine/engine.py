@@ -41,6 +41,7 @@ from mezzotint.engine.steps.rules import give_rules, tap_all, written_rules
 from mezzotint.engine.steps.runner import Forward, Runner
 from mezzotint.engine.steps.scheduler import FairShares, StepTimes, pick
 from mezzotint.engine.steps.shared_state import AttentionState
+from mezzotint.engine.steps.text_cache import TextCache
 from mezzotint.engine.trial import (
     first_call,
     trial_arguments,
@@ -76,6 +77,7 @@ class Engine:
         max_wait_s: float = 20.0,
         max_merge_pixels: int | None = None,
         adapter_bytes: int = 512 * 1024 * 1024,
+        text_cache_bytes: int = 128 * 1024 * 1024,
         manifest: Manifest = EMPTY,
         settings: EngineSettings = DEFAULTS,
         controlnets: Mapping[str, Any] = NO_CONTROLNETS,
@@ -107,9 +109,10 @@ class Engine:
         self.times = StepTimes()
         self._shares = FairShares()
         num_rows = rows if batching == "exact" else max_rows
-        self.runner = Runner(batching, num_rows, self.profile.denoiser_name, self._synchronize)
-        self.max_merge_pixels = max_merge_pixels
         self._device: torch.device = pipe._execution_device  # with offloading, not the device of the weights
+        texts = TextCache(text_cache_bytes, self._device)
+        self.runner = Runner(batching, num_rows, self.profile.denoiser_name, self._synchronize, texts)
+        self.max_merge_pixels = max_merge_pixels
         self._preview = LatentPreview(packed=hasattr(pipe, "_pack_latents"))
         self.findings: dict[str, Finding] = {}  # filled by `find_rules`
         self.attention = AttentionState(pipe.components)
@@ -147,6 +150,7 @@ class Engine:
             max_jobs=settings.max_jobs,
             max_wait_s=settings.max_wait_s,
             adapter_bytes=settings.adapter_bytes,
+            text_cache_bytes=settings.text_cache_bytes,
             manifest=loaded.manifest,
             settings=settings,
             controlnets=loaded.controlnets,

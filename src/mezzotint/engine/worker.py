@@ -391,12 +391,16 @@ class StatsReporter:
             adapter_loads=int(new[5]),
             adapter_evictions=int(new[6]),
             resident_routes=bank.resident_routes,
+            text_hits=int(new[7]),
+            text_misses=int(new[8]),
+            text_bytes=self._engine.runner.texts.num_bytes,
         )
 
     def _now(self) -> tuple[float, ...]:
         runner, bank = self._engine.runner, self._engine.bank_stats()
         forwards = (runner.num_forwards, runner.num_real_rows, runner.num_padded_rows)
-        return (*forwards, self._engine.busy_s, bank.hits, bank.loads, bank.evictions)
+        adapters = (bank.hits, bank.loads, bank.evictions)
+        return (*forwards, self._engine.busy_s, *adapters, runner.texts.hits, runner.texts.misses)
 
 
 _preload()

@@ -117,6 +117,24 @@ class Metrics:
         self.adapter_bytes = Gauge(
             "mezzotint_adapter_bytes", "Memory that adapters take in workers.", endpoint, registry=registry
         )
+        self.text_hits = Counter(
+            "mezzotint_text_hits_total",
+            "Calls of text encoders whose result was remembered.",
+            endpoint,
+            registry=registry,
+        )
+        self.text_misses = Counter(
+            "mezzotint_text_misses_total",
+            "Calls of text encoders that could be remembered and ran.",
+            endpoint,
+            registry=registry,
+        )
+        self.text_bytes = Gauge(
+            "mezzotint_text_bytes",
+            "Memory of the worker that reported last for remembered results of text encoders.",
+            endpoint,
+            registry=registry,
+        )
         self.stored_bytes = Gauge(
             "mezzotint_stored_bytes", "Bytes of pictures in storage.", registry=registry
         )
@@ -139,6 +157,9 @@ class Metrics:
         self.adapter_loads.labels(endpoint_id).inc(stats.adapter_loads)
         self.adapter_evictions.labels(endpoint_id).inc(stats.adapter_evictions)
         self.adapter_bytes.labels(endpoint_id).set(stats.adapter_bytes)
+        self.text_hits.labels(endpoint_id).inc(stats.text_hits)
+        self.text_misses.labels(endpoint_id).inc(stats.text_misses)
+        self.text_bytes.labels(endpoint_id).set(stats.text_bytes)
         known = self._shapes.setdefault(endpoint_id, set())
         for shape, seconds in stats.step_s.items():
             if len(known) < MAX_SHAPES:

@@ -74,6 +74,8 @@ class Call:
     """The adapter of the call's rows."""
     merges: bool = True
     """False: the call runs alone whatever its Rule allows."""
+    repeatable: bool = False
+    """Whether equal inputs may get a remembered result; see text_cache.py."""
     # Filled from the arguments where there is a Rule.
     rows: int = 1
     key: Hashable | None = None
@@ -251,7 +253,10 @@ def _tensor_key(name: str, value: Tensor, kind: Kind | None, dimension: int, row
         if kind == "equal":
             if not torch.equal(value, first.unsqueeze(dimension).expand_as(value)):
                 raise NotMergeable(f"{name}, whose rows must be equal")
-            return (*_like(first), _contents(value)[: first.nbytes] if dimension == 0 else _bytes(first))
+            return (
+                *_like(first),
+                _contents(value)[: first.nbytes] if dimension == 0 else tensor_bytes(first),
+            )
         return (first.shape, value.dtype, value.device)
     raise NotMergeable(name)
 
@@ -264,11 +269,12 @@ def _contents(value: Tensor) -> bytes:
     """The bytes of a shared tensor, kept while it lives: nobody writes into ids of positions."""
     known = _CONTENTS.get(value)
     if known is None:
-        known = _CONTENTS[value] = _bytes(value)
+        known = _CONTENTS[value] = tensor_bytes(value)
     return known
 
 
-def _bytes(value: Tensor) -> bytes:
+def tensor_bytes(value: Tensor) -> bytes:
+    """What the tensor holds, in the order of its elements."""
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

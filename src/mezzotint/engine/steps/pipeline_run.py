@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from greenlet import GreenletExit, getcurrent, greenlet
+from transformers import PreTrainedModel
 
 from mezzotint.engine.lora.bank import Lease
 from mezzotint.engine.steps.batching import Call, Rule
@@ -54,6 +55,7 @@ class Tap:
         self.name = name
         self.rule = rule
         self.parks = attribute != "generate"
+        self._repeatable = attribute == "forward" and isinstance(module, PreTrainedModel)
         self._tapped = self._parking(original) if self.parks else _unparked(original)
         setattr(module, attribute, self._tapped)
 
@@ -81,7 +83,17 @@ class Tap:
                 return original(*args, **kwargs)
             run = current.pipeline_run
             return run.park(
-                Call(self.name, original, args, kwargs, self.rule, names, run.lease, merges=run.merges)
+                Call(
+                    self.name,
+                    original,
+                    args,
+                    kwargs,
+                    self.rule,
+                    names,
+                    run.lease,
+                    merges=run.merges,
+                    repeatable=self._repeatable,
+                )
             )
 
         return tapped
@@ -225,7 +237,7 @@ class PipelineRun:
         if self.num_steps == 0 or self._state.processors is not None:
             self._state.notice()
         if self._state.processors is not None:
-            call.key = None
+            call.key, call.repeatable = None, False
         call.in_place = self._state.in_place
         self.call = call
         return self._greenlet.parent.switch()

@@ -14,6 +14,7 @@ import torch
 from mezzotint.engine.lora.bank import AdapterBank, Lease
 from mezzotint.engine.steps.batching import Call, Part, join, merge, partition, split
 from mezzotint.engine.steps.exactness import AdapterContext, exact_row_counts, rows_are_independent
+from mezzotint.engine.steps.text_cache import TextCache
 from mezzotint.spec import Batching
 
 _log = logging.getLogger(__name__)
@@ -52,17 +53,25 @@ class Runner:
     """
 
     def __init__(
-        self, mode: Batching, num_rows: int, counted: str = "", synchronize: Callable[[], None] = _no_wait
+        self,
+        mode: Batching,
+        num_rows: int,
+        counted: str = "",
+        synchronize: Callable[[], None] = _no_wait,
+        texts: TextCache | None = None,
     ) -> None:
         """`counted` names the component whose forwards and rows are counted.
 
         `synchronize` waits for the device: then times are true, and errors show in their own forward.
+        `texts` remembers the results of text encoders; None remembers nothing.
         """
         self.mode = mode
         self.num_rows = 1 if mode == "off" else num_rows
         """Most rows of a forward; in `exact` mode R, set again by calibration before the first job."""
         self.adapters: AdapterBank | None = None
         """Set by the engine when the first adapter is added."""
+        self.texts = TextCache(0) if texts is None else texts
+        """Read by the engine for the worker's Stats."""
         self.counted = counted
         self.num_forwards = 0
         self.num_real_rows = 0
@@ -164,7 +173,7 @@ class Runner:
     def _alone(self, call: Call, forwards: list[Forward]) -> Any:
         self._count(call, call.rows, call.rows)
         with self._adapted(call.name, [call.lease]):
-            return self._timed(call.rows, call.alone, forwards)
+            return self._timed(call.rows, lambda: self.texts.result(call), forwards)
 
     def _merged(self, parts: Sequence[Part], sizes: Sequence[int], rows: int, forwards: list[Forward]) -> Any:
         call = parts[0].call

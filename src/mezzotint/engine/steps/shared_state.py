@@ -55,6 +55,13 @@ class AttentionState:
                     place.update(wanted)
 
 
+def process_generators(device: torch.device | None) -> list[torch.Generator]:
+    """The generators that a module draws from when it is given none: the CPU's and the device's."""
+    if device is not None and device.type == "cuda":
+        return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
+    return [torch.default_generator]
+
+
 class RunState:
     """The state of one run: its attention processors, if it has set any, and the process's generators."""
 
@@ -63,9 +70,7 @@ class RunState:
         self._attention = attention
         self.processors: Processors | None = None
         """Those that the run has set; None while it has set none."""
-        self._generators: list[torch.Generator] = [torch.default_generator]
-        if device is not None and device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._generators = process_generators(device)
         self._random: list[Tensor] = [
             torch.Generator(each.device).manual_seed(seed).get_state() for each in self._generators
         ]

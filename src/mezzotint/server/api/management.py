@@ -333,6 +333,11 @@ def _live_spec(endpoint: Endpoint, version: Version) -> EndpointSpec:
             "backlog_s": round(queue.backlog_s(), 3),
             "speed": round(endpoint.dispatcher.speed, 3),
         },
+        "text_cache": {
+            "hits": endpoint.dispatcher.text_hits,
+            "misses": endpoint.dispatcher.text_misses,
+            "bytes": endpoint.dispatcher.text_bytes,
+        },
         "replicas": [
             {"name": replica.name, "state": str(replica.state), "pid": replica.pid}
             | {"stage": replica.loading.stage if replica.loading else ""}

@@ -50,6 +50,8 @@ class Dispatcher:
         """Whether the server stops; the endpoint sets it, and no job is handed over any more."""
         self._profile = profile
         self._ready = ready
+        self.text_hits = self.text_misses = 0
+        """Calls of text encoders that were remembered, and that ran; as workers report them."""
         self._stats: dict[Replica, Stats] = {}
         """The newest of each worker, as `receive` heard it; tells which adapters are resident."""
         self._held: dict[Replica, dict[str, Job]] = {}
@@ -228,10 +230,17 @@ class Dispatcher:
         """Estimates follow the steps that were measured last, from the first ones on."""
         before = self._profile().step_s(None, None)
         self._stats[replica] = stats
+        self.text_hits += stats.text_hits
+        self.text_misses += stats.text_misses
         self._collect_step_seconds()
         now = self._profile().step_s(None, None)
         if max(before, now) > NEWS * min(before, now):
             self.refit()
+
+    @property
+    def text_bytes(self) -> int:
+        """What remembered results of text encoders take in the workers, all together."""
+        return sum(stats.text_bytes for stats in self._stats.values())
 
     def _collect_step_seconds(self) -> None:
         self.step_seconds = {}
