@@ -342,10 +342,13 @@ class Engine:
         """The jobs whose parked calls run next, together."""
         now = time.perf_counter()
         leads = self._shares.leads(frozenset(job.owner for job in self._active.values()))
+        merges = self.runner.num_rows > 1 and self.merges
         candidates = [
             job.candidate(
                 now,
-                forward_s=0.0 if self._prepares(job) else self.times.estimate(job.width, job.height),
+                forward_s=0.0
+                if merges and self._prepares(job)
+                else self.times.estimate(job.width, job.height),
                 owner_lead_s=leads[job.owner],
             )
             for job in self._active.values()
@@ -357,8 +360,7 @@ class Engine:
 
     def _prepares(self, job: Job) -> bool:
         """Whether a job has yet to reach the denoiser: where jobs merge it goes first, to fill the batch."""
-        merges = self.runner.num_rows > 1 and self.merges
-        return merges and job.num_forwards == 0 and job.call.name != self.profile.denoiser_name
+        return job.num_forwards == 0 and job.call.name != self.profile.denoiser_name
 
     def _forward(self, batch: Sequence[Job]) -> None:
         """Runs the parked calls of `batch` and takes each job to its next one."""
