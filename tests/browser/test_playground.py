@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Error
+from playwright.sync_api import Browser, Error, Route
 
 from mezzotint import images
 from mezzotint.fake_worker import EXAMPLES
@@ -52,6 +52,36 @@ def test_an_endpoint_that_is_still_loading_shows_its_examples_once_it_has_loaded
         assert visit.text("#examples").splitlines() == list(EXAMPLES)
         assert visit.page.locator("#steps").input_value() == "8", "the model's own steps"
         visit.page.context.close()
+
+
+def test_a_server_that_is_away_while_the_page_asks_by_itself_is_no_error_to_show(
+    browser: Browser, tmp_path: Path
+) -> None:
+    mood = "loading"
+
+    def answer(route: Route) -> None:
+        if mood == "away":
+            return route.abort()
+        models = route.fetch().json()
+        if mood == "loading":
+            models["data"][0]["mezzotint"]["status"] = "starting"
+        route.fulfill(json=models)
+
+    with hosting(settings_for(tmp_path, endpoint("fake:size=32"), auth=False)) as running:
+        visit = Visit(browser.new_context(base_url=running.url).new_page())
+        visit.page.route("**/v1/models", answer)
+        visit.page.goto("/")
+        visit.see("#prompt")
+        mood = "away"
+        for _ in range(2):
+            with visit.page.expect_event("requestfailed", lambda request: request.url.endswith("/v1/models")):
+                pass
+        assert visit.text("#error") == ""
+        mood = "ready"
+        visit.see("#examples button")
+        assert visit.text("#error") == ""
+        visit.page.context.close()
+        assert visit.complaints == []
 
 
 def test_a_wrong_key_is_told_in_the_servers_words_and_asked_again(browser: Browser, host: Host) -> None:

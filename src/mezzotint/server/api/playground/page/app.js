@@ -1,7 +1,7 @@
 // The page: wires the parts to each other.
 
 import { offerAdmin, wireAdmin } from "./admin.js";
-import { key, read } from "./api.js";
+import { Unreachable, key, read } from "./api.js";
 import * as beginning from "./beginning.js";
 import * as desk from "./desk.js";
 import { wireDrop } from "./drop.js";
@@ -48,7 +48,17 @@ async function enter() {
 function learn(data) {
   setModels(data);
   adapt();
-  if (isStarting()) setTimeout(() => guarded(async () => learn((await read("v1/models")).data)), LEARN_MS);
+  if (isStarting()) setTimeout(learnAgain, LEARN_MS);
+}
+
+/** Nobody asked for this, so a server that is away meanwhile is no error to show, and what is shown stays. */
+async function learnAgain() {
+  try {
+    learn((await read("v1/models")).data);
+  } catch (error) {
+    if (error instanceof Unreachable) setTimeout(learnAgain, LEARN_MS);
+    else complain(error);
+  }
 }
 
 /** Shows what the chosen endpoint can do. */
