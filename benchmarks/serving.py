@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import httpx2
 import psutil
 
 import mezzotint
+from mezzotint.load.results import percentile as percentile
 from mezzotint.server.store.database import database_url, open_database
 from mezzotint.server.store.keys import create_key
 
@@ -200,10 +200,6 @@ def many_connections(key: str | None = None) -> httpx2.AsyncClient:
     """A client that queues nothing on its own side."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return httpx2.AsyncClient(limits=httpx2.Limits(max_connections=None), headers=headers)
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def report(name: str, rows: Sequence[tuple[str, str]], facts: Mapping[str, Any]) -> None:

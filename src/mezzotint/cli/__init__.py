@@ -15,6 +15,7 @@ import typer
 
 import mezzotint
 from mezzotint.cli.adapters import adapters
+from mezzotint.cli.bench import bench
 from mezzotint.cli.db import db
 from mezzotint.cli.doctor import doctor
 from mezzotint.cli.edit import edit
@@ -78,6 +79,7 @@ app.add_typer(endpoints, name="endpoints")
 app.add_typer(adapters, name="adapters")
 app.add_typer(keys, name="keys")
 app.add_typer(db, name="db")
+app.command()(bench)
 app.command()(top)
 app.command()(ps)
 

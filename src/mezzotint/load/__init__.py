@@ -1,0 +1,1 @@
+"""Load that does not wait for answers: what arrives when, how it is sent, what came of it."""
