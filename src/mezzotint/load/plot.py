@@ -66,7 +66,7 @@ def _slowdowns(values: Sequence[float]) -> list[str]:
     parts = _frame(left, "times its lone time", "share of the pictures, %", low, high)
     parts += [
         _text(left + PANEL_W * share / 100, TOP + PANEL_H + 18, str(share), "middle")
-        for share in (0, 50, 95, 100)
+        for share in (0, 25, 50, 75, 95)
     ]
     y = _height(WITHIN, low, high)
     parts.append(f'<path d="M{left} {y:.1f}h{PANEL_W}" stroke="#888" stroke-dasharray="4 3"/>')
