@@ -221,3 +221,36 @@ def test_every_setting_has_a_help_text_and_units_in_its_name(
         assert field.description.endswith("."), name
         if field.annotation is float and field.default is not PydanticUndefined:
             assert name.endswith("_s") or name in ("min_batch_gain", "max_batch_stretch"), name
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("min_replicas = 3\nmax_replicas = 2", "min_replicas is 3, more than max_replicas, which is 2"),
+        ("replicas = 4\nmax_replicas = 2", "replicas (min_replicas is unset) is 4, more than max_replicas"),
+        ("min_replicas = 2", "min_replicas is 2, more than replicas (max_replicas is unset), which is 1"),
+        ("min_replicas = 1\nidle_sleep_s = 9", "must be 0 where min_replicas is 1; set min_replicas = 0"),
+        ("target_backlog_s = 0", "greater than 0"),
+    ],
+)
+def test_bounds_of_scaling_that_do_not_fit_stop_the_start(tmp_path: Path, lines: str, sentence: str) -> None:
+    file = tmp_path / "mezzotint.toml"
+    file.write_text(f'[[endpoints]]\nid = "a"\nmodel = "emoji"\n{lines}\n')
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        load_settings(file, environment={})
+
+
+@pytest.mark.parametrize(
+    ("fields", "num", "sleep_after_s"),
+    [
+        ({"replicas": 3}, (3, 3), None),
+        ({"replicas": 2, "idle_sleep_s": 9.0}, (2, 2), 9.0),
+        ({"min_replicas": 0, "max_replicas": 4, "scale_down_delay_s": 30.0}, (1, 4), 30.0),
+        ({"max_replicas": 4}, (1, 4), None),
+    ],
+)
+def test_a_fixed_number_of_replicas_is_both_bounds(
+    fields: dict[str, Any], num: tuple[int, int], sleep_after_s: float | None
+) -> None:
+    spec = EndpointSettings(id="a", model="emoji", **fields)
+    assert (spec.num_replicas, spec.sleep_after_s) == (num, sleep_after_s)

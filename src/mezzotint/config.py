@@ -88,9 +88,38 @@ class EndpointSettings(EngineSettings, _Hosted):
     max_queue_s: Seconds = Field(
         300.0, description="Estimated seconds of queued work above which requests get 429."
     )
-    replicas: int = Field(1, ge=1, le=64, description="Workers that host this endpoint.")
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Workers that host this endpoint: the fewest and the most, where those are unset.",
+    )
+    min_replicas: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="Fewest workers. With 0 it sleeps after `scale_down_delay_s` without a request (or "
+        "`idle_sleep_s`, where that is set), and the next request wakes it.",
+    )
+    max_replicas: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        validate_default=True,
+        description="Most workers; between the two, the waiting work decides.",
+    )
+    target_backlog_s: float = Field(
+        5.0, gt=0, description="Outstanding work per worker, in seconds, above which another is started."
+    )
+    scale_up_delay_s: Seconds = Field(
+        10.0, description="How long the work must be above the target before workers are added."
+    )
+    scale_down_delay_s: Seconds = Field(
+        300.0, description="How long fewer workers must be enough before some are taken away."
+    )
     idle_sleep_s: Seconds = Field(
-        0.0, description="Sleep (free the memory) after this long idle; 0 is never."
+        0.0,
+        description="Sleep (free the memory) after this long idle; 0 is never, but for `min_replicas = 0`.",
     )
     aliases: tuple[Annotated[str, Field(pattern=f"^{ID_PATTERN}$")], ...] = Field(
         (), description="Other names that requests may use, such as `gpt-image-1` or `dall-e-3`."
@@ -101,6 +130,40 @@ class EndpointSettings(EngineSettings, _Hosted):
     def engine(self) -> EngineSettings:
         """What a worker of this endpoint is told."""
         return EngineSettings(**{name: getattr(self, name) for name in EngineSettings.model_fields})
+
+    @property
+    def num_replicas(self) -> tuple[int, int]:
+        """The fewest and the most workers while it is awake."""
+        least, most = self.min_replicas, self.max_replicas
+        return max(1, self.replicas if least is None else least), self.replicas if most is None else most
+
+    @property
+    def sleep_after_s(self) -> float | None:
+        """Seconds without a request after which it sleeps; None is never."""
+        if self.idle_sleep_s:
+            return self.idle_sleep_s
+        return self.scale_down_delay_s if self.min_replicas == 0 else None
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _most_is_not_below_least(cls, most: int | None, info: ValidationInfo) -> int | None:
+        replicas, least = info.data.get("replicas", 1), info.data.get("min_replicas")
+        low, high = replicas if least is None else least, replicas if most is None else most
+        if low > high:
+            names = ["min_replicas" if least is not None else "replicas (min_replicas is unset)"]
+            names += ["max_replicas" if most is not None else "replicas (max_replicas is unset)"]
+            raise ValueError(
+                f"{names[0]} is {low}, more than {names[1]}, which is {high}; raise max_replicas"
+            )
+        return most
+
+    @field_validator("idle_sleep_s")
+    @classmethod
+    def _sleeps_only_from_zero(cls, idle_sleep_s: float, info: ValidationInfo) -> float:
+        least = info.data.get("min_replicas")
+        if idle_sleep_s and least:
+            raise ValueError(f"must be 0 where min_replicas is {least}; set min_replicas = 0 to let it sleep")
+        return idle_sleep_s
 
     @field_validator("adapters")
     @classmethod

@@ -131,10 +131,10 @@ def judge_threads(facts: Mapping[str, Any], settings: Settings) -> Check:
     cores = facts["cpu"]["usable_cores"]
     if facts["device"] != "cpu":
         return Check("threads", "ok", f"the models run on {facts['device']}")
-    wanted = sum(each.replicas * (each.num_threads or cores) for each in settings.endpoints)
+    wanted = sum(each.num_replicas[1] * (each.num_threads or cores) for each in settings.endpoints)
     told = f"{wanted} threads of workers on {cores} cores"
     if wanted > cores:
-        share = max(1, cores // sum(each.replicas for each in settings.endpoints))
+        share = max(1, cores // sum(each.num_replicas[1] for each in settings.endpoints))
         return Check("threads", "warning", f"{told} get in each other's way: set num_threads = {share}")
     if facts["load"] > cores:
         return Check(

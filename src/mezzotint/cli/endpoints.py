@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import tomllib
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -73,6 +74,7 @@ def show(
     for replica in replicas.values():
         if not replica["stage"]:
             del replica["stage"]
+    scaling = {_when(event["at"]): event["reason"] for event in spec.pop("scaling")}
     info = spec.pop("info") or {}
     calibration = calibration_facts(id, info)
     merging = info.pop("merging", {})
@@ -84,6 +86,7 @@ def show(
         "queue": spec.pop("queue"),
         "workers": replicas,
         "text_cache": spec.pop("text_cache"),
+        "scaling": scaling,
     }
     settings = {name: value for name, value in spec.pop("settings").items() if name != "adapters"}
     print_facts(
@@ -127,7 +130,7 @@ def update(
 ) -> None:
     """Changes an endpoint: new workers start beside the old ones, and no request fails.
 
-    Example: `mezzotint endpoints update emoji --set replicas=2 --set max_queue_s=60`
+    Example: `mezzotint endpoints update emoji --set min_replicas=0 --set max_replicas=4`
     """
     body = {"settings": parse_settings(settings), "newVersionComment": comment}
     with managed(server, config, data_dir) as running:
@@ -143,17 +146,27 @@ def history(
     data_dir: DataDirFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Lists the versions of an endpoint, the newest first.
+    """Lists the versions of an endpoint, the newest first, and how its workers were scaled and why.
 
     Example: `mezzotint endpoints history emoji`
     """
     with managed(server, config, data_dir) as running:
         found = running.ask("GET", f"{ENDPOINTS}/{id}/version")["data"]
+        scaling = running.ask("GET", f"{ENDPOINTS}/{id}")["mezzotint"]["scaling"]
     if as_json:
         typer.echo(json.dumps({number: spec["mezzotint"] for number, spec in found.items()}))
         return
     rows = [(number, spec["creatorId"], spec["mezzotint"]["comment"]) for number, spec in found.items()]
     print_table(("version", "by", "comment"), rows)
+    if scaling:
+        print_table(
+            ("scaled at", "workers", "why"),
+            [(_when(event["at"]), str(event["after"]), event["reason"]) for event in reversed(scaling)],
+        )
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).isoformat(" ", "milliseconds")
 
 
 @endpoints.command()

@@ -63,6 +63,7 @@ def top(
                     typer.echo(json.dumps(rows))
                 else:
                     print_table(list(COLUMNS.values()), [_texts(row) for row in rows])
+                    typer.echo(_scalings(rows), nl=False)
                 if once:
                     return
         with Live(console=Console(), auto_refresh=False, screen=True) as screen:
@@ -114,6 +115,7 @@ def row_of(
         "adapters": len(live["adapters"]),
         "resident": int(after.get(("mezzotint_adapters_resident", id), 0)),
         "failures": int(after.get(("mezzotint_failures_total", id), 0)),
+        "scaling": [event["reason"] for event in live["scaling"][-1:]],
         "restarts": sum(replica["restarts"] for replica in live["replicas"]),
     }
 
@@ -123,7 +125,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_scalings(rows), caption_justify="left")
     for name, title in COLUMNS.items():
         shown.add_column(title, justify="left" if name in ("endpoint", "state") else "right", no_wrap=True)
     for row in rows:
@@ -133,3 +135,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
     return [str(row[name]) for name in COLUMNS]
+
+
+def _scalings(rows: list[dict[str, Any]]) -> str:
+    """The last scaling of each endpoint that had one, a line each."""
+    return "".join(f"{row['endpoint']}: {reason}\n" for row in rows for reason in row["scaling"])

@@ -71,6 +71,15 @@ class Metrics:
         self.ready_replicas = Gauge(
             "mezzotint_ready_replicas", "Workers ready for jobs.", endpoint, registry=registry
         )
+        self.wanted_replicas = Gauge(
+            "mezzotint_wanted_replicas", "Workers that there should be.", endpoint, registry=registry
+        )
+        self.scalings = Counter(
+            "mezzotint_scalings_total",
+            "Changes of the number of workers by the load.",
+            ["endpoint", "direction"],
+            registry=registry,
+        )
         self.worker_exits = Counter(
             "mezzotint_worker_exits_total",
             "Workers that ended, for whatever reason.",

@@ -65,7 +65,7 @@ class Simplescale(_Body):
 
 
 class AutoscalingPolicy(_Body):
-    """`minReplica` 0 lets the endpoint sleep after `cooldownPeriod` seconds without a request."""
+    """Workers by the load; `minReplica` 0 lets it sleep after `cooldownPeriod` seconds without a request."""
 
     min_replica: int | None = Field(0, ge=0)
     max_replica: int | None = Field(1, ge=1, le=64)
@@ -298,16 +298,18 @@ def _status(endpoint: Endpoint) -> Status:
 
 def _spec(version: Version) -> EndpointSpec:
     settings = version.spec
-    sleeps = bool(settings["idle_sleep_s"])
+    scaled = EndpointSettings.model_construct(**settings)  # of an older program, too
+    least, most = scaled.num_replicas
+    after_s = scaled.sleep_after_s
     device = str(settings["device"])
     return EndpointSpec(
         name=settings["id"],
         gpu_type=device,
         num_gpu=int(device.startswith("cuda")),
         creator_id=version.created_by,
-        autoscaling_min=0 if sleeps else settings["replicas"],
-        autoscaling_max=settings["replicas"],
-        autoscaling_cooldown=int(settings["idle_sleep_s"]),
+        autoscaling_min=least if after_s is None else 0,
+        autoscaling_max=most,
+        autoscaling_cooldown=int(scaled.scale_down_delay_s if after_s is None else after_s),
         max_batch_size=settings["max_rows"],
         mezzotint={
             "version": version.version,
@@ -344,6 +346,7 @@ def _live_spec(endpoint: Endpoint, version: Version) -> EndpointSpec:
             | {"restarts": replica.num_restarts, "load_s": round(replica.load_s, 3)}
             for replica in endpoint.current.replicas
         ],
+        "scaling": [dataclasses.asdict(event) for event in endpoint.scalings],
         "adapters": sorted(endpoint.adapters),
     }
     shown = _spec(version)
@@ -354,7 +357,7 @@ def _live_spec(endpoint: Endpoint, version: Version) -> EndpointSpec:
             "num_gpu": int(device.startswith("cuda")),
             "max_input_length": info.max_prompt_tokens if info else None,
             "curr_replica_cnt": len(endpoint.current.ready),
-            "desired_replica_cnt": endpoint.spec.replicas if endpoint.desired is Desired.RUNNING else 0,
+            "desired_replica_cnt": endpoint.num_wanted,
             "mezzotint": shown.mezzotint | live,
         }
     )
@@ -410,10 +413,11 @@ def _official(body: EndpointUpdate) -> dict[str, Any]:
         values["max_rows"] = body.advanced.max_batch_size
     if body.autoscaling_policy is not None:
         policy = body.autoscaling_policy
-        values["replicas"] = policy.max_replica or 1
-        values["idle_sleep_s"] = float(policy.cooldown_period or 0) if policy.min_replica == 0 else 0.0
+        least, most = policy.min_replica, policy.max_replica
+        values |= {"min_replicas": 1 if least is None else least, "max_replicas": most or 1}
+        values |= {"scale_down_delay_s": float(policy.cooldown_period or 0), "idle_sleep_s": 0.0}
     if body.simplescale is not None:
-        values["replicas"] = body.simplescale.replicas
+        values |= {"replicas": body.simplescale.replicas, "min_replicas": None, "max_replicas": None}
     return values
 
 

@@ -71,6 +71,7 @@ async def metrics(context: CurrentContext, admin: AdminKey) -> Response:
         gauges.backlog.labels(endpoint.id).set(endpoint.dispatcher.queue.backlog_s())
         gauges.speed.labels(endpoint.id).set(endpoint.dispatcher.speed)
         gauges.ready_replicas.labels(endpoint.id).set(len(endpoint.current.ready))
+        gauges.wanted_replicas.labels(endpoint.id).set(endpoint.num_wanted)
     return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 

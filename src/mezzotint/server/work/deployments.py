@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,7 +17,10 @@ START_S = 0.5
 
 
 class Deployment:
-    """A version and its replicas, which are STOPPED at first. The callbacks are the replicas'."""
+    """A version and its replicas, which are STOPPED at first. The callbacks are the replicas'.
+
+    `num` of them at first; `grow` and `shrink` change that.
+    """
 
     def __init__(
         self,
@@ -26,6 +29,7 @@ class Deployment:
         workers: WorkerSettings,
         calibration: Calibration | None,
         *,
+        num: int,
         on_message: Callable[[Replica, FromWorker], None],
         on_change: Callable[[Replica], None],
         on_exit: Callable[[Replica, bool], int],
@@ -36,17 +40,31 @@ class Deployment:
         """What was measured under these settings; `became_ready` fills it, starts of workers read it."""
         self.proven = calibration is not None and calibration.version == version
         """Whether a worker has ever been ready with these settings."""
-        self.replicas = [
-            Replica(
-                f"{spec.id}/{version}/{number}",
-                workers,
-                lambda: load_message(spec, self.calibration),
-                on_message=on_message,
-                on_change=on_change,
-                on_exit=on_exit,
-            )
-            for number in range(spec.replicas)
-        ]
+        self._names = itertools.count()
+        self._make: Callable[[], Replica] = lambda: Replica(
+            f"{spec.id}/{version}/{next(self._names)}",
+            workers,
+            lambda: load_message(spec, self.calibration),
+            on_message=on_message,
+            on_change=on_change,
+            on_exit=on_exit,
+        )
+        self.replicas = [self._make() for _ in range(num)]
+
+    def grow(self, num: int) -> list[Replica]:
+        """Adds replicas, which are STOPPED, up to this number; answers the new ones."""
+        added = [self._make() for _ in range(num - len(self.replicas))]
+        self.replicas += added
+        return added
+
+    def shrink(self, num: int, load_of: Callable[[Replica], float]) -> list[Replica]:
+        """Takes replicas out, down to this number; answers them for the caller to stop.
+
+        First go those that are of no use yet, then those that have the least to do.
+        """
+        by_use = sorted(self.replicas, key=lambda replica: (not replica.is_ready, -load_of(replica)))
+        self.replicas, removed = [each for each in self.replicas if each in by_use[:num]], by_use[num:]
+        return removed
 
     @property
     def ready(self) -> list[Replica]:
@@ -94,9 +112,6 @@ class Deployment:
         """Whether the first replica measures R for this one: all of them must have the same."""
         measures = self.calibration is None and self.spec.batching == "exact"
         return measures and replica is not self.replicas[0]
-
-    async def stop(self) -> None:
-        await asyncio.gather(*(replica.stop() for replica in self.replicas))
 
     def became_ready(self, replica: Replica) -> None:
         """Takes note of what a replica measured that has just become ready, or has measured again."""

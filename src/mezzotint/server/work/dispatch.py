@@ -44,6 +44,8 @@ class Dispatcher:
         self.step_seconds: dict[str, float] = {}
         """Seconds of a lone job's step by size, as the slowest worker last said; `receive` keeps it."""
         self.queue = JobQueue(max_wait_s)
+        self.taken_s = 0.0
+        """Work of all jobs that ever came; scaling reads it."""
         self.last_used = 0.0
         """When a job last came or was done; the endpoint falls asleep by it."""
         self.closed = False
@@ -108,13 +110,14 @@ class Dispatcher:
     def put(self, job: Job, now: float) -> None:
         """Takes a job in and hands it on at once where there is room."""
         self.last_used = now
+        self.taken_s += job.work_s
         if self.idle:
             self._last_end = now
         self.queue.put(job, now)
         self.pump()
         ready = self._ready()
         if job.queued and job.route and ready:
-            min(ready, key=self._load_of).send(PrefetchAdapter(job.route))
+            min(ready, key=self.load_of).send(PrefetchAdapter(job.route))
 
     def cancel(self, job: Job, error: MezzotintError) -> None:
         """Ends a job at once; a worker that runs it stops within one step."""
@@ -145,7 +148,7 @@ class Dispatcher:
         if self.closed:
             return
         now = asyncio.get_running_loop().time()
-        for replica in sorted(self._ready(), key=self._load_of):
+        for replica in sorted(self._ready(), key=self.load_of):
             while (job := self.queue.peek(now)) is not None and self._has_room(replica, job):
                 if not self._adapter_suits(job, replica):
                     break
@@ -203,7 +206,8 @@ class Dispatcher:
         self._held.setdefault(replica, {})[job.request.job_id] = job
         replica.send(job.request)
 
-    def _load_of(self, replica: Replica) -> float:
+    def load_of(self, replica: Replica) -> float:
+        """Seconds of lone work that this worker has in hand."""
         return sum(job.remaining_s for job in self._held.get(replica, {}).values())
 
     # ------------------------------------------------------------ back

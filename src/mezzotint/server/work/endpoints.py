@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 
 import structlog
 
@@ -34,13 +36,31 @@ from mezzotint.server.work.lifecycle import (
 )
 from mezzotint.server.work.profiles import Calibration, Profile
 from mezzotint.server.work.queueing import Job
+from mezzotint.server.work.scaling import Load, Policy, Watch, decide
 from mezzotint.server.workers.process import WorkerSettings
 from mezzotint.server.workers.replica import Replica, ReplicaState
 
 FAILED_RETRY_S = 30.0
 """Retry-After of an endpoint that has failed: somebody has to look at it first."""
 
+LOOKS_PER_DELAY = 4
+"""Looks at the load within the shorter delay of scaling."""
+SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.05, 1.0
+MAX_SCALINGS = 100
+"""The newest scaling events that are kept."""
+
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """One change of the number of workers that nobody asked for; 0 is asleep."""
+
+    at: float
+    """Seconds since 1970."""
+    before: int
+    after: int
+    reason: str
 
 
 class Endpoint:
@@ -91,6 +111,10 @@ class Endpoint:
         self._drain_until = math.inf
         """When a drain drops what is left, on the event loop's clock; SLEEP and TERMINATE set it."""
         self._idle_timer: asyncio.TimerHandle | None = None
+        self.scalings: deque[Scaling] = deque(maxlen=MAX_SCALINGS)
+        """The oldest first."""
+        self._watch = Watch()
+        self._scale_timer: asyncio.TimerHandle | None = None
         self.current = self._deployment(version, spec)
         self.next: Deployment | None = None
         """What an update or a restart brings up; not started yet while a drain or a stop is under way."""
@@ -124,6 +148,11 @@ class Endpoint:
     @property
     def profile(self) -> Profile:
         return Profile(self.spec, self.info, self.dispatcher.step_seconds)
+
+    @property
+    def num_wanted(self) -> int:
+        """Workers that there should be now."""
+        return len(self.current.replicas) if self.desired is Desired.RUNNING else 0
 
     @property
     def failure(self) -> str:
@@ -183,6 +212,7 @@ class Endpoint:
     def wake(self) -> None:
         """Starts an endpoint that sleeps or is about to; does nothing to any other."""
         if self.desired is Desired.SLEEPING:
+            self._note_scaling(0, self.spec.num_replicas[0], "a request came")
             self.obey(Command.START)
 
     # ------------------------------------------------------------ commands
@@ -219,8 +249,8 @@ class Endpoint:
         if self.closed:
             return
         if self.next is not None:
-            self._retire(self.next)
-        self.next = self._deployment(version, spec)
+            self._retire(self.next.replicas)
+        self.next = self._deployment(version, spec, len(self.current.replicas))
         self.update_failure = ""
         self._act(Command.UPDATE)
 
@@ -245,8 +275,9 @@ class Endpoint:
     async def close(self) -> None:
         """Ends the workers now, because the server stops; what the owner wants stays as it is."""
         self.closed = self.dispatcher.closed = True
-        if self._idle_timer:
-            self._idle_timer.cancel()
+        for timer in (self._idle_timer, self._scale_timer):
+            if timer:
+                timer.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -283,7 +314,7 @@ class Endpoint:
 
     def _roll(self) -> None:
         if self.next is None:
-            self.next = self._deployment(self.current.version, self.spec)
+            self.next = self._deployment(self.current.version, self.spec, len(self.current.replicas))
         self.next.start()
 
     def _resume(self) -> None:
@@ -295,6 +326,7 @@ class Endpoint:
             self._act(Command.UPDATE)
 
     def _rest(self) -> None:
+        self._all_replicas.difference_update(self.current.shrink(self.spec.num_replicas[0], lambda _: 0.0))
         self._set(State.SLEEPING if self.desired is Desired.SLEEPING else State.STOPPED)
 
     def _begin(self, transition: Coroutine[None, None, None]) -> None:
@@ -338,12 +370,16 @@ class Endpoint:
 
     # ------------------------------------------------------------ deployments
 
-    def _deployment(self, version: int, spec: EndpointSettings) -> Deployment:
+    def _deployment(self, version: int, spec: EndpointSettings, replicas: int = 0) -> Deployment:
+        """With as many replicas as there are now, within what its settings allow."""
+        least, most = spec.num_replicas
+        num = max(least, min(most, replicas))
         deployment = Deployment(
             version,
             spec,
             self._workers,
             self._calibration,
+            num=num,
             on_message=self._receive,
             on_change=self._replica_changed,
             on_exit=self._worker_exited,
@@ -362,7 +398,7 @@ class Endpoint:
     def _replace_current(self, deployment: Deployment) -> None:
         old, self.current = self.current, deployment
         self.dispatcher.refit()
-        self._retire(old)
+        self._retire(old.replicas)
 
     def _current_failed(self) -> None:
         """Goes on with the next deployment or back to the last version that worked, else fails."""
@@ -370,7 +406,7 @@ class Endpoint:
         if self.next is not None:
             self._adopt_next()
         elif self._fallback is not None:
-            self._replace_current(self._deployment(*self._fallback))
+            self._replace_current(self._deployment(*self._fallback, len(failed.replicas)))
             self.current.proven, self._fallback = True, None
             self._give_up(failed)
         else:
@@ -386,14 +422,16 @@ class Endpoint:
         if deployment.version != self.current.version:
             self._on_given_up(self, deployment.version)
 
-    def _retire(self, deployment: Deployment) -> None:
-        self._spawn(self._retire_when_idle(deployment))
+    def _retire(self, replicas: list[Replica]) -> None:
+        """Stops replicas that are given no more jobs, each when it has done those that it has."""
+        for replica in replicas:
+            self._spawn(self._retire_when_idle(replica))
 
-    async def _retire_when_idle(self, deployment: Deployment) -> None:
-        while self.dispatcher.holds_jobs(deployment.replicas):
+    async def _retire_when_idle(self, replica: Replica) -> None:
+        while self.dispatcher.holds_jobs([replica]):
             await self.dispatcher.moved()
-        await deployment.stop()
-        self._all_replicas.difference_update(deployment.replicas)
+        await replica.stop()
+        self._all_replicas.discard(replica)
 
     # ------------------------------------------------------------ what happens to workers
 
@@ -410,7 +448,7 @@ class Endpoint:
             elif replica.state is ReplicaState.FAILED:
                 self.next = None
                 self._give_up(coming)
-                self._retire(coming)
+                self._retire(coming.replicas)
         self._follow_workers()
 
     def _follow_workers(self) -> None:
@@ -425,6 +463,7 @@ class Endpoint:
         self.dispatcher.touch()
         self.dispatcher.pump()
         self._watch_idleness()
+        self._watch_load()
 
     def _became_ready(self, replica: Replica) -> None:
         self.adapters.worker_ready(replica)
@@ -475,20 +514,66 @@ class Endpoint:
         if self._idle_timer:
             self._idle_timer.cancel()
             self._idle_timer = None
-        if self.spec.idle_sleep_s and self.state is State.READY:
+        if self.spec.sleep_after_s is not None and self.state is State.READY:
             loop = asyncio.get_running_loop()
             run = self.current.ready[0].run
             since = max(self.dispatcher.last_used, run.ready_at or 0.0 if run else 0.0)
-            when = max(since + self.spec.idle_sleep_s, loop.time() + 0.01)
-            self._idle_timer = loop.call_at(when, self._sleep_if_idle)
+            when = max(since + self.spec.sleep_after_s, loop.time() + 0.01)
+            self._idle_timer = loop.call_at(when, self._sleep_if_idle, self.spec.sleep_after_s)
 
-    def _sleep_if_idle(self) -> None:
+    def _sleep_if_idle(self, after_s: float) -> None:
         idle_s = asyncio.get_running_loop().time() - self.dispatcher.last_used
-        if self.dispatcher.idle and idle_s >= self.spec.idle_sleep_s and self.next is None:
-            log.info("endpoint falls asleep", endpoint=self.id, idle_s=round(idle_s, 1))
+        if self.dispatcher.idle and idle_s >= after_s and self.next is None:
+            self._note_scaling(len(self.current.replicas), 0, f"no request for {after_s:g} s")
             self.obey(Command.SLEEP)
         else:
             self._watch_idleness()
+
+    # ------------------------------------------------------------ scaling
+
+    def _watch_load(self) -> None:
+        """Looks at the load from time to time where the number of workers may change."""
+        spec = self.spec
+        least, most = spec.num_replicas
+        if self._scale_timer is None and least < most and self.state is State.READY:
+            look_s = min(spec.scale_up_delay_s, spec.scale_down_delay_s) / LOOKS_PER_DELAY
+            look_s = max(SHORTEST_LOOK_S, min(LONGEST_LOOK_S, look_s))
+            self._scale_timer = asyncio.get_running_loop().call_later(look_s, self._look_at_load)
+
+    def _look_at_load(self) -> None:
+        self._scale_timer = None
+        if self.state is State.READY and self.next is None:
+            loop, dispatcher, gain = asyncio.get_running_loop(), self.dispatcher, self.profile.gain
+            spec, before = self.spec, len(self.current.replicas)
+            delays = spec.scale_up_delay_s, spec.scale_down_delay_s
+            policy = Policy(*spec.num_replicas, spec.target_backlog_s, *delays)
+            num_jobs = len(dispatcher.queue) + dispatcher.num_running()
+            backlog_s = dispatcher.queue.backlog_s() / gain
+            load = Load(before, backlog_s, num_jobs, dispatcher.taken_s / gain)
+            self._watch, decision = decide(policy, self._watch, loop.time(), load)
+            if decision is not None:
+                self._note_scaling(before, decision.replicas, decision.reason)
+                self._scale(decision.replicas)
+        else:
+            self._watch = Watch()
+        self._watch_load()
+
+    def _scale(self, num: int) -> None:
+        """Adds workers, or takes some out of service, which finish their jobs first."""
+        if num > len(self.current.replicas):
+            self._all_replicas.update(self.current.grow(num))
+            self.current.start()
+        else:
+            self._retire(self.current.shrink(num, self.dispatcher.load_of))
+            self.dispatcher.refit()
+        self.dispatcher.touch()
+
+    def _note_scaling(self, before: int, after: int, reason: str) -> None:
+        self.scalings.append(Scaling(time.time(), before, after, reason))
+        self._metrics.scalings.labels(self.id, "up" if after > before else "down").inc()
+        log.info("endpoint scaled", endpoint=self.id, was=before, now=after, reason=reason)
+
+    # ------------------------------------------------------------ the smallest parts
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[object]:
         """Runs a part of a change in the background."""

@@ -137,9 +137,11 @@ function button(label, about, work, question) {
 }
 
 function endpointRow({ id, status, message }, spec, rate) {
-  const { queue } = spec.mezzotint;
+  const { queue, scaling } = spec.mezzotint;
+  const why = scaling.at(-1)?.reason;
+  const replicas = `${spec.currReplicaCnt}/${spec.desiredReplicaCnt}`;
   const cells = [
-    id, message ? `${status}: ${message}` : status, `${spec.currReplicaCnt}/${spec.desiredReplicaCnt}`, queue.running, queue.jobs,
+    id, message ? `${status}: ${message}` : status, why ? `${replicas} (${why})` : replicas, queue.running, queue.jobs,
     `${queue.backlog_s.toFixed(1)} s`, rate ? rate.pictures.toFixed(1) : "", rate ? rate.steps.toFixed(1) : "",
   ];
   return row(cells, (COMMANDS[status] ?? []).map((command) => {
