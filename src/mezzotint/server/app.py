@@ -56,6 +56,7 @@ from mezzotint.server.store.folder import Folder, Storage
 from mezzotint.server.store.migrations import Upgrade
 from mezzotint.server.store.pictures import Pictures
 from mezzotint.server.store.quotas import Quotas
+from mezzotint.server.store.shared import share_signer
 from mezzotint.server.store.signing import load_signer
 from mezzotint.server.threads import DATABASE, UPKEEP, Threads
 from mezzotint.server.work.adapters import AdapterRegistry
@@ -249,7 +250,7 @@ def _context(settings: Settings, worker: str) -> Context:
         pictures=Pictures(
             engine,
             storage,
-            signer,
+            share_signer(engine, signer),
             settings.url_ttl_s,
             settings.gallery_size,
             settings.max_starred,

@@ -99,6 +99,13 @@ objects = sa.Table(  # what is, or may be, in object storage
     sa.Index("objects_by_age", "created"),
 )
 
+secrets = sa.Table(  # what servers on one Postgres database share; empty on SQLite
+    "secrets",
+    metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("value", sa.String, nullable=False),  # hex
+)
+
 usage = sa.Table(
     "usage",
     metadata,

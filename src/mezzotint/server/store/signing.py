@@ -21,7 +21,7 @@ class Signer:
     """Signs picture URLs, and proves that a server runs on the data folder with this secret."""
 
     def __init__(self, secret: bytes) -> None:
-        self._secret = secret
+        self.secret = secret
 
     def signature(self, name: str, expires: int) -> str:
         """The signature (hex) of a picture's name and of its URL's end in seconds since 1970."""
@@ -40,7 +40,7 @@ class Signer:
         return base64.urlsafe_b64encode(digest[:6]).decode()
 
     def _sign(self, text: str) -> str:
-        return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self.secret, text.encode(), hashlib.sha256).hexdigest()
 
 
 def load_signer(data_dir: Path) -> Signer:
