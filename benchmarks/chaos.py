@@ -39,9 +39,9 @@ from benchmarks.serving import (
     body,
     many_connections,
     mezzotint_server,
-    percentile,
     report,
 )
+from mezzotint.load.results import percentile
 from mezzotint.server.store.database import database_url, open_database, usage
 
 KINDS = ("patient", "leaving", "resending")

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 import httpx2
 
 from benchmarks.clients import PATH, Outcome, capacity, patient
-from benchmarks.serving import Body, Running, body, many_connections, mezzotint_server, percentile, report
+from benchmarks.serving import Body, Running, body, many_connections, mezzotint_server, report
+from mezzotint.load.results import percentile
 
 TIMES = 10
 DEADLINE_S = 12.0

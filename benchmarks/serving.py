@@ -23,7 +23,6 @@ import httpx2
 import psutil
 
 import mezzotint
-from mezzotint.load.results import percentile as percentile
 from mezzotint.server.store.database import database_url, open_database
 from mezzotint.server.store.keys import create_key
 

@@ -24,10 +24,10 @@ from benchmarks.serving import (
     body,
     many_connections,
     mezzotint_server,
-    percentile,
     post,
     report,
 )
+from mezzotint.load.results import percentile
 
 LOAD = 0.8
 SHORT, LONG = 4, 50

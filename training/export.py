@@ -13,11 +13,10 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 from transformers import PreTrainedTokenizerFast
 
+from mezzotint.engine.manifest import FILE
 from training.device import set_up
 from training.model import SHIFT, load_folder, save_folder
 from training.text import UNSPACED_FROM
-
-MANIFEST = "mezzotint.json"
 
 
 def taught_words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -31,8 +30,8 @@ def taught_words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def write_vocabulary(folder: Path, words: list[str]) -> None:
-    """Replaces the vocabulary in the folder's manifest and leaves every other line as it is."""
-    path = folder / MANIFEST
+    """Replaces the vocabulary in the folder's manifest and keeps every other field."""
+    path = folder / FILE
     said = path.read_text(encoding="utf-8") if path.exists() else "{}"
     fields = {name: value for name, value in json.loads(said).items() if name != "vocabulary"}
     lines = [f'  "{name}": {json.dumps(value, ensure_ascii=False)},' for name, value in fields.items()]

@@ -17,7 +17,6 @@ import typer
 
 from mezzotint.cli.generate import first_endpoint
 from mezzotint.cli.load_options import (
-    DEFAULT_CV,
     DEFAULT_N,
     ArrivalsFlag,
     CvFlag,
@@ -27,14 +26,14 @@ from mezzotint.cli.load_options import (
     MixStepsFlag,
     SecondsFlag,
     TraceFlag,
-    read_arrivals,
     read_mix,
-    require_process,
+    read_process,
 )
 from mezzotint.cli.options import ConfigFlag, DataDirFlag, EndpointFlag, JsonFlag
 from mezzotint.cli.reach import asking, find_server, passing_key, settings_of
 from mezzotint.cli.tables import print_facts, print_table
 from mezzotint.errors import ConnectionFailedError, InvalidRequestError, MezzotintError
+from mezzotint.load.arrivals import BURSTY_CV, generated, read_trace
 
 if TYPE_CHECKING:
     from mezzotint.load.generator import Measured, Shape, Target
@@ -69,7 +68,7 @@ def bench(
     rate: Annotated[
         float | None, typer.Option(metavar="R", min=0.0001, help="Requests a second, instead of --load.")
     ] = None,
-    cv: CvFlag = DEFAULT_CV,
+    cv: CvFlag = BURSTY_CV,
     steps: MixStepsFlag = None,
     n: MixNFlag = DEFAULT_N,
     sizes: MixSizesFlag = None,
@@ -101,7 +100,7 @@ def bench(
 
     if api not in ("mezzotint", "openai"):
         raise InvalidRequestError(f"--api must be mezzotint or openai (got {api})", param="api")
-    require_process(arrivals)
+    process = read_process(arrivals)
     mix = read_mix(steps=steps, n=n, sizes=sizes, zipf=zipf)
     if api == "openai" and steps is None:
         mix = replace(mix, steps=((None, 1.0),))
@@ -109,8 +108,9 @@ def bench(
     with _reached(url, config, data_dir) as (base, key):
         target = generator.Target(base, endpoint or first_endpoint(base, key), api, key, timeout)  # type: ignore[arg-type]
         mix = replace(mix, adapters=_routes(target, adapters))
-        samples = read_arrivals(
-            arrivals, trace, rate=1.0, seconds=WARM_LONE_DRAWS, cv=1.0, mix=mix, seed=seed
+        replayed = None if trace is None else read_trace(trace)
+        samples = replayed or generated(
+            process, rate=1.0, seconds=WARM_LONE_DRAWS, cv=1.0, mix=mix, seed=seed
         )
         try:
             with _told("lone requests") as told:
@@ -120,7 +120,7 @@ def bench(
             raise typer.Exit(STOPPED) from None
         if trace is None and rate is None:
             rate = load / statistics.fmean(generator.lone_time(lone, each.shape) for each in samples)
-        planned = read_arrivals(arrivals, trace, rate=rate or 1.0, seconds=seconds, cv=cv, mix=mix, seed=seed)
+        planned = replayed or generated(process, rate=rate or 1.0, seconds=seconds, cv=cv, mix=mix, seed=seed)
         if not planned:
             raise InvalidRequestError(
                 f"no request arrives in {seconds:g} s at {rate:g} a second; raise --seconds or --rate",

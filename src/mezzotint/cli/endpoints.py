@@ -152,10 +152,10 @@ def history(
     """
     with managed(server, config, data_dir) as running:
         found = running.ask("GET", f"{ENDPOINTS}/{id}/version")["data"]
+        if as_json:
+            typer.echo(json.dumps({number: spec["mezzotint"] for number, spec in found.items()}))
+            return
         scaling = running.ask("GET", f"{ENDPOINTS}/{id}")["mezzotint"]["scaling"]
-    if as_json:
-        typer.echo(json.dumps({number: spec["mezzotint"] for number, spec in found.items()}))
-        return
     rows = [(number, spec["creatorId"], spec["mezzotint"]["comment"]) for number, spec in found.items()]
     print_table(("version", "by", "comment"), rows)
     if scaling:

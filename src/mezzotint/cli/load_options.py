@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import typer
 
 from mezzotint.errors import InvalidRequestError
-from mezzotint.load.arrivals import BURSTY_CV, Arrival, Mix, Process, generated, read_size, read_trace
+from mezzotint.load.arrivals import Mix, Process, read_size
 
 Value = TypeVar("Value")
 
@@ -36,38 +36,26 @@ LoadSeedFlag = Annotated[
     int, typer.Option("--seed", metavar="S", min=0, help="Same seed, same requests at the same moments.")
 ]
 DEFAULT_N = "1:58,2:8,4:19,8:15"
-DEFAULT_CV = BURSTY_CV
 
 
-def read_mix(
-    *, steps: str | None, n: str, sizes: str | None, adapters: tuple[str, ...] = (), zipf: float = 1.0
-) -> Mix:
+def read_mix(*, steps: str | None, n: str, sizes: str | None, zipf: float) -> Mix:
     """The mix that these flags describe; InvalidRequestError names the flag that is wrong."""
     return Mix(
         _shares("steps", steps, _number("steps", 50)) if steps else Mix().steps,
         _shares("n", n, _number("n", 10)),
         _shares("sizes", sizes, _size) if sizes else Mix().sizes,
-        adapters,
-        zipf,
+        zipf=zipf,
     )
 
 
-def read_arrivals(
-    kind: str, trace: Path | None, *, rate: float, seconds: float, cv: float, mix: Mix, seed: int
-) -> list[Arrival]:
-    """The trace's arrivals, else generated ones."""
-    if trace is not None:
-        return read_trace(trace)
-    require_process(kind)
-    return generated(kind, rate=rate, seconds=seconds, mix=mix, seed=seed, cv=cv)  # type: ignore[arg-type]
-
-
-def require_process(kind: str) -> None:
+def read_process(kind: str) -> Process:
+    """What `--arrivals` names."""
     if kind not in get_args(Process):
         choices = " or ".join(get_args(Process))
         raise InvalidRequestError(
             f"--arrivals must be {choices}, or give --trace FILE (got {kind})", param="arrivals"
         )
+    return cast(Process, kind)
 
 
 def _shares(flag: str, text: str, read: Callable[[str], Value]) -> tuple[tuple[Value, float], ...]:
