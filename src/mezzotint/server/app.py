@@ -66,6 +66,8 @@ from mezzotint.server.workers.process import ENGINE_WORKER, WorkerSettings
 
 CLEAN_EVERY_S = 60.0
 WRITE_HELD_EVERY_S = 2.0
+COUNT_EVERY_S = 1.0
+"""How often servers on one database tell each other what their keys have used."""
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
 LAST_WORDS_S = 5
@@ -289,6 +291,8 @@ def _lifespan(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         context.registry.start()
         upkeep = [asyncio.create_task(_clean(context)), asyncio.create_task(_write_held(context))]
+        if context.quotas.shared:
+            upkeep.append(asyncio.create_task(_count_use(context)))
         on_listening = getattr(app.state, "on_listening", None)
         if on_listening:
             on_listening()
@@ -327,6 +331,16 @@ async def _clean(context: Context) -> None:
         except (OSError, SQLAlchemyError, UnavailableError) as error:
             log.error("cleaning up failed; the next try is in a minute", error=str(error))
         await asyncio.sleep(CLEAN_EVERY_S)
+
+
+async def _count_use(context: Context) -> None:
+    """Writes down what was used, for the other servers on the database."""
+    while True:
+        await asyncio.sleep(COUNT_EVERY_S)
+        try:
+            await DATABASE.run(context.quotas.store)
+        except (SQLAlchemyError, UnavailableError) as error:
+            log.error("use cannot be written down; the next try is soon", error=str(error))
 
 
 async def _write_held(context: Context) -> None:

@@ -24,8 +24,16 @@ def engine(database_url: str) -> Iterator[sa.Engine]:
     engine.dispose()
 
 
-def test_requests_per_minute_refill_with_time(engine: sa.Engine) -> None:
-    quotas, key = Quotas(engine), Key("k", "k", limits=Limits(requests_per_minute=3))
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[sa.Engine]:
+    """A database with one server, which counts in memory."""
+    engine = database.open_database(database.database_url(tmp_path, None))
+    yield engine
+    engine.dispose()
+
+
+def test_requests_per_minute_refill_with_time(alone: sa.Engine) -> None:
+    quotas, key = Quotas(alone), Key("k", "k", limits=Limits(requests_per_minute=3))
     for _ in range(3):
         quotas.spend_request(key, 100.0)
     with pytest.raises(RateLimitError) as caught:
@@ -37,9 +45,9 @@ def test_requests_per_minute_refill_with_time(engine: sa.Engine) -> None:
     quotas.spend_request(Key("other", "other", limits=Limits(requests_per_minute=3)), 120.1)
 
 
-def test_step_seconds_of_a_day_are_counted_and_kept(engine: sa.Engine) -> None:
+def test_step_seconds_of_a_day_are_counted_and_kept(alone: sa.Engine) -> None:
     key = Key("k", "k", limits=Limits(step_seconds_per_day=10))
-    quotas = Quotas(engine)
+    quotas = Quotas(alone)
     quotas.load(key)
     quotas.book(key, step_seconds=6.0, images=1)
     quotas.spend_request(key, 0.0)
@@ -47,7 +55,7 @@ def test_step_seconds_of_a_day_are_counted_and_kept(engine: sa.Engine) -> None:
     quotas.book(key, step_seconds=3.0, images=1)
     assert quotas.used_today(key) == pytest.approx(9.0)
     quotas.store()
-    again = Quotas(engine)
+    again = Quotas(alone)
     again.load(key)
     assert again.used_today(key) == pytest.approx(9.0)
     again.book(key, step_seconds=1.0, images=1)
@@ -57,12 +65,12 @@ def test_step_seconds_of_a_day_are_counted_and_kept(engine: sa.Engine) -> None:
     assert 0 < (caught.value.retry_after or 0) <= 86_400
 
 
-def test_what_is_used_while_it_is_written_is_not_forgotten(engine: sa.Engine) -> None:
-    key, quotas = Key("k", "k", limits=Limits(step_seconds_per_day=10)), Quotas(engine)
+def test_what_is_used_while_it_is_written_is_not_forgotten(alone: sa.Engine) -> None:
+    key, quotas = Key("k", "k", limits=Limits(step_seconds_per_day=10)), Quotas(alone)
     for _ in range(5):
         quotas.book(key, step_seconds=1.0, images=1)
         quotas.store()
-    again = Quotas(engine)
+    again = Quotas(alone)
     again.load(key)
     assert again.used_today(key) == pytest.approx(5.0)
 

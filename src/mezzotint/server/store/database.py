@@ -115,6 +115,14 @@ usage = sa.Table(
     sa.Column("images", sa.Integer, nullable=False),
 )
 
+rates = sa.Table(  # requests that keys may still send through any server on Postgres; empty on SQLite
+    "rates",
+    metadata,
+    sa.Column("key_id", sa.String, primary_key=True),
+    sa.Column("tokens", sa.Float, nullable=False),
+    sa.Column("filled_at", sa.Float, nullable=False),  # by the database's clock
+)
+
 
 def database_url(data_dir: Path, url: str | None) -> str:
     """The URL in force: the setting, or SQLite in the data folder."""

@@ -6,12 +6,13 @@ next request, because every request asks the database.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import sqlalchemy as sa
@@ -125,9 +126,7 @@ def create_key(
 ) -> tuple[Key, str]:
     """A new key and its secret, which is not stored and cannot be shown again."""
     require_sensible(name, admin, endpoints, limits or Limits())
-    secret = PREFIX + secrets.token_urlsafe(32)
-    key = Key(f"key_{secrets.token_hex(6)}", name, admin, tuple(endpoints), limits or Limits(), time.time())
-    with engine.begin() as connection:
+    with _alone(engine) as connection:
         taken = connection.scalar(
             sa.select(_TABLE.c.id).where(_TABLE.c.name == name, _TABLE.c.revoked.is_(None))
         )
@@ -135,26 +134,45 @@ def create_key(
             raise ConflictError(
                 f"a key named {echo(name)} exists already ({taken}); revoke it or take another name"
             )
-        connection.execute(
-            _TABLE.insert().values(
-                id=key.id,
-                name=name,
-                hash=digest_of(secret),
-                admin=admin,
-                endpoints=list(key.endpoints),
-                limits=asdict(key.limits),
-                created=key.created,
-            )
-        )
-    return key, secret
+        return _insert(connection, name, admin, endpoints, limits or Limits())
 
 
 def create_first_key(engine: sa.Engine) -> tuple[Key, str] | None:
     """Makes an admin key, to be printed once, on a database that never had a key; None on any other."""
-    with engine.begin() as connection:
+    with _alone(engine) as connection:
         if connection.scalar(sa.select(sa.func.count()).select_from(_TABLE)):
             return None
-    return create_key(engine, "first", admin=True)
+        return _insert(connection, "first", True, (), Limits())
+
+
+@contextlib.contextmanager
+def _alone(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction beside which nobody makes a key, so that what it has looked for stays true."""
+    with engine.begin() as connection:
+        if engine.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            connection.exec_driver_sql("LOCK TABLE keys IN SHARE ROW EXCLUSIVE MODE")
+        yield connection
+
+
+def _insert(
+    connection: sa.Connection, name: str, admin: bool, endpoints: Sequence[str], limits: Limits
+) -> tuple[Key, str]:
+    secret = PREFIX + secrets.token_urlsafe(32)
+    key = Key(f"key_{secrets.token_hex(6)}", name, admin, tuple(endpoints), limits, time.time())
+    connection.execute(
+        _TABLE.insert().values(
+            id=key.id,
+            name=name,
+            hash=digest_of(secret),
+            admin=admin,
+            endpoints=list(key.endpoints),
+            limits=asdict(limits),
+            created=key.created,
+        )
+    )
+    return key, secret
 
 
 def list_keys(engine: sa.Engine) -> list[Key]:

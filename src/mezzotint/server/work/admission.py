@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from mezzotint.config import Settings
 from mezzotint.errors import (
@@ -28,7 +29,7 @@ from mezzotint.server.metrics import Metrics
 from mezzotint.server.store.keys import Key
 from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.store.spool import Spool
-from mezzotint.server.threads import Threads
+from mezzotint.server.threads import DATABASE, Threads
 from mezzotint.server.work.estimate import Estimate
 from mezzotint.server.work.joining import Joining
 from mezzotint.server.work.queueing import Job
@@ -64,9 +65,11 @@ class Admission:
         ClientGone means that this client has hung up and that the same request waits on another connection.
         """
         ticket = await self._joining.find(submission)
-        if ticket is None:  # nothing is awaited from here on, or a twin could come between
+        if ticket is None and self._quotas.must_pay(submission.key):
+            ticket = await self._find_or_pay(submission)
+        elif ticket is None:  # nothing is awaited from here on, or a twin could come between
             ticket = self._admit(submission)
-        else:
+        if ticket.id != submission.request_id:
             self._metrics.joined.labels(ticket.endpoint.id).inc()
             log.info("request joins an earlier one", earlier=ticket.id, endpoint=ticket.endpoint.id)
         if submission.hold:
@@ -75,12 +78,44 @@ class Admission:
             self._joining.attach(ticket)
         return ticket
 
+    async def _find_or_pay(self, submission: Submission) -> Ticket:
+        """A new ticket that its key has paid for, or the one of a twin that came in the meantime."""
+        key = submission.key
+        paid_s = sum(job.work_s for job in self._checked(submission).jobs)
+        await DATABASE.run(self._quotas.pay, key, paid_s)
+        joined = None
+        try:
+            joined = await self._joining.find(submission)
+            ticket = joined or self._admit(submission)
+        except BaseException:
+            await self._pay_back(key, paid_s)
+            raise
+        if joined is not None:
+            await self._pay_back(key, paid_s)
+        elif key.limits.step_seconds_per_day is not None:  # a step's time may have been measured anew
+            self._quotas.book(key, step_seconds=sum(job.work_s for job in ticket.jobs) - paid_s)
+        return ticket
+
+    async def _pay_back(self, key: Key, paid_s: float) -> None:
+        with contextlib.suppress(SQLAlchemyError, UnavailableError):
+            await DATABASE.run(self._quotas.pay_back, key, paid_s)
+
     def _admit(self, submission: Submission) -> Ticket:
+        endpoint, now = submission.endpoint, asyncio.get_running_loop().time()
+        ticket = self._checked(submission)
+        self._quotas.spend_request(submission.key, now, sum(job.work_s for job in ticket.jobs))
+        self.tickets.add(ticket)
+        ticket.deadline_timer = asyncio.get_running_loop().call_at(ticket.deadline, self._out_of_time, ticket)
+        for job in ticket.jobs:
+            endpoint.enqueue(job, now)
+        return ticket
+
+    def _checked(self, submission: Submission) -> Ticket:
+        """The ticket with its jobs, if the request can be let in now; nothing is counted or queued."""
         endpoint, key = submission.endpoint, submission.key
         endpoint.require_available()
         submission.require()
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = asyncio.get_running_loop().time()
         timeout_s = endpoint.spec.deadline_s if submission.timeout_s is None else submission.timeout_s
         deadline = submission.arrived + timeout_s
         timeout_s = max(0.0, deadline - now)
@@ -100,11 +135,6 @@ class Admission:
             if isinstance(refusal, UnavailableError):  # it starts too late for this request, not for the next
                 endpoint.wake()
             raise refusal
-        self._quotas.spend_request(key, now, sum(job.work_s for job in ticket.jobs))
-        self.tickets.add(ticket)
-        ticket.deadline_timer = loop.call_at(ticket.deadline, self._out_of_time, ticket)
-        for job in ticket.jobs:
-            endpoint.enqueue(job, now)
         return ticket
 
     def _job(self, ticket: Ticket, message: Generate) -> Job:
