@@ -23,6 +23,7 @@ from mezzotint.cli.endpoints import endpoints
 from mezzotint.cli.generate import generate
 from mezzotint.cli.keys import keys
 from mezzotint.cli.models import pull
+from mezzotint.cli.plan import plan
 from mezzotint.cli.ps import ps
 from mezzotint.cli.serve import serve
 from mezzotint.cli.top import top
@@ -80,6 +81,7 @@ app.add_typer(adapters, name="adapters")
 app.add_typer(keys, name="keys")
 app.add_typer(db, name="db")
 app.command()(bench)
+app.command()(plan)
 app.command()(top)
 app.command()(ps)
 
