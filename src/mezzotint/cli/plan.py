@@ -31,11 +31,10 @@ from mezzotint.cli.options import ConfigFlag, DataDirFlag, EndpointFlag, JsonFla
 from mezzotint.cli.reach import ENDPOINTS, managed
 from mezzotint.cli.tables import print_facts, print_table
 from mezzotint.errors import InvalidRequestError
-from mezzotint.load.arrivals import BURSTY_CV, Arrival, generated, read_trace
+from mezzotint.load.arrivals import BURSTY_CV, generated, read_trace
 
 if TYPE_CHECKING:
     from mezzotint.config import EndpointSettings
-    from mezzotint.load.generator import Shape
     from mezzotint.sizing.objective import Objective
     from mezzotint.sizing.speed import Speed
 
@@ -323,7 +322,8 @@ def _print(found: Mapping[str, Any], asked: Objective) -> None:
             "refused or late": refused or "none",
             "starts of workers": f"{last['starts']} under load, at most {last['most_workers']} at once",
             "a step": steps,
-            "a picture, a request": f"{speed['picture_s']:.3g} s more in the worker, {speed['request_s']:.3g} s outside",
+            "a picture": f"{speed['picture_s']:.3g} s more in the worker",
+            "a request": f"{speed['request_s']:.3g} s more outside the worker",
             "a start": f"{speed['load_s']:.3g} s",
         }
     )

@@ -41,7 +41,7 @@ class Simulated:
 
     measured: Measured
     worker_s: float
-    """Seconds that workers were there, loading included, from the first arrival's clock to the last answer."""
+    """Seconds that workers were there, loading included, from the beginning to the last answer."""
     num_starts: int
     """Workers started after the load began."""
     most_workers: int

@@ -46,12 +46,14 @@ class Speed:
 
     def step_s(self, num_jobs: int, size: tuple[int, int]) -> float:
         """One step of so many jobs; between measured numbers of jobs in a straight line."""
-        jobs = sorted(self.forward_s)
-        seconds = float(np.interp(num_jobs, jobs, [self.forward_s[each] for each in jobs]))
+        seconds = self.forward_s.get(num_jobs)
+        if seconds is None:
+            jobs = sorted(self.forward_s)
+            seconds = float(np.interp(num_jobs, jobs, [self.forward_s[each] for each in jobs]))
         return seconds * self.ratio(size)
 
     def ratio(self, size: tuple[int, int]) -> float:
-        """How many times longer than its own size; by pixels where it was not measured, as the server does."""
+        """How many times longer than its own size; by pixels where it was not measured."""
         wide, high = self.own_size
         return self.ratios.get(size, size[0] * size[1] / (wide * high))
 
@@ -111,14 +113,10 @@ def of_bench(file: Path) -> Speed:
         text = f"--times {file}: is no JSON file of `mezzotint bench`; make one with --out NAME"
         raise InvalidRequestError(text, param="times") from None
     lone: dict[Shape, float] = {(line.steps, line.n, read_size(line.size)): line.seconds for line in lines}
-    sizes = list(dict.fromkeys(size for _, _, size in lone))
+    sizes: list[Size] = sorted({size for _, _, size in lone}, key=lambda size: size or (0, 0))
     fits = {size: _fits(lone, size) for size in sizes}
-    own = (
-        next((size for size in sizes if 1 in fits[size]), None)
-        if None not in fits or 1 not in fits[None]
-        else None
-    )
-    if own not in fits or 1 not in fits[own]:
+    own = next((size for size in sizes if 1 in fits[size]), None)
+    if 1 not in fits.get(own, {}):
         raise InvalidRequestError(
             f"--times {file}: has no lone times of one picture with two numbers of steps; measure them with "
             "`mezzotint bench --steps 4,28 --n 1,2,4`",

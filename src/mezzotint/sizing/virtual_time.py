@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from typing import Any
 
 BEGIN_S = 1.0
 """What the clock shows at first; not 0, which the server takes for `never`."""
@@ -23,7 +22,7 @@ class _Leap(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """For code that waits only by timers of the loop: an hour passes in no time, always the same way."""
+    """For code that waits only by timers of the loop, not for threads: an hour passes in no time."""
 
     def __init__(self) -> None:
         self._leap = _Leap()
@@ -31,7 +30,3 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._leap.now
-
-    def run_in_executor(self, *arguments: Any) -> Any:
-        """Not here: the clock would leap while a thread works."""
-        raise RuntimeError("a simulation runs nothing in threads")
