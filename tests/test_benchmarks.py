@@ -41,7 +41,7 @@ def test_a_benchmark_tells_its_arguments(
         ("first_answer", PAINTED),
         ("fuzz", ["--examples", "50"]),
         ("fairness", [*PAINTED, "--queued", "40"]),
-        ("plan", [*PAINTED, "--seconds", "3", "--loads", "0.5", "--rounds", "1"]),
+        ("plan", [*PAINTED, "--seconds", "1", "--loads", "0.5", "--rounds", "1"]),
         ("soak", ["--model", "fake:step_s=0.001,size=128", "--seconds", "4", "--clients", "4"]),
     ],
 )
