@@ -37,6 +37,7 @@ from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.foreign import meet_half_way
 from mezzotint.server.api.img2img import prepared, warnings_of
 from mezzotint.server.api.submissions import (
+    HEADERS,
     CurrentHead,
     RequestHead,
     body_fingerprint,
@@ -88,14 +89,17 @@ class CheckedRequest:
 # ---------------------------------------------------------------- pictures
 
 
-@router.post("/txt2img", summary="Generate images, as the web UI's API does", responses={**answers.ERRORS})
+_ROUTE: dict[str, Any] = {"responses": {**answers.ERRORS}, "openapi_extra": HEADERS}
+
+
+@router.post("/txt2img", summary="Generate images, as the web UI's API does", **_ROUTE)
 async def txt2img(request: Request, context: CurrentContext, key: CurrentKey, head: CurrentHead) -> Response:
     values = parse_json(await request.body())
     asked = parse_request(values, request, context, key)
     return await _answer(request, context, key, head, values, asked)
 
 
-@router.post("/img2img", summary="Edit images, as the web UI's API does", responses={**answers.ERRORS})
+@router.post("/img2img", summary="Edit images, as the web UI's API does", **_ROUTE)
 async def img2img(request: Request, context: CurrentContext, key: CurrentKey, head: CurrentHead) -> Response:
     """`init_images` has one picture in base64; of `mask`, the white part is repainted."""
     values = await PICTURES.run(parse_json, await request.body())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import sqlalchemy as sa
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
@@ -78,7 +78,8 @@ class Context:
         return self.settings.public_url or str(request.base_url)
 
 
-def context_of(request: Request) -> Context:
+async def context_of(request: Request) -> Context:
+    """Dependency. It is no plain function, because FastAPI would call that in a thread."""
     context: Context = request.app.state.context
     return context
 
@@ -109,7 +110,7 @@ def _as_bearer(authorization: str | None) -> str | None:
     return f"Bearer {secret}"
 
 
-async def key_of(request: Request, authorization: Annotated[str | None, Header()] = None) -> Key:
+async def key_of(request: Request) -> Key:
     """Dependency: who is calling. A request with a body has said so before its body was read."""
     known: Key | None = getattr(request.state, "key", None)
     return await caller_of(request.scope) if known is None else known

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import structlog
-from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response
 from pydantic import MISSING
 
@@ -33,10 +33,12 @@ from mezzotint.schemas import (
 from mezzotint.server.api import answers, sse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.submissions import (
+    HEADERS,
     CurrentHead,
     Preference,
     RequestHead,
     body_fingerprint,
+    described,
     parse_prefer,
     picture_digests,
     spec_of,
@@ -73,15 +75,17 @@ async def _asked(
     context: CurrentContext,
     key: CurrentKey,
     head: CurrentHead,
-    prefer: Annotated[str | None, Header(description="`respond-async` answers 202 at once.")] = None,
-    x_friendli_team: Annotated[str | None, Header(description="Accepted, logged and not used.")] = None,
 ) -> _Asked:
-    if x_friendli_team:
-        structlog.contextvars.bind_contextvars(team=x_friendli_team[:64])  # on this request's log lines
-    return _Asked(request, context, key, head, parse_prefer(prefer))
+    if team := request.headers.get("x-friendli-team"):
+        structlog.contextvars.bind_contextvars(team=team[:64])  # on this request's log lines
+    return _Asked(request, context, key, head, parse_prefer(request.headers.get("prefer")))
 
 
 _CurrentAsked = Annotated[_Asked, Depends(_asked)]
+_HEADERS = described(
+    prefer="`respond-async` answers 202 at once.", x_friendli_team="Accepted, logged and not used."
+)
+_PARAMETERS = {"parameters": HEADERS["parameters"] + _HEADERS["parameters"]}
 _ROUTE: dict[str, Any] = {
     "tags": ["Images"],
     "response_model": ImageGenerationAnswer,
@@ -95,7 +99,7 @@ _ROUTE: dict[str, Any] = {
 @router.post(
     "/dedicated/v1/images/generations",
     summary="Generate images",
-    openapi_extra=answers.json_body(DedicatedImageGenerationBody),
+    openapi_extra=answers.json_body(DedicatedImageGenerationBody) | _PARAMETERS,
     **_ROUTE,
 )
 async def generate(asked: _CurrentAsked) -> Response:
@@ -109,7 +113,7 @@ async def generate(asked: _CurrentAsked) -> Response:
 @router.post(
     "/dedicated/v1/images/edits",
     summary="Edit images",
-    openapi_extra=answers.json_body(DedicatedImageEditBody),
+    openapi_extra=answers.json_body(DedicatedImageEditBody) | _PARAMETERS,
     **_ROUTE,
 )
 async def edit(asked: _CurrentAsked) -> Response:

@@ -54,7 +54,8 @@ def install(app: FastAPI) -> None:
     made = cache(lambda: page(app.openapi(), _SOMEWHERE))  # takes a tenth of a second
 
     async def docs(request: Request) -> HTMLResponse:
-        base_url = context_of(request).base_url(request).rstrip("/")
+        context = await context_of(request)
+        base_url = context.base_url(request).rstrip("/")
         return HTMLResponse(made().replace(_SOMEWHERE, html.escape(base_url)))
 
     app.add_route("/docs", docs, include_in_schema=False)

@@ -36,6 +36,7 @@ from mezzotint.server.api.answers import AnswerResponse
 from mezzotint.server.api.context import Context, CurrentContext, CurrentKey
 from mezzotint.server.api.foreign import UNUSED, check_unused, meet_half_way, unused_schema
 from mezzotint.server.api.submissions import (
+    HEADERS,
     CurrentHead,
     RequestHead,
     body_fingerprint,
@@ -142,7 +143,8 @@ def body_schema(more: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     summary="Generate images, as OpenAI's API does",
     response_class=Response,
     responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}, **ERRORS},
-    openapi_extra={
+    openapi_extra=HEADERS
+    | {
         "requestBody": {
             "required": True,
             "content": {

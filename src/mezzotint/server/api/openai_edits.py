@@ -22,6 +22,7 @@ from mezzotint.server.api import openai
 from mezzotint.server.api.context import CurrentContext, CurrentKey
 from mezzotint.server.api.middleware import FORM_TYPE
 from mezzotint.server.api.submissions import (
+    HEADERS,
     CurrentHead,
     body_fingerprint,
     checked_strength,
@@ -71,7 +72,7 @@ def _body_schemas() -> dict[str, Any]:
     summary="Edit images, as OpenAI's API does",
     response_class=Response,
     responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}, **openai.ERRORS},
-    openapi_extra={"requestBody": {"required": True, "content": _body_schemas()}},
+    openapi_extra=HEADERS | {"requestBody": {"required": True, "content": _body_schemas()}},
 )
 async def edit(request: Request, context: CurrentContext, key: CurrentKey, head: CurrentHead) -> Response:
     """Makes images from pictures and words. With `stream` the answer is server-sent events."""

@@ -11,11 +11,11 @@ import contextlib
 import multiprocessing
 import os
 import queue
+import selectors
 import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import connection as mp_connection
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext, ForkServerContext, SpawnContext
 from typing import Protocol
@@ -223,20 +223,20 @@ class LocalProcess:
         self._pipe.close()
 
     def _read(self, on_message: OnMessage) -> None:
-        while True:
-            try:
-                ready = mp_connection.wait([self._pipe, self._process.sentinel])
-                if self._pipe not in ready:
+        with selectors.PollSelector() as selector:  # takes no descriptor, of which there may be none left
+            selector.register(self._pipe, selectors.EVENT_READ)
+            selector.register(self._process.sentinel, selectors.EVENT_READ)
+            while any(key.fileobj is self._pipe for key, _ in selector.select()):
+                try:
+                    message = decode(self._pipe.recv_bytes())
+                    if not isinstance(message, FromWorker):
+                        raise ValueError(f"a {type(message).__name__} is for workers")
+                except (EOFError, OSError):
                     return
-                message = decode(self._pipe.recv_bytes())
-                if not isinstance(message, FromWorker):
-                    raise ValueError(f"a {type(message).__name__} is for workers")
-            except (EOFError, OSError):
-                return
-            except ValueError:
-                log.exception("worker sent what is not a message; killing it", pid=self.pid)
-                return
-            on_message(message)
+                except ValueError:
+                    log.exception("worker sent what is not a message; killing it", pid=self.pid)
+                    return
+                on_message(message)
 
     def _end(self, writer: threading.Thread) -> int | None:
         self._process.join(EXIT_GRACE_S)
