@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mezzotint.cli.doctor import judge_disk, judge_model, judge_port, judge_threads
+from mezzotint.cli.doctor import judge_compiler, judge_disk, judge_model, judge_port, judge_threads
 from mezzotint.config import EndpointSettings, Settings
 from mezzotint.engine.models.doctor import model_facts
 from tests.engine.tiny import save
@@ -67,6 +67,23 @@ def test_threads_are_judged_by_the_cores(
 ) -> None:
     settings = Settings(endpoints=tuple(EndpointSettings(id=f"e{n}", **e) for n, e in enumerate(endpoints)))
     check = judge_threads(facts(load=load), settings)
+    assert (check.verdict, said in check.text) == (verdict, True), check
+
+
+@pytest.mark.parametrize(
+    ("performance", "compiler", "device", "verdict", "said"),
+    [
+        ("compiled", None, "cpu", "warning", "painter with performance"),
+        ("auto", None, "cpu", "ok", "would need one"),
+        ("compiled", "/usr/bin/g++", "cpu", "ok", "/usr/bin/g++"),
+        ("compiled", None, "cuda:0", "ok", "cuda:0"),
+    ],
+)
+def test_a_compiler_is_missed_only_where_one_is_asked_for(
+    performance: Any, compiler: str | None, device: str, verdict: str, said: str
+) -> None:
+    settings = Settings(endpoints=(EndpointSettings(id="painter", model="x", performance=performance),))
+    check = judge_compiler(facts(cpp_compiler=compiler, device=device), settings)
     assert (check.verdict, said in check.text) == (verdict, True), check
 
 

@@ -76,6 +76,7 @@ def judge(facts: Mapping[str, Any], settings: Settings) -> Iterator[Check]:
     yield judge_port(settings)
     yield judge_disk(settings.data_dir)
     yield judge_threads(facts, settings)
+    yield judge_compiler(facts, settings)
 
 
 def judge_model(asked: Mapping[str, Any], facts: Mapping[str, Any]) -> Check:
@@ -143,6 +144,20 @@ def judge_threads(facts: Mapping[str, Any], settings: Settings) -> Check:
             f"{told}, and other programs keep {facts['load']:.0f} more busy: everything is slower",
         )
     return Check("threads", "ok", told)
+
+
+def judge_compiler(facts: Mapping[str, Any], settings: Settings) -> Check:
+    """Whether torch could compile for this CPU, and whether an endpoint asks for it."""
+    if facts["device"] != "cpu":
+        return Check("compiler", "ok", f"the models run on {facts['device']}")
+    if facts["cpp_compiler"]:
+        return Check("compiler", "ok", f'{facts["cpp_compiler"]} compiles for performance = "compiled"')
+    asking = [each.id for each in settings.endpoints if each.performance == "compiled"]
+    text = "there is no C++ compiler (g++, or the one that CXX names)"
+    if not asking:
+        return Check("compiler", "ok", f'{text}: only performance = "compiled" would need one')
+    text += f', so {", ".join(asking)} with performance = "compiled" will run as "auto" does: install one'
+    return Check("compiler", "warning", text)
 
 
 def _gib(count: int) -> str:

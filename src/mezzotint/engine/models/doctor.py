@@ -48,6 +48,7 @@ def facts() -> dict[str, Any]:
         },
         "memory": {"available_bytes": free, "total_bytes": total},
         "num_threads": host.num_cores(),
+        "cpp_compiler": host.cpp_compiler(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},

@@ -6,6 +6,7 @@ import glob
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -54,6 +55,11 @@ def cpu_dtype() -> tuple[str, str]:
     if found:
         return "bf16", f"the CPU has {' and '.join(found)}"
     return "fp32", f"the CPU has neither {' nor '.join(BF16_FEATURES)}, so bf16 would be slower"
+
+
+def cpp_compiler() -> str | None:
+    """Where the C++ compiler is that torch would use for this CPU; None where there is none."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
 def num_cores() -> int:

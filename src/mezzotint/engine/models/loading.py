@@ -25,7 +25,7 @@ from diffusers.loaders import single_file_utils
 from safetensors import SafetensorError
 
 from mezzotint.engine import manifest
-from mezzotint.engine.models import checks, controlnets, hardware, remote_code, sources
+from mezzotint.engine.models import checks, controlnets, hardware, host, remote_code, sources
 from mezzotint.engine.models.schedulers import set_scheduler
 from mezzotint.engine.models.watch import LoadWatch
 from mezzotint.errors import ModelLoadError
@@ -56,6 +56,7 @@ class Loaded:
     device: str
     num_threads: int
     performance: Performance
+    """The one in use, which may be another than the one that was asked for; see `tune`."""
     num_parameters: int
     load_s: float
     manifest: manifest.Manifest = manifest.EMPTY
@@ -100,7 +101,7 @@ def load(
             )
         set_scheduler(pipe, settings.scheduler, settings.scheduler_settings)
         _move(pipe, device, offload=settings.offload)
-        tune(pipe, settings.performance)
+        performance = tune(pipe, settings.performance)
     beside = controlnets.read(
         pipe, settings.controlnets, chosen, device, offload=settings.offload, progress=progress
     )
@@ -112,7 +113,7 @@ def load(
         dtype=next(name for name, value in hardware.DTYPES.items() if value == chosen),
         device=str(device),
         num_threads=threads,
-        performance=settings.performance,
+        performance=performance,
         num_parameters=sum(
             parameter.numel()
             for module in (*_modules(pipe), *beside.values())
@@ -136,17 +137,17 @@ def pull(
     return path
 
 
-def tune(pipe: Any, performance: Performance) -> None:
-    """Lays the weights out as `performance` says.
+def tune(pipe: Any, performance: Performance) -> Performance:
+    """Lays the weights out as `performance` says, and returns which one it did.
 
     `reference` changes nothing: the same bytes as plain diffusers. `auto` gives the VAE the channels_last
     layout, copies weights to aligned memory (results no longer depend on where a tensor lies in its file) and
     packs the linear layers of a small bf16 denoiser on the CPU, which moves last bits in a few shapes.
-    `compiled` compiles the denoiser instead of packing it. Each keeps the promise of `exact` to itself;
-    TOLERANCE says how far they are from `reference`.
+    `compiled` compiles the denoiser instead of packing it; a CPU without a C++ compiler gets `auto`. Each
+    keeps the promise of `exact` to itself; TOLERANCE says how far they are from `reference`.
     """
     if performance == "reference":
-        return
+        return performance
     for name, module in _named_modules(pipe):
         for parameter in module.parameters():
             if parameter.ndim == 4 and name in DECODERS:
@@ -154,11 +155,18 @@ def tune(pipe: Any, performance: Performance) -> None:
         _align(module)
     denoiser = getattr(pipe, family(type(pipe).__name__).denoiser, None)
     if denoiser is None:
-        return
+        return "auto"
     if performance == "compiled":
-        denoiser.forward = torch.compile(denoiser.forward, dynamic=True)
-    else:
-        _pack(denoiser)
+        on_cpu = next(denoiser.parameters()).device.type == "cpu"
+        if not on_cpu or host.cpp_compiler() is not None:
+            denoiser.forward = torch.compile(denoiser.forward, dynamic=True)
+            return performance
+        _log.warning(
+            'performance = "compiled" needs a C++ compiler (g++, or the one that CXX names), and there is '
+            'none: running as "auto"; install one and start again'
+        )
+    _pack(denoiser)
+    return "auto"
 
 
 def _align(module: torch.nn.Module) -> None:
