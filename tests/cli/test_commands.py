@@ -33,7 +33,7 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
         assert word in done.stdout
 
 
-COMMANDS = """serve generate edit pull doctor top ps
+COMMANDS = """serve generate edit pull doctor bench plan top ps
     keys-create keys-list keys-revoke
     endpoints-list endpoints-show endpoints-create endpoints-update endpoints-history endpoints-sleep
     endpoints-calibrate endpoints-wake endpoints-restart endpoints-terminate endpoints-delete

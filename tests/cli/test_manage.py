@@ -175,6 +175,35 @@ def test_top_shows_each_endpoint_and_its_rates(run: Run) -> None:
     assert "emoji" in run("top", "--once", "--every", "0.2").stdout
 
 
+def test_top_and_history_say_how_workers_were_scaled_and_why(run: Run) -> None:
+    asleep = ("--set", "min_replicas=0", "--set", "scale_down_delay_s=0.5")
+    assert run("endpoints", "create", "third", "--model", "fake:size=8", *asleep).returncode == 0
+    try:
+        assert run("endpoints", "history", "emoji").stdout.count("scaled at") == 0
+        wait_for_status(run, "third", "SLEEPING")
+        seen = run("top", "--once", "--every", "0.2").stdout.splitlines()
+        assert "third: no request for 0.5 s" in seen
+        assert not any(line.startswith("emoji: ") for line in seen), "it was never scaled"
+        rows = {
+            row["endpoint"]: row
+            for row in json.loads(run("top", "--once", "--json", "--every", "0.2").stdout)
+        }
+        assert (rows["third"]["workers"], rows["third"]["scaling"]) == ("0/0", ["no request for 0.5 s"])
+        assert rows["emoji"]["scaling"] == []
+
+        assert run("generate", "a cat", "--endpoint", "third", "--no-show").returncode == 0
+        wait_for_status(run, "third", "SLEEPING")
+        lines = run("endpoints", "history", "third").stdout.splitlines()
+        heads = [number for number, line in enumerate(lines) if line.split()[0] in ("version", "scaled")]
+        events = [line.split(maxsplit=3)[2:] for line in lines[heads[1] + 1 :]]
+        slept, woke = ["0", "no request for 0.5 s"], ["1", "a request came"]
+        assert events == [slept, woke, slept], "the newest first"
+    finally:
+        run("endpoints", "terminate", "third")
+        wait_for_status(run, "third", "TERMINATED")
+        run("endpoints", "delete", "third")
+
+
 def test_metrics_are_summed_over_their_other_labels() -> None:
     text = (
         '# HELP x\nmezzotint_requests_total{endpoint="a",outcome="done"} 3.0\n'
