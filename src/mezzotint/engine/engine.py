@@ -343,12 +343,12 @@ class Engine:
         now = time.perf_counter()
         leads = self._shares.leads(frozenset(job.owner for job in self._active.values()))
         merges = self.runner.num_rows > 1 and self.merges
+        sizes = {(job.width, job.height) for job in self._active.values()}
+        forward_s = {size: self.times.estimate(*size) for size in sizes}
         candidates = [
             job.candidate(
                 now,
-                forward_s=0.0
-                if merges and self._prepares(job)
-                else self.times.estimate(job.width, job.height),
+                forward_s=0.0 if merges and self._prepares(job) else forward_s[job.width, job.height],
                 owner_lead_s=leads[job.owner],
             )
             for job in self._active.values()

@@ -66,13 +66,14 @@ class Job:
 
     def candidate(self, now: float, *, forward_s: float, owner_lead_s: float) -> Candidate:
         """Its parked call for the scheduler, at `forward_s` seconds for each forward that it has left."""
-        done = self.started.num_steps
+        run, call = self.started, self.call
+        done = run.num_steps
         forwards_per_step = max(1.0, self.num_forwards / done) if done else 1.0
         steps_left = max(0, self.spec.num_steps - done)
         return Candidate(
             job_id=self.job_id,
-            key=self.call.key,
-            rows=self.call.rows,
+            key=call.key,
+            rows=call.rows,
             remaining_s=steps_left * forwards_per_step * forward_s,
             waited_s=now - self.parked,
             owner=self.owner,
