@@ -69,16 +69,13 @@ def _by_urgency(candidates: Sequence[Candidate], max_wait_s: float) -> list[Cand
     overdue.sort(key=lambda call: (-call.waited_s, call.arrival))
     in_time.sort(key=lambda call: (-call.priority, call.remaining_s, call.arrival))
     seen: Counter[tuple[int, str]] = Counter()
-    turns: dict[str, int] = {}
-    for call in in_time:
-        turns[call.job_id] = seen[call.priority, call.owner]
+    ranked: list[tuple[int, bool, int, int]] = []
+    for place, call in enumerate(in_time):  # by work within a turn
+        turn = seen[call.priority, call.owner]
         seen[call.priority, call.owner] += 1
-
-    def rank(call: Candidate) -> tuple[int, bool, int]:
-        return (-call.priority, call.owner_lead_s > max_wait_s, turns[call.job_id])
-
-    in_time.sort(key=rank)  # stable: by work within a turn
-    return overdue + in_time
+        ranked.append((-call.priority, call.owner_lead_s > max_wait_s, turn, place))
+    ranked.sort()
+    return overdue + [in_time[place] for *_, place in ranked]
 
 
 class FairShares:
