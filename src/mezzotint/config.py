@@ -181,6 +181,12 @@ class Settings(Table):
     database_url: str | None = Field(
         None, description="SQLAlchemy URL; SQLite in the data folder when unset."
     )
+    gateway_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/\s@]+$",
+        description="Where the other servers on the same Postgres database reach this one; the address that "
+        "it listens on when unset, or this machine's own where that is every address.",
+    )
     storage: str | None = Field(
         None,
         description="Where pictures are kept: `s3://BUCKET` or `s3://BUCKET/PREFIX`; the data folder when "

@@ -47,6 +47,7 @@ from mezzotint.server.api import (
 )
 from mezzotint.server.api.connections import MAX_HEAD_BYTES, Connections, max_connections
 from mezzotint.server.api.context import Context, caller_of
+from mezzotint.server.api.gateways import Forwarding, Gateways
 from mezzotint.server.api.middleware import BodyReader, Envelope, HostAndOriginGuard, Refusals, error_response
 from mezzotint.server.api.picture_urls import PictureFetcher
 from mezzotint.server.metrics import Metrics
@@ -123,6 +124,10 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
     ):
         dialect.install(app)
     documentation.install(app)
+    app.state.gateways = None
+    if context.engine.dialect.name != "sqlite":
+        app.state.gateways = Gateways(app, context, share_signer(context.engine, context.signer))
+        app.add_middleware(Forwarding, gateways=app.state.gateways)
     app.add_middleware(
         BodyReader,
         max_bytes=settings.max_body_bytes,
@@ -216,6 +221,7 @@ async def serve(
             listener = _listen(settings)
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
+            app.state.gateway_url = settings.gateway_url or f"http://{_reachable(host)}:{port}"
             app.state.on_listening = lambda: on_started(f"http://{shown}:{port}")
             app.state.server = _Server(config, app.state)
             await app.state.server.serve(sockets=[listener])
@@ -294,6 +300,10 @@ def _lifespan(
         if context.quotas.shared:
             upkeep.append(asyncio.create_task(_count_use(context)))
         on_listening = getattr(app.state, "on_listening", None)
+        gateways: Gateways | None = app.state.gateways
+        others = contextlib.AsyncExitStack()
+        if gateways is not None:
+            await others.enter_async_context(gateways.living(app.state.gateway_url))
         if on_listening:
             on_listening()
         try:
@@ -303,6 +313,7 @@ def _lifespan(
                 task.cancel()
             await context.admission.drained(getattr(app.state, "drain_until", 0.0))
             _drop_requests(context)
+            await others.aclose()
             await context.admission.wait_for_answers()
             await context.registry.stop()
             with contextlib.suppress(SQLAlchemyError, UnavailableError):
@@ -373,6 +384,14 @@ def _listen(settings: Settings) -> socket.socket:
             f"host/port: cannot listen on {settings.host}:{settings.port} ({reason}); give another --port"
         ) from None
     return listener
+
+
+def _reachable(host: str) -> str:
+    """The address at which other machines reach a server that listens on `host`."""
+    if host in ("0.0.0.0", "::"):
+        with contextlib.suppress(OSError):
+            host = socket.gethostbyname(socket.gethostname())
+    return f"[{host}]" if ":" in host else host
 
 
 def _count(metrics: Metrics) -> Callable[[Scope, int], None]:

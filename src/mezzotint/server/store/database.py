@@ -19,6 +19,8 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from mezzotint.errors import ConfigError, MezzotintError, UnavailableError, echo
 from mezzotint.server.store import migrations
 
+CLOCK = sa.func.date_part("epoch", sa.func.clock_timestamp())
+"""Seconds since 1970 by the clock of Postgres, which all its servers have in common."""
 ANSWER_TIMEOUT_S = 5.0
 """How long Postgres may take to connect or to answer."""
 BUSY_TIMEOUT_S = 2.0
@@ -121,6 +123,31 @@ rates = sa.Table(  # requests that keys may still send through any server on Pos
     sa.Column("key_id", sa.String, primary_key=True),
     sa.Column("tokens", sa.Float, nullable=False),
     sa.Column("filled_at", sa.Float, nullable=False),  # by the database's clock
+)
+
+gateways = sa.Table(  # the servers on this Postgres database; empty on SQLite
+    "gateways",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("url", sa.String, nullable=False),  # where the other servers reach it
+    sa.Column("heartbeat", sa.Float, nullable=False),  # by the database's clock, as all times here
+    sa.Column("started", sa.Float, nullable=False),
+)
+
+requests = sa.Table(  # what the servers on this Postgres database have accepted; empty on SQLite
+    "requests",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("key_id", sa.String, nullable=False),
+    sa.Column("idempotency_key", sa.String),  # null also once the request has failed
+    sa.Column("path", sa.String, nullable=False),
+    sa.Column("headers", sa.JSON, nullable=False),
+    sa.Column("body", sa.LargeBinary),  # null: nobody may ask for the answer later, so it never runs again
+    sa.Column("state", sa.String, nullable=False),  # open, done, failed or cancelled
+    sa.Column("owner", sa.String, nullable=False),  # id of a gateway
+    sa.Column("updated", sa.Float, nullable=False),
+    sa.UniqueConstraint("key_id", "idempotency_key"),
+    sa.Index("requests_of_owner", "owner"),
 )
 
 

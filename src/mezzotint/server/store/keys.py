@@ -221,6 +221,18 @@ def authenticate(engine: sa.Engine, secret: str) -> Key:
     return _key(row)
 
 
+def live_key(engine: sa.Engine, key_id: str) -> Key:
+    """The key of this id; AuthenticationError if it has been revoked since."""
+    if key_id == ANONYMOUS.id:
+        return ANONYMOUS
+    with engine.connect() as connection:
+        live = sa.select(_TABLE).where(_TABLE.c.id == key_id, _TABLE.c.revoked.is_(None))
+        row = connection.execute(live).mappings().first()
+    if row is None:
+        raise AuthenticationError("the API key of this request has been revoked")
+    return _key(row)
+
+
 def digest_of(secret: str) -> str:
     """The SHA-256 (hex) by which the database knows a key."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

@@ -25,8 +25,6 @@ from mezzotint.server.store.keys import Key
 from mezzotint.server.threads import require_caller
 
 DAY_S = 86_400
-DATABASE_CLOCK = sa.func.date_part("epoch", sa.func.clock_timestamp())
-"""Seconds since 1970 by the clock of Postgres, which all its servers have in common."""
 _RATES = database.rates
 _USAGE = database.usage
 
@@ -217,11 +215,11 @@ def _take_token(connection: sa.Connection, key: Key) -> None:
     limit = key.limits.requests_per_minute
     assert limit is not None, "the caller looks"
     own = _RATES.c.key_id == key.id
-    full = {"key_id": key.id, "tokens": max(1.0, limit), "filled_at": DATABASE_CLOCK}
+    full = {"key_id": key.id, "tokens": max(1.0, limit), "filled_at": database.CLOCK}
     connection.execute(postgresql.insert(_RATES).values(full).on_conflict_do_nothing())
     # The row is locked by a query of its own, so that the clock is read after the wait for it.
     connection.execute(sa.select(_RATES.c.key_id).where(own).with_for_update())
-    row = connection.execute(sa.select(_RATES.c.tokens, _RATES.c.filled_at, DATABASE_CLOCK).where(own)).one()
+    row = connection.execute(sa.select(_RATES.c.tokens, _RATES.c.filled_at, database.CLOCK).where(own)).one()
     bucket = _Bucket(row[0], row[1])
     bucket.take(limit, float(row[2]))
     connection.execute(_RATES.update().where(own).values(tokens=bucket.tokens, filled_at=bucket.filled_at))

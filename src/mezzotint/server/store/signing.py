@@ -39,6 +39,10 @@ class Signer:
         digest = bytes.fromhex(self._sign(f"owner\n{key_id}"))
         return base64.urlsafe_b64encode(digest[:6]).decode()
 
+    def gateway_token(self) -> str:
+        """What the servers on one database show each other."""
+        return self._sign("gateway")
+
     def _sign(self, text: str) -> str:
         return hmac.new(self.secret, text.encode(), hashlib.sha256).hexdigest()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -37,6 +37,8 @@ from mezzotint.server.work.tickets import Answer, ClientGone, Picture, Submissio
 
 STOPPING_RETRY_S = 5.0
 """Retry-After of a server that stops; another one, or the same after a restart, may answer by then."""
+STOPPING = "server_stopping"
+"""Code of the error of requests that end because the server stops."""
 DRAWN_SEEDS = 2**32
 
 log = structlog.get_logger(__name__)
@@ -204,7 +206,7 @@ class Admission:
         for ticket in left:
             error = UnavailableError(
                 "the server is stopping; send the request again in a moment",
-                code="server_stopping",
+                code=STOPPING,
                 retry_after=STOPPING_RETRY_S,
             )
             self._end(ticket, error)
@@ -349,7 +351,7 @@ class Admission:
 def _messages(submission: Submission) -> list[Generate]:
     """One message per image; image i uses seed + i, and the endpoint's defaults are filled in."""
     spec, endpoint, key, num = submission.spec, submission.endpoint, submission.key, submission.num_images
-    seed = secrets.randbelow(DRAWN_SEEDS - num) if spec.seed is None else spec.seed
+    seed = _drawn_seed(submission.request_id, num) if spec.seed is None else spec.seed
     filled = replace(
         spec,
         guidance_scale=endpoint.profile.guidance_scale(spec.guidance_scale),
@@ -367,3 +369,9 @@ def _messages(submission: Submission) -> list[Generate]:
         )
         for number in range(num)
     ]
+
+
+def _drawn_seed(request_id: str, num: int) -> int:
+    """Follows from the 64 random bits of the id, so a request that another server runs again keeps it."""
+    digest = hashlib.sha256(request_id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % (DRAWN_SEEDS - num)
