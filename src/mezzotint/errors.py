@@ -146,7 +146,7 @@ class UnavailableError(MezzotintError):
     status = 503
     codes = (
         "endpoint_starting", "endpoint_failed", "endpoint_stopped", "server_stopping", "database_unavailable",
-        "storage_unavailable", "server_busy",
+        "storage_unavailable", "gateway_unreachable", "server_busy",
     )  # fmt: skip
     retryable = True
 

@@ -76,12 +76,14 @@ class Ledger:
             "owner": self.id,
             "updated": database.CLOCK,
         }
-        insert = postgresql.insert(_REQUESTS).values(values).on_conflict_do_nothing()
+        insert = (
+            postgresql.insert(_REQUESTS).values(values).on_conflict_do_nothing().returning(_REQUESTS.c.id)
+        )
         same = (_REQUESTS.c.key_id == request.key_id) & (
             _REQUESTS.c.idempotency_key == request.idempotency_key
         )
         with self._engine.begin() as connection:
-            while connection.execute(insert).rowcount == 0:
+            while connection.execute(insert).first() is None:
                 place = _place(connection, same)
                 if place is not None:  # else it was removed between the two
                     return place
