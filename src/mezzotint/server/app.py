@@ -302,8 +302,9 @@ def _lifespan(
         on_listening = getattr(app.state, "on_listening", None)
         gateways: Gateways | None = app.state.gateways
         others = contextlib.AsyncExitStack()
-        if gateways is not None:
-            await others.enter_async_context(gateways.living(app.state.gateway_url))
+        url: str | None = getattr(app.state, "gateway_url", None)  # `serve` sets it
+        if gateways is not None and url is not None:
+            await others.enter_async_context(gateways.living(url))
         if on_listening:
             on_listening()
         try:

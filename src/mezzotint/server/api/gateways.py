@@ -47,7 +47,7 @@ PICTURE_PATHS = (
     "/dedicated/v1/images/generations", "/dedicated/v1/images/edits", "/v1/images/generations",
     "/v1/images/edits", "/v1/images/variations", "/sdapi/v1/txt2img", "/sdapi/v1/img2img",
 )  # fmt: skip
-REQUEST_PATH = re.compile(r"/dedicated/v1/requests/([^/]+)(/events)?")
+REQUEST_PATH = re.compile(r"/dedicated/v1/requests/(req_[0-9a-f]+)(/events)?")
 _KEPT_HEADERS = ("content-type", "host", "idempotency-key", "prefer", "x-request-timeout-s")
 _HOP_BY_HOP = ("connection", "date", "keep-alive", "server", "transfer-encoding")
 
