@@ -31,7 +31,6 @@ from mezzotint.server.store.gateways import DEAD_AFTER_S, Accepted, Ledger, Plac
 from mezzotint.server.store.keys import Key
 from mezzotint.server.store.signing import Signer
 from mezzotint.server.threads import DATABASE, Threads
-from mezzotint.server.work.admission import STOPPING
 from mezzotint.server.work.tickets import Ticket
 
 HEADER = "x-mezzotint-gateway"
@@ -372,7 +371,7 @@ async def _pieces(answer: httpx2.Response) -> AsyncIterator[bytes]:
 
 
 def _is_stopped(ticket: Ticket) -> bool:
-    return ticket.promised and ticket.error is not None and ticket.error.code == STOPPING
+    return ticket.promised and ticket.error is not None and ticket.error.code == "server_stopping"
 
 
 def _unreachable() -> UnavailableError:

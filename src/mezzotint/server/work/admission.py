@@ -37,8 +37,6 @@ from mezzotint.server.work.tickets import Answer, ClientGone, Picture, Submissio
 
 STOPPING_RETRY_S = 5.0
 """Retry-After of a server that stops; another one, or the same after a restart, may answer by then."""
-STOPPING = "server_stopping"
-"""Code of the error of requests that end because the server stops."""
 DRAWN_SEEDS = 2**32
 
 log = structlog.get_logger(__name__)
@@ -206,7 +204,7 @@ class Admission:
         for ticket in left:
             error = UnavailableError(
                 "the server is stopping; send the request again in a moment",
-                code=STOPPING,
+                code="server_stopping",
                 retry_after=STOPPING_RETRY_S,
             )
             self._end(ticket, error)
