@@ -243,6 +243,12 @@ class Settings(Table):
     idempotency_ttl_s: Seconds = Field(
         600.0, description="How long an Idempotency-Key finds its finished answer."
     )
+    max_watchers: int = Field(
+        256,
+        ge=1,
+        description="Most connections of one key that follow its requests: readers of events and results, "
+        "and those that wait for a request that another connection waits for already.",
+    )
     worker_start: Literal["forkserver", "spawn"] = Field(
         "forkserver", description="How worker processes start; forkserver restarts in hundredths of a second."
     )

@@ -121,7 +121,7 @@ class QueueFullError(MezzotintError):
 
 class RateLimitError(MezzotintError):
     status = 429
-    codes = ("rate_limited", "quota_exceeded", "too_many_answers")
+    codes = ("rate_limited", "quota_exceeded", "too_many_answers", "too_many_watchers")
     retryable = True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from mezzotint import images
 from mezzotint.errors import AuthenticationError, UnavailableError
 from mezzotint.server import app as server
+from mezzotint.server.api import a1111
 from mezzotint.server.store import keys
-from mezzotint.server.threads import GivenUpError, Threads, require_caller
+from mezzotint.server.threads import OWNER, GivenUpError, Threads, require_caller
 from mezzotint.server.work import adapters
 from tests.attacks import attack
 from tests.server.hosting import PATIENCE_S, client, hosting, settings_for
@@ -93,6 +96,59 @@ def test_too_many_that_wait_are_refused_at_once(gate: threading.Event) -> None:
         await asyncio.gather(running, waiting)
 
     asyncio.run(main())
+
+
+def test_spare_threads_stand_in_for_lost_ones_and_end_when_those_come_back(gate: threading.Event) -> None:
+    threads = Threads("test", 2, PATIENCE_S, spare=2)
+
+    async def lose(owner: str) -> None:
+        OWNER.set(owner)
+        with pytest.raises(UnavailableError, match="did not answer"):
+            await threads.run(gate.wait, limit_s=0.3)
+
+    async def use(owner: str) -> str:
+        OWNER.set(owner)
+        return await threads.run(lambda: "used")
+
+    async def main() -> None:
+        await asyncio.gather(lose("bad"), lose("bad"))
+        with pytest.raises(UnavailableError, match="2 requests of this key keep the server's test busy"):
+            await use("bad")
+        assert await use("good") == "used"
+        await asyncio.gather(lose("worse"), lose("worse"))
+        with pytest.raises(UnavailableError, match="all 4 threads"):
+            await use("good")
+        gate.set()
+        async with asyncio.timeout(PATIENCE_S):
+            while threads._lost:
+                await asyncio.sleep(0.001)
+        assert [await use(each) for each in ("good", "bad")] == ["used"] * 2
+        assert threads._num_threads == 2
+
+    asyncio.run(main())
+
+
+@attack("Pictures whose decoding never ends", outcome="503 for this key; other keys' pictures are read")
+def test_pictures_that_hang_hold_up_their_own_key_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+) -> None:
+    monkeypatch.setattr(a1111, "PNG_INFO_S", 0.3)
+    monkeypatch.setattr(a1111, "PICTURES", Threads("reading of pictures", 2, PATIENCE_S, spare=2))
+    monkeypatch.setattr(
+        images, "read_infotext", lambda data: gate.wait() and None if b"bad" in data else None
+    )
+    path = "/sdapi/v1/png-info"
+    bad, good = ({"image": base64.b64encode(text).decode()} for text in (b"bad", b"good"))
+    with hosting(settings_for(tmp_path)) as host, host.new_client() as other:
+        for answer in [host.pool.submit(host.client.post, path, json=bad) for _ in range(8)]:
+            assert answer.result(PATIENCE_S).json()["error"]["code"] == "server_busy"
+        assert other.post(path, json=good).status_code == 200
+        refused = host.client.post(path, json=good)
+        assert refused.status_code == 503
+        assert "this key" in refused.json()["error"]["message"]
+        gate.set()
+        host.until(lambda: not a1111.PICTURES._lost)
+        assert host.client.post(path, json=good).status_code == 200
 
 
 @attack("Six adapter sources that never answer", outcome="requests go on, and SIGTERM ends the server")

@@ -1,7 +1,8 @@
 """Threads by purpose: what is slow in one place holds up nothing else, and nothing here holds up the end.
 
 The threads are daemons, because a source or a database that hangs can be interrupted by nobody. Who waits for
-one is told after a limit; the thread is lost to its purpose until the call comes back.
+one is told after a limit; the thread is lost to its purpose until the call comes back. Where a purpose has
+spare threads, another thread takes its place meanwhile.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
@@ -27,7 +28,11 @@ class _Call:
 
     work: Callable[[], Any]
     deliver: Callable[[Any, BaseException | None], None]
+    owner: str
     given_up: bool = False
+    running: bool = False
+    lost: bool = False
+    """Its thread works on although nobody waits. `Threads` sets this and `running` under its lock."""
 
     def perform(self) -> None:
         if self.given_up:
@@ -40,6 +45,8 @@ class _Call:
             self.deliver(result, None)
 
 
+OWNER: ContextVar[str] = ContextVar("owner", default="")
+"""The id of the key that the running request came with."""
 _current: ContextVar[_Call | None] = ContextVar("current", default=None)
 
 
@@ -58,22 +65,33 @@ class Threads:
     """Runs blocking calls, `most` at once, for one purpose."""
 
     def __init__(
-        self, name: str, most: int, limit_s: float | None, code: str = "server_busy", max_waiting: int = 4096
+        self,
+        name: str,
+        most: int,
+        limit_s: float | None,
+        code: str = "server_busy",
+        max_waiting: int = 4096,
+        spare: int = 0,
     ) -> None:
         """`limit_s` is how long a caller waits, its turn included; None is for ever.
 
         `name` says in the error what did not answer. More than `max_waiting` calls are refused at once.
+        Up to `spare` threads stand in for lost ones. With them, a key that has lost `most` threads is refused
+        until one comes back, and so is everybody while all threads are lost.
         """
         self.name = name
         self.limit_s = limit_s
         self._most = most
         self._code = code
         self._max_waiting = max_waiting
+        self._spare = spare
         self._waiting: deque[_Call] = deque()
         self._idle = 0
         self._num_threads = 0
+        self._lost: Counter[str] = Counter()
+        """By owner: threads that work on although nobody waits."""
         self._changed = threading.Condition()
-        """Guards the three above."""
+        """Guards the four above."""
 
     async def run(self, work: Callable[..., Result], *arguments: Any, limit_s: float | None = None) -> Result:
         """What `work(*arguments)` returns or raises; UnavailableError when that takes longer than the limit.
@@ -95,7 +113,7 @@ class Threads:
                 loop.call_soon_threadsafe(deliver, result, error)
 
         context = copy_context()
-        call = _Call(lambda: None, post)
+        call = _Call(lambda: None, post, OWNER.get())
         context.run(_current.set, call)
         call.work = lambda: context.run(work, *arguments)
         self._submit(call)
@@ -106,7 +124,7 @@ class Threads:
                 return future.result()
             raise self._late(min(limits))
         finally:
-            call.given_up = True
+            self._give_up(call, lost=not future.done())
             if not future.cancel() and not future.cancelled():
                 future.exception()  # or asyncio would log one that nobody has read
 
@@ -122,17 +140,45 @@ class Threads:
             while self._waiting and self._waiting[0].given_up:
                 self._waiting.popleft()
             if len(self._waiting) >= self._max_waiting:
-                raise UnavailableError(
-                    f"too many requests wait for the server's {self.name}; send the request again later",
-                    code=self._code,
-                    retry_after=RETRY_S,
-                )
+                raise self._refusal(f"too many requests wait for the server's {self.name}")
+            refusal = self._refusal_of(call.owner)
+            if refusal is not None:
+                raise refusal
             self._waiting.append(call)
             if self._idle >= len(self._waiting):
                 self._changed.notify()
                 return
-            if self._num_threads < self._most:
+            if self._num_threads < self._wanted():
                 self._start_thread(call)
+
+    def _refusal_of(self, owner: str) -> MezzotintError | None:
+        """Why a call of this owner gets no thread, asked when it comes and when its turn comes."""
+        num, most = self._lost[owner], self._most + self._spare
+        if self._spare and num >= self._most:
+            text = f"{num} requests of this key keep the server's {self.name} busy past their time"
+            return self._refusal(f"{text}, and {self._most} may")
+        if self._spare and self._lost.total() >= most:
+            return self._refusal(f"all {most} threads of the server's {self.name} are busy past their time")
+        return None
+
+    def _refusal(self, text: str) -> MezzotintError:
+        return UnavailableError(f"{text}; send the request again later", code=self._code, retry_after=RETRY_S)
+
+    def _wanted(self) -> int:
+        return self._most + min(self._lost.total(), self._spare)
+
+    def _give_up(self, call: _Call, lost: bool) -> None:
+        """Nobody waits for this call; if its thread is lost to it, another one may take its place."""
+        with self._changed:
+            call.given_up = True
+            if not (lost and call.running):
+                return
+            call.lost = True
+            self._lost[call.owner] += 1
+            waiting = next((each for each in self._waiting if not each.given_up), None)
+            if waiting is not None and not self._idle and self._num_threads < self._wanted():
+                with contextlib.suppress(OSError):  # the others wait longer
+                    self._start_thread(waiting)
 
     def _start_thread(self, call: _Call) -> None:
         self._num_threads += 1
@@ -153,7 +199,19 @@ class Threads:
                     self._changed.wait()
                 self._idle -= 1
                 call = self._waiting.popleft()
-            call.perform()
+                call.running = True
+                refusal = self._refusal_of(call.owner)
+            if refusal is None:
+                call.perform()
+            else:
+                call.deliver(None, refusal)
+            with self._changed:
+                call.running = False
+                if call.lost:
+                    self._lost -= Counter([call.owner])  # keeps no zeros
+                    if self._num_threads > self._wanted():
+                        self._num_threads -= 1
+                        return
             del call  # or the thread would hold what it made until its next call
 
 
@@ -162,7 +220,7 @@ STRANGERS = Threads("check of keys", 1, 5.0, code="server_busy", max_waiting=256
 """Looks up keys that have never been good here, so that a flood of wrong ones holds up no right one."""
 FILES = Threads("file storage", 8, 30.0)
 SOURCES = Threads("look at adapter sources", 4, 600.0)
-PICTURES = Threads("reading of pictures", 2, 30.0)
+PICTURES = Threads("reading of pictures", 2, 30.0, spare=14)
 """Decodes pictures that come with requests, and bodies that hold them."""
 UPKEEP = Threads("upkeep", 2, None)
 """What nobody waits for: cleaning up, the start, the end."""

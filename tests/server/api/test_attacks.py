@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -296,6 +297,52 @@ def test_the_queue_is_counted_once_for_all_watchers(tmp_path: Path, monkeypatch:
         assert times <= 1
         for each in waiting:
             host.client.delete(f"/dedicated/v1/requests/{each}")
+
+
+@attack("Readers of events without end", outcome="429 beyond max_watchers, for this key alone")
+@attack(
+    "Clients without end under one Idempotency-Key", outcome="429 beyond max_watchers, for this key alone"
+)
+def test_the_watchers_of_a_key_are_limited(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, endpoint("fake:step_s=0.1"), max_watchers=2)
+    with hosting(settings) as host, host.new_client() as other, contextlib.ExitStack() as readers:
+        running = host.submit(num_inference_steps=50)
+        events = f"/dedicated/v1/requests/{running}/events"
+        lines: list[Iterator[str]] = []
+        for _ in range(2):
+            reader = readers.enter_context(host.client.stream("GET", events))
+            lines.append(reader.iter_lines())  # kept, for an iterator that is dropped closes its connection
+            assert next(lines[-1]) == "event: progress"
+        refused = host.client.get(events)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (429, "too_many_watchers")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "2 connections of this key" in error["message"]
+        assert "max_watchers" in error["message"]
+        assert host.state(running)["status"] == "running", "asking is not following"
+
+        its_own = other.post(GENERATE, json=host.body(), headers={"prefer": "respond-async"}).json()["id"]
+        with other.stream("GET", f"/dedicated/v1/requests/{its_own}/events") as answer:
+            assert answer.status_code == 200
+            assert b"event: done" in answer.read()
+
+        body, again = host.body(num_inference_steps=50, seed=2), {"idempotency-key": "again"}
+        first = host.pool.submit(host.client.post, GENERATE, json=body, headers=again)
+        host.until(lambda: _clients_of(host, "again") == 1)
+        refused = host.client.post(GENERATE, json=body, headers=again)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_watchers")
+        readers.close()
+        host.until(lambda: not host.service.admission.tickets.by_id[running].watchers)
+        twin = host.pool.submit(host.client.post, GENERATE, json=body, headers=again)
+        host.until(lambda: _clients_of(host, "again") == 2)
+        host.call(lambda: [host.service.admission.cancel(t) for t in host.service.admission.tickets.living()])
+        assert [each.result(PATIENCE_S).status_code for each in (first, twin)] == [499, 499]
+        host.until(lambda: not host.service.admission._joining._watchers)
+
+
+def _clients_of(host: Host, idempotency_key: str) -> int:
+    tickets = host.service.admission.tickets.by_id.values()
+    return sum(ticket.clients for ticket in tickets if ticket.idempotency_key == idempotency_key)
 
 
 @attack("A request that is held up before admission", outcome="its deadline counts from its arrival")

@@ -20,7 +20,7 @@ from mezzotint.server.store.keys import Key
 from mezzotint.server.store.pictures import Pictures
 from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.store.signing import Signer
-from mezzotint.server.threads import DATABASE, STRANGERS
+from mezzotint.server.threads import DATABASE, OWNER, STRANGERS
 from mezzotint.server.work.adapters import AdapterRegistry
 from mezzotint.server.work.admission import Admission
 from mezzotint.server.work.registry import Registry
@@ -94,6 +94,7 @@ async def caller_of(scope: Scope) -> Key:
     if scope["path"].startswith(BASIC_PREFIX):
         authorization = _as_bearer(authorization)
     key = await context.authenticate(authorization)
+    OWNER.set(key.id)
     if scope["path"].startswith(ADMIN_PREFIX):
         key.require_admin()
     return key

@@ -237,7 +237,7 @@ async def cancel_request(request_id: str, context: CurrentContext, key: CurrentK
             "content": {"text/event-stream": {}},
             "description": "progress, preview; then done, failed or cancelled",
         },
-        **{status: answers.ERRORS[status] for status in (401, 404, 503)},
+        **{status: answers.ERRORS[status] for status in (401, 404, 429, 503)},
     },
 )
 async def request_events(request_id: str, context: CurrentContext, key: CurrentKey) -> Response:

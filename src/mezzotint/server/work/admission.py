@@ -53,7 +53,9 @@ class Admission:
         self._making = making
         self.tickets = Tickets(settings.idempotency_ttl_s)
         self._spool = Spool(settings.data_dir)
-        self._joining = Joining(self.tickets, settings.attach_window_s, self._abandoned)
+        self._joining = Joining(
+            self.tickets, settings.attach_window_s, settings.max_watchers, self._abandoned
+        )
         self._finishing: set[asyncio.Task[None]] = set()
         """Answers that are being made; `wait_for_answers` waits for them."""
 
@@ -174,12 +176,14 @@ class Admission:
 
     @contextlib.contextmanager
     def watching(self, ticket: Ticket) -> Iterator[None]:
-        """For a connection that follows a request: its answer is kept until the block ends."""
-        ticket.watchers += 1
+        """For a connection that follows a request: its answer is kept until the block ends.
+
+        RateLimitError at its begin, if the key has too many of them.
+        """
         try:
-            yield
+            with self._joining.watching(ticket):
+                yield
         finally:
-            ticket.watchers -= 1
             self._forget_answer(ticket)
 
     def find(self, request_id: str, key: Key) -> Ticket:
