@@ -133,7 +133,8 @@ def test_pictures_that_hang_hold_up_their_own_key_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
 ) -> None:
     monkeypatch.setattr(a1111, "PNG_INFO_S", 0.3)
-    monkeypatch.setattr(a1111, "PICTURES", Threads("reading of pictures", 2, PATIENCE_S, spare=2))
+    pictures = Threads("reading of pictures", 2, PATIENCE_S, spare=2)
+    monkeypatch.setattr(a1111, "PICTURES", pictures)
     monkeypatch.setattr(
         images, "read_infotext", lambda data: gate.wait() and None if b"bad" in data else None
     )
@@ -147,7 +148,7 @@ def test_pictures_that_hang_hold_up_their_own_key_only(
         assert refused.status_code == 503
         assert "this key" in refused.json()["error"]["message"]
         gate.set()
-        host.until(lambda: not a1111.PICTURES._lost)
+        host.until(lambda: not pictures._lost)
         assert host.client.post(path, json=good).status_code == 200
 
 

@@ -335,7 +335,8 @@ def test_the_watchers_of_a_key_are_limited(tmp_path: Path) -> None:
         host.until(lambda: not host.service.admission.tickets.by_id[running].watchers)
         twin = host.pool.submit(host.client.post, GENERATE, json=body, headers=again)
         host.until(lambda: _clients_of(host, "again") == 2)
-        host.call(lambda: [host.service.admission.cancel(t) for t in host.service.admission.tickets.living()])
+        for ticket in host.service.admission.tickets.living():
+            host.call(host.service.admission.cancel, ticket)
         assert [each.result(PATIENCE_S).status_code for each in (first, twin)] == [499, 499]
         host.until(lambda: not host.service.admission._joining._watchers)
 
