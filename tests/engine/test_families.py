@@ -36,15 +36,11 @@ def cases() -> list[ParameterSet]:
     return found
 
 
-EXACT_BY_PROCESSOR = ("lumina2",)
-"""Exact in fp32 with AVX2 kernels and not with those of AVX-512 (docs/models.md); the cause is not known."""
-
-
 @pytest.mark.parametrize("name", cases())
 def test_a_class_is_right_alone_and_among_others(name: str) -> None:
     row = families.measure(name, "fp32", num_requests=2)
     assert row.alone, row.reason
-    assert row.exact or name in EXACT_BY_PROCESSOR, row.reason
+    assert row.exact, row.reason
     assert row.loads or row.pipeline in UNLOADABLE, row.reason
 
 

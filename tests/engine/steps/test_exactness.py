@@ -62,3 +62,12 @@ def test_lists_of_rows_take_part_in_the_check() -> None:
     words = {"words": [torch.ones(3)]}
     assert exact_row_counts(Call("transformer", mixing, (), words, RULE), 2) == ()
     assert exact_row_counts(Call("transformer", own, (), words, RULE), 2) == (1, 2)
+
+
+def test_rows_that_depend_on_a_longer_text_beside_them_are_found_out() -> None:
+    def cut_to_the_longest(x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return (x + 1e-6 * int(mask.sum(1).max()),)
+
+    short = torch.tensor([[True, True, False, False]])
+    arguments = {"x": torch.ones(1, 4), "t": torch.tensor(0.5), "mask": short}
+    assert exact_row_counts(Call("transformer", cut_to_the_longest, (), arguments, RULE), 4) == ()

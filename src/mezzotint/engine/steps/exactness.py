@@ -63,19 +63,32 @@ class _Noise:
 
     @property
     def is_independent(self) -> bool:
-        """Whether a row keeps its result at the next place, and among copies of itself."""
+        """Whether a row keeps its result at the next place, among copies, and beside longer texts."""
         everyone = self.everyone
-        return self.agrees(everyone[1:] + everyone[:1]) and self.agrees([0] * len(everyone))
+        turned = everyone[1:] + everyone[:1]
+        return self.agrees(turned) and self.agrees([0] * len(everyone)) and self._ignores_masks()
 
     def agrees(self, order: Sequence[int]) -> bool:
         """Whether rows in this order get what they got in the first forward."""
         rows = self._rows_of(order)
         return all(self._same(self._wanted[index], row) for index, row in zip(order, rows, strict=True))
 
+    def _ignores_masks(self) -> bool:
+        """Whether the first row keeps its result where the others have longer texts by their masks."""
+        changed = map_rows(
+            self._arguments, self._rule, lambda rows: [*rows[:1], *map(_full_mask, rows[1:])], equal=False
+        )
+        if _same(changed, self._arguments):
+            return True
+        return self._same(self._wanted[0], self._run(changed, self.everyone)[0])
+
     def _rows_of(self, order: Sequence[int]) -> list[Any]:
         chosen = map_rows(self._arguments, self._rule, lambda rows: [rows[index] for index in order])
+        return self._run(chosen, order)
+
+    def _run(self, arguments: Mapping[str, Any], order: Sequence[int]) -> list[Any]:
         with self._adapted(order):
-            return split(self._call.run(**chosen), [1] * len(order), self._rule.results)
+            return split(self._call.run(**arguments), [1] * len(order), self._rule.results)
 
 
 def map_rows(
@@ -103,6 +116,16 @@ def map_rows(
         return rebuilt(value, lambda key, entry: changed(f"{name}.{key}", entry))
 
     return {name: changed(name, value) for name, value in arguments.items()}
+
+
+def _full_mask(row: Any) -> Any:
+    """A row of a mask (or of zeros and ones) that is one everywhere; any other row as it is.
+
+    Some models read from the mask how long a text is, and cut the whole forward to the longest.
+    """
+    if not isinstance(row, Tensor) or row.is_floating_point() or not row.ndim:
+        return row
+    return torch.ones_like(row) if row.dtype == torch.bool or bool((row <= 1).all()) else row
 
 
 def _like_noise(rows: list[Any], generator: torch.Generator) -> list[Any]:
