@@ -30,6 +30,7 @@ from mezzotint.spec import (
     Bytes,
     ControlNetSettings,
     EngineSettings,
+    RayPlace,
     Seconds,
     Table,
     between,
@@ -123,6 +124,12 @@ class EndpointSettings(EngineSettings, _Hosted):
     )
     aliases: tuple[Annotated[str, Field(pattern=f"^{ID_PATTERN}$")], ...] = Field(
         (), description="Other names that requests may use, such as `gpt-image-1` or `dall-e-3`."
+    )
+    ray: RayPlace = Field(
+        RayPlace(),
+        description="What each worker needs on Ray (`num_cpus`, `num_gpus`, `memory` in bytes, `resources` "
+        "by name, `accelerator_type`), and whether workers are `packed` or `spread` over nodes "
+        "(`placement`).",
     )
     adapters: tuple[AdapterSettings, ...] = Field((), description="Adapters registered at the start.")
 
@@ -251,6 +258,12 @@ class Settings(Table):
     )
     worker_start: Literal["forkserver", "spawn"] = Field(
         "forkserver", description="How worker processes start; forkserver restarts in hundredths of a second."
+    )
+    ray: str | None = Field(
+        None,
+        min_length=1,
+        description="Address of a Ray cluster that runs the workers: `HOST:PORT`, or `auto` for the one that "
+        "this machine belongs to; unset, they are processes of this machine.",
     )
     heartbeat_s: float = Field(
         30.0,
@@ -398,6 +411,8 @@ def _toml_lines(table: Table, comments: bool) -> Iterator[str]:
 
 
 def _toml_value(value: object) -> str:
+    if isinstance(value, Table):
+        value = value.model_dump(exclude_none=True)
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, dict):

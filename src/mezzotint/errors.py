@@ -145,8 +145,8 @@ class InternalError(MezzotintError):
 class UnavailableError(MezzotintError):
     status = 503
     codes = (
-        "endpoint_starting", "endpoint_failed", "endpoint_stopped", "server_stopping", "database_unavailable",
-        "storage_unavailable", "gateway_unreachable", "server_busy",
+        "endpoint_starting", "endpoint_failed", "endpoint_stopped", "workers_unavailable", "server_stopping",
+        "database_unavailable", "storage_unavailable", "gateway_unreachable", "server_busy",
     )  # fmt: skip
     retryable = True
 

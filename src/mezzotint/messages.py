@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from mezzotint.spec import AdapterSpec, EngineSettings, ImageSpec, loading_text
+from mezzotint.spec import AdapterSpec, EngineSettings, ImageSpec, RayPlace, loading_text
 
 DOWNLOADING, LOADING, MEASURING = "downloading the model", "loading the model", "measuring the model's speed"
 """The stages of a worker that is not ready, in the words that people read."""
@@ -61,6 +61,8 @@ class LoadModel:
     """Rows of a merged forward in `exact` mode as calibrated earlier; None asks the worker to calibrate."""
     proof: Proof | None = None
     """What an earlier start found; the worker makes it again where it does not hold for its versions."""
+    place: RayPlace = field(default_factory=RayPlace)
+    """Which node it runs on, where Ray runs it; the worker itself does not read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,14 @@ class ModelInfo:
     """For each module that runs at every step, or for `all`, whether its calls merge and why not."""
     proof: Proof | None = None
     """The same for later starts; None where the trial failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Said for a worker that runs on another machine."""
+
+    node: str
+    """The address of that machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +329,7 @@ class Stats:
 ToWorker = LoadModel | AddAdapter | RemoveAdapter | PrefetchAdapter | Generate | Cancel | Ping | Shutdown
 FromWorker = (
     Loading
+    | Placed
     | Ready
     | Measured
     | LoadFailed
@@ -337,11 +348,15 @@ Message = ToWorker | FromWorker
 
 EXIT_PERMANENT = 78
 """Exit status of a worker that would fail again at start (sysexits' EX_CONFIG)."""
+EXIT_UNPLACED = 75
+"""Exit status of a worker for which there was no machine; it says nothing of the model (EX_TEMPFAIL)."""
 
 _CLASSES = {cls.__name__: cls for cls in (*ToWorker.__args__, *FromWorker.__args__)}
 _CODECS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(cls) for name, cls in _CLASSES.items()}
 _WITH_PAYLOAD = {name for name, cls in _CLASSES.items() if "payload" in cls.__dataclass_fields__}
 _LENGTH = struct.Struct(">I")
+_IS = b'{"is":"'
+"""How each header begins."""
 _PICTURES: Any = {"__all__": {"pixels"}}
 _PIXELS: Any = {
     "payload": True,
@@ -360,6 +375,11 @@ def encode(message: Message) -> bytes:
     elif isinstance(message, Generate):
         payload = tuple(picture.pixels for picture in message.spec.pictures)
     return b"".join((_LENGTH.pack(len(head)), head, *payload))
+
+
+def kind(frame: bytes) -> str:
+    """The class's name of the message in a frame of `encode`, without decoding it."""
+    return frame[_LENGTH.size + len(_IS) : 64].partition(b'"')[0].decode()
 
 
 def decode(frame: bytes) -> Message:

@@ -178,6 +178,20 @@ def _dtype_of(value: object) -> object:
     return _DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
 
 
+class RayPlace(Table):
+    """What each worker of an endpoint needs of the machine that Ray finds for it."""
+
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    memory: Bytes = 0
+    """Bytes that are set aside; 0 sets none aside."""
+    resources: dict[str, float] = Field({})
+    """Of those that the nodes were started with, by name."""
+    accelerator_type: str | None = None
+    """As Ray names it, such as `H100`."""
+    placement: Literal["spread", "packed"] = "packed"
+
+
 class ControlNetSettings(Table):
     """One ControlNet of an endpoint, as written in the configuration file."""
 

@@ -24,6 +24,10 @@ def serve(
     id: Annotated[
         str | None, typer.Option(metavar="ID", help="Endpoint ID of --model. [the source's last part]")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run workers on this Ray cluster: `auto` or HOST:PORT."),
+    ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask for no API keys (loopback only).")] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the settings in force as a file, and stop.")
@@ -38,6 +42,7 @@ def serve(
         host=host,
         port=port,
         data_dir=data_dir,
+        ray=ray,
         endpoints=endpoint_flags(model, id),
         auth=False if no_auth else None,
     )

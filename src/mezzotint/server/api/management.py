@@ -341,7 +341,12 @@ def _live_spec(endpoint: Endpoint, version: Version) -> EndpointSpec:
             "bytes": endpoint.dispatcher.text_bytes,
         },
         "replicas": [
-            {"name": replica.name, "state": str(replica.state), "pid": replica.pid}
+            {
+                "name": replica.name,
+                "state": str(replica.state),
+                "pid": replica.pid,
+                "node": replica.node,
+            }
             | {"stage": replica.loading.stage if replica.loading else ""}
             | {"restarts": replica.num_restarts, "load_s": round(replica.load_s, 3)}
             for replica in endpoint.current.replicas

@@ -42,6 +42,8 @@ from mezzotint.server.workers.replica import Replica, ReplicaState
 
 FAILED_RETRY_S = 30.0
 """Retry-After of an endpoint that has failed: somebody has to look at it first."""
+UNPLACED_RETRY_S = 10.0
+"""Retry-After while no machine can be had: the next start is less than half a minute away."""
 
 LOOKS_PER_DELAY = 4
 """Looks at the load within the shorter delay of scaling."""
@@ -186,6 +188,14 @@ class Endpoint:
         """UnavailableError when a job could not be run however long it waited."""
         if self.state is State.FAILED:
             raise self._failed_error()
+        if not self.current.ready and any(replica.unplaced for replica in self.current.replicas):
+            raise UnavailableError(
+                f"endpoint {self.id} has no machine to run on: {self.failure}; "
+                f"its workers are started as soon as there is one",
+                code="workers_unavailable",
+                param="model",
+                retry_after=UNPLACED_RETRY_S,
+            )
         if self.desired is Desired.TERMINATED:
             raise UnavailableError(
                 f"endpoint {self.id} has been terminated; its owner can restart it",

@@ -240,4 +240,5 @@ def load_message(spec: EndpointSettings, calibration: Calibration | None) -> Loa
         spec.engine,
         rows=known.info.rows if known else None,
         proof=known.info.proof if known else None,
+        place=spec.ray,
     )

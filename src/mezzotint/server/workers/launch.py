@@ -10,11 +10,11 @@ import signal
 from multiprocessing.connection import Connection
 
 
-def run(target: str, connection: Connection) -> None:
-    """Imports `package.module:function` and calls it with the connection.
+def run(target: str, connection: Connection, *arguments: str) -> None:
+    """Imports `package.module:function` and calls it with the connection and the arguments.
 
     Ctrl-C reaches the whole process group; the server decides when its workers end, so they ignore it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     module, _, function = target.partition(":")
-    getattr(importlib.import_module(module), function)(connection)
+    getattr(importlib.import_module(module), function)(connection, *arguments)

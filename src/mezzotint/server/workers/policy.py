@@ -12,7 +12,7 @@ import contextlib
 import signal
 from dataclasses import dataclass
 
-from mezzotint.messages import EXIT_PERMANENT
+from mezzotint.messages import EXIT_PERMANENT, EXIT_UNPLACED
 
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 30.0
@@ -77,7 +77,7 @@ class RestartPolicy:
 
         `forgiven` workers, this one among them, died of a job that has been given up: they are not counted.
         """
-        if not exit.started:
+        if not exit.started or exit.code == EXIT_UNPLACED:
             self.num_not_started += 1
             return Restart(_pause_s(self.num_not_started), exit.reason)
         self.num_not_started = 0

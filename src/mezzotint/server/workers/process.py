@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import queue
@@ -23,10 +24,13 @@ from typing import Protocol
 import structlog
 
 from mezzotint.config import Settings
+from mezzotint.errors import ConfigError
 from mezzotint.messages import FromWorker, Message, decode, encode
 from mezzotint.server.workers import launch
 
 ENGINE_WORKER = "mezzotint.engine.worker:run"
+RELAY = "mezzotint.server.workers.on_ray:run"
+"""A process that stands for a worker on another machine."""
 PRELOAD = "mezzotint.server.workers.preload"
 EXIT_GRACE_S = 1.0
 """How long a worker that has closed its pipe may take to exit before it is killed."""
@@ -81,20 +85,28 @@ class WorkerSettings:
 
     @classmethod
     def of(cls, settings: Settings, target: str) -> WorkerSettings:
-        carrier = LocalCarrier(target, settings.worker_start)
+        if settings.ray is None:
+            carrier = LocalCarrier(target, settings.worker_start)
+        elif importlib.util.find_spec("ray") is None:
+            raise ConfigError(
+                "ray: workers on Ray need it; pip install 'mezzotint[server,ray]'", code="not_installed"
+            )
+        else:
+            carrier = LocalCarrier(RELAY, settings.worker_start, (settings.ray, target))
         return cls(carrier, settings.heartbeat_s, settings.load_timeout_s, settings.max_restarts)
 
 
 class LocalCarrier:
     """Starts workers as processes of this machine, by a forkserver or by `spawn`."""
 
-    def __init__(self, target: str, method: str) -> None:
+    def __init__(self, target: str, method: str, arguments: tuple[str, ...] = ()) -> None:
+        """`arguments` are passed to the target's function behind the connection."""
         context: BaseContext = multiprocessing.get_context(method)
         assert isinstance(context, ForkServerContext | SpawnContext)
         if isinstance(context, ForkServerContext):
             context.set_forkserver_preload([PRELOAD, launch.__name__, target.partition(":")[0]])
         self._context = context
-        self._target = target
+        self._arguments = (target, *arguments)
         self._threads: set[threading.Thread] = set()
         """Threads that start a process or wait for its exit; each takes itself out at its end."""
 
@@ -115,7 +127,7 @@ class LocalCarrier:
         def work() -> None:
             outcome: LocalProcess | Exception
             try:
-                outcome = LocalProcess(self._context, self._target, self._run_thread)
+                outcome = LocalProcess(self._context, self._arguments, self._run_thread)
             except Exception as error:  # raised again in the event loop
                 outcome = error
             try:
@@ -168,7 +180,7 @@ class LocalProcess:
     def __init__(
         self,
         context: ForkServerContext | SpawnContext,
-        target: str,
+        arguments: tuple[str, ...],
         run_thread: Callable[[str, Callable[[], None]], threading.Thread],
     ) -> None:
         _require_descriptors()
@@ -176,7 +188,10 @@ class LocalProcess:
         self._run_thread = run_thread
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=launch.run, args=(target, theirs), name="mezzotint-worker", daemon=True
+            target=launch.run,
+            args=(arguments[0], theirs, *arguments[1:]),
+            name="mezzotint-worker",
+            daemon=True,
         )
         try:
             self._process.start()

@@ -14,6 +14,7 @@ from enum import StrEnum
 import structlog
 
 from mezzotint.messages import (
+    EXIT_UNPLACED,
     Busy,
     Done,
     FromWorker,
@@ -24,6 +25,7 @@ from mezzotint.messages import (
     Message,
     ModelInfo,
     Ping,
+    Placed,
     Pong,
     Ready,
     Shutdown,
@@ -69,6 +71,8 @@ class WorkerRun:
         self.ready_at: float | None = None
         self.loading: Loading | None = Loading("starting a worker")
         """What it does until it is ready, as it says itself; None once it is."""
+        self.node: str | None = None
+        """Where it runs, if not on this machine."""
         self.ended = asyncio.Event()
         self._log = log.bind(replica=name)
         self._settings = settings
@@ -142,6 +146,8 @@ class WorkerRun:
                     self.kill(f"it was busy with one forward for {seconds:.0f} s and was killed")
             case Loading():
                 self.loading = message
+            case Placed(node):
+                self.node = node
             case Ready():
                 if not self._stopping:
                     self._became_ready(message)
@@ -244,6 +250,8 @@ class Replica:
         self.load_s = 0.0
         self.failure = ""
         """Why it is FAILED, or what the last worker died of before one was ready again."""
+        self.unplaced = False
+        """Whether the last worker found no machine to run on."""
         self.num_restarts = 0
         self._settings = settings
         self._load = load
@@ -256,6 +264,11 @@ class Replica:
     @property
     def pid(self) -> int | None:
         return self.run.pid if self.run else None
+
+    @property
+    def node(self) -> str | None:
+        """Where its worker runs, if not on this machine."""
+        return self.run.node if self.run else None
 
     @property
     def loading(self) -> Loading | None:
@@ -304,6 +317,7 @@ class Replica:
     def _became_ready(self, message: Ready) -> None:
         if self.state is ReplicaState.STARTING:  # else it is stopping
             self.info, self.load_s, self.failure = message.info, message.load_s, ""
+            self.unplaced = False
             self._set(ReplicaState.READY)
 
     def _worker_exited(self, exit: Exit) -> None:
@@ -314,6 +328,7 @@ class Replica:
             self._set(ReplicaState.STOPPED)
             return
         log.warning("worker died", replica=self.name, reason=exit.reason, ready_s=exit.ready_s)
+        self.unplaced = exit.code == EXIT_UNPLACED
         verdict = self._policy.on_exit(exit, forgiven)
         self.failure = verdict.reason
         match verdict:
