@@ -14,8 +14,9 @@ Server tests and examples run it in place of the engine's worker. What it does i
 
 Prompts that hold one of these words make a fault: `!die@K` kills the process at step K, `!die-once@K:FILE`
 does so only while FILE is missing, `!hang@K` stops answering for good, `!slow@K` makes step K last two
-seconds and says meanwhile that it is busy, `!stuck@K` says that it has been busy for a day, `!fail@K` fails
-that one job, `!oom` fails it for memory.
+seconds and says meanwhile that it is busy, `!stuck@K` says that it has been busy for a day, `!wait@K:FILE`
+keeps that one job at step K, and the worker answering, until FILE is there, `!fail@K` fails that one job,
+`!oom` fails it for memory.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ DEFAULTS = {
 SLOW_STEP_S = 2.0
 EXAMPLES = ("an owl on a yellow background", "a red apple on a teal background", "a rocket")
 """What it says that it draws well."""
-_FAULT = re.compile(r"!(?P<kind>die-once|die|hang|slow|stuck|fail|oom)(?:@(?P<step>\d+))?(?::(?P<file>\S+))?")
+_FAULT = re.compile(
+    r"!(?P<kind>die-once|die|hang|slow|stuck|wait|fail|oom)(?:@(?P<step>\d+))?(?::(?P<file>\S+))?"
+)
 
 
 @dataclass(slots=True)
@@ -273,16 +276,20 @@ class _Worker:
             self._send(Preview(job.request.job_id, now - 1, job.step, job.width, job.height, picture))
 
     def _fault(self, job: FakeJob) -> bool:
-        """Makes the fault that the prompt asks for; True when the job is over."""
-        found = _FAULT.search(job.request.spec.prompt)
-        if found is None or job.step < int(found["step"] or 1):
-            return False
+        """Makes the faults that the prompt asks for; True when the job is over or has to wait."""
+        faults = _FAULT.finditer(job.request.spec.prompt)
+        return any(self._make(job, found) for found in faults if job.step >= int(found["step"] or 1))
+
+    def _make(self, job: FakeJob, found: re.Match[str]) -> bool:
         kind, flag = found["kind"], found["file"]
         if kind == "die-once" and not Path(flag).exists():
             Path(flag).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "wait" and not Path(flag).exists():
+            job.step -= 1
+            return True
         if kind == "slow" and job.step == int(found["step"] or 1):
             began = time.monotonic()
             while (seconds := time.monotonic() - began) < SLOW_STEP_S:

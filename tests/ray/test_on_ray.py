@@ -6,9 +6,11 @@ import hashlib
 import os
 import shutil
 import signal
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed; pip install 'mezzotint[ray]'")
@@ -19,7 +21,7 @@ from mezzotint.server.work.lifecycle import State
 from mezzotint.server.workers.process import ENGINE_WORKER
 from tests.ray.conftest import add_node, free_port, start_cluster
 from tests.server import hosting
-from tests.server.hosting import endpoint, settings_for
+from tests.server.hosting import Host, endpoint, settings_for
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -31,6 +33,17 @@ PATIENCE_S = 120.0
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """An actor's start imports this package in a fresh interpreter."""
     monkeypatch.setattr(hosting, "PATIENCE_S", PATIENCE_S)
+
+
+def waiting_for(gate: Path) -> str:
+    return f"a cat !wait@2:{gate}"
+
+
+def held_at(gate: Path, host: Host) -> Future[httpx2.Response]:
+    """A request that a worker has in hand and that cannot end before `gate` is there."""
+    answer = host.post_soon(waiting_for(gate), seed=7)
+    host.until(lambda: host.endpoint().dispatcher.num_running() == 1)
+    return answer
 
 
 def test_pictures_have_the_same_bytes_and_their_worker_a_node(cluster: Any, tmp_path: Path) -> None:
@@ -54,17 +67,16 @@ def test_a_request_survives_the_death_of_its_actor(cluster: Any, tmp_path: Path)
 
 
 def test_a_request_survives_the_death_of_its_relay(cluster: Any, tmp_path: Path) -> None:
-    slow = endpoint("fake:step_s=0.2")
-    with hosting.hosting(settings_for(tmp_path, slow, ray=cluster.address)) as host:
-        expected = host.picture(seed=7)
-        answer = host.post_soon(seed=7, num_inference_steps=4, headers={"x-request-id": "again"})
-        replica = host.endpoint().current.replicas[0]
-        host.until(lambda: not host.endpoint().dispatcher.idle)
+    gate = tmp_path / "gate"
+    with hosting.hosting(settings_for(tmp_path, ray=cluster.address)) as host:
+        answer, replica = held_at(gate, host), host.endpoint().current.replicas[0]
         assert replica.pid is not None
         os.kill(replica.pid, signal.SIGKILL)
+        host.until(lambda: replica.num_restarts == 1)
+        gate.touch()
         again = answer.result(PATIENCE_S)
         assert again.status_code == 200, again.text
-        assert again.json()["data"][0]["b64_json"] == expected
+        assert again.json()["data"][0]["b64_json"] == host.picture(waiting_for(gate), seed=7)
         assert replica.num_restarts == 1
 
 
@@ -102,18 +114,16 @@ def test_without_ray_requests_get_503_until_it_is_back(tmp_path: Path) -> None:
 def test_the_death_of_a_node_moves_its_work_to_another(tmp_path: Path) -> None:
     running = start_cluster(free_port())
     try:
-        doomed = add_node(running)
-        slow = endpoint("fake:step_s=0.2")
-        with hosting.hosting(settings_for(tmp_path, slow, ray=running.address)) as host:
-            expected = host.picture(seed=7)
+        doomed, gate = add_node(running), tmp_path / "gate"
+        with hosting.hosting(settings_for(tmp_path, ray=running.address)) as host:
+            answer, replica = held_at(gate, host), host.endpoint().current.replicas[0]
             add_node(running)
-            answer = host.post_soon(seed=7)
-            host.until(lambda: not host.endpoint().dispatcher.idle)
             running.remove_node(doomed, allow_graceful=False)
+            host.until(lambda: replica.num_restarts >= 1)
+            gate.touch()
             again = answer.result(PATIENCE_S)
             assert again.status_code == 200, again.text
-            assert again.json()["data"][0]["b64_json"] == expected
-            assert host.endpoint().current.replicas[0].num_restarts >= 1
+            assert again.json()["data"][0]["b64_json"] == host.picture(waiting_for(gate), seed=7)
     finally:
         running.shutdown()
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from mezzotint import images
-from mezzotint.server.api import a1111
+from mezzotint.server.api import a1111, dedicated
 from mezzotint.server.store import database
 from mezzotint.server.store.keys import Limits
 from mezzotint.server.work.queueing import JobQueue, _Line
@@ -361,10 +361,12 @@ def test_a_deadline_counts_from_arrival(host: Host, monkeypatch: pytest.MonkeyPa
 
 @attack("A worker that dies after it has sent previews", outcome="no preview comes twice")
 def test_no_preview_comes_twice(host: Host, tmp_path: Path) -> None:
-    prompt = f"a !die-once@9:{tmp_path / 'flag'}"
+    gate = tmp_path / "gate"
+    prompt = f"a !wait@1:{gate} !die-once@9:{tmp_path / 'flag'}"
     headers = {"prefer": "respond-async, previews=3"}
     request_id = host.submit(prompt, headers=headers, num_inference_steps=12)
     with host.client.stream("GET", f"/dedicated/v1/requests/{request_id}/events") as answer:
+        gate.touch()
         events = answer.read().decode().split("\n\n")
     previews = [
         json.loads(each.partition("data: ")[2]) for each in events if each.startswith("event: preview")
@@ -372,6 +374,24 @@ def test_no_preview_comes_twice(host: Host, tmp_path: Path) -> None:
     assert (tmp_path / "flag").exists()
     assert sorted(each["step"] for each in previews) == sorted({each["step"] for each in previews})
     assert len(previews) == 3
+
+
+def test_previews_that_come_while_one_is_drawn_are_sent_too(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, gate = dedicated._preview_json, tmp_path / "gate"
+
+    def slow(*values: Any) -> str:
+        host.until(lambda: not host.service.admission.tickets.living())
+        return draw(*values)
+
+    monkeypatch.setattr(dedicated, "_preview_json", slow)
+    request_id = host.submit(f"a cat !wait@1:{gate}", headers={"prefer": "respond-async, previews=3"})
+    with host.client.stream("GET", f"/dedicated/v1/requests/{request_id}/events") as answer:
+        gate.touch()
+        names = [line for line in answer.iter_lines() if line.startswith("event: ")]
+    assert names[-1] == "event: done"
+    assert names.count("event: preview") == 3
 
 
 @attack("Prefer: respond-async just before SIGTERM", outcome="runs to its end within drain_s")

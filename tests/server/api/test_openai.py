@@ -20,6 +20,7 @@ from PIL import Image
 
 from mezzotint import images
 from mezzotint.fake_worker import EXAMPLES
+from mezzotint.server.api import openai as openai_api
 from mezzotint.server.api.openai import KNOWN
 from tests.attacks import attack
 from tests.server.hosting import Host, endpoint, hosting, settings_for
@@ -118,6 +119,23 @@ def test_partial_images_come_before_the_picture(ai: openai.OpenAI) -> None:
     assert plain.data
     assert events[-1].b64_json == plain.data[0].b64_json
     assert events[-1].usage.output_tokens == 8  # type: ignore[union-attr]
+
+
+def test_partial_images_that_come_while_one_is_drawn_are_sent_too(
+    host: Host, ai: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = openai_api._partial
+
+    def slow(*values: Any) -> bytes:
+        host.until(lambda: not host.service.admission.tickets.living())
+        return draw(*values)
+
+    monkeypatch.setattr(openai_api, "_partial", slow)
+    events = list(ai.images.generate(model="one", prompt="a fox", stream=True, partial_images=3))
+    assert [event.type.removeprefix("image_generation.") for event in events] == [
+        *["partial_image"] * 3,
+        "completed",
+    ]
 
 
 def test_a_stream_tells_its_progress_in_comments_only(host: Host) -> None:

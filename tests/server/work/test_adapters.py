@@ -228,23 +228,22 @@ def test_a_refused_file_among_two_simultaneous_adds_costs_the_good_one_nothing(
 
 
 def test_removing_lets_requests_that_were_taken_in_finish(tmp_path: Path) -> None:
-    spec = endpoint("fake:step_s=0.02", max_jobs=1)
-    with hosting(settings_for(tmp_path, spec)) as host:
+    gate = tmp_path / "gate"
+    with hosting(settings_for(tmp_path, endpoint(max_jobs=1))) as host:
         add(host, "flat", write(tmp_path / "flat.safetensors"))
         wanted = host.picture(model="one:flat", seed=1)
-        running = host.submit(model="one:flat", seed=1, num_inference_steps=20)
+        running = host.submit(f"a cat !wait@2:{gate}", model="one:flat")
         queued = [host.post_soon(model="one:flat", seed=1) for _ in range(3)]
-        host.until(lambda: host.endpoint().dispatcher.uses_adapter("flat"))
         host.wait_until(running, "running")
-        host.until(
-            lambda: len(host.endpoint().dispatcher.queue) + host.endpoint().dispatcher.num_running() >= 4
-        )
+        host.until(lambda: len(host.endpoint().dispatcher.queue) == len(queued))
+        assert host.endpoint().dispatcher.uses_adapter("flat")
         assert host.client.delete(f"{ADAPTERS}/flat").status_code == 200
         assert host.post(model="one:flat").status_code == 404
         assert models(host) == ["one"]
+        gate.touch()
         for answer in queued:
             assert answer.result().json()["data"][0]["b64_json"] == wanted
-        host.wait_until(running, "done", "finished", "succeeded")
+        host.wait_until(running, "done")
 
 
 # ---------------------------------------------------------------- across restarts

@@ -250,7 +250,8 @@ async def _events(ticket: Ticket, previews: list[tuple[int, Preview]]) -> AsyncI
     seen, shown, told = -1, 0, b""
     while True:
         seen = ticket.changes
-        for number, preview in previews[shown:]:
+        while shown < len(previews):  # more may come while one is sent
+            number, preview = previews[shown]
             shown += 1
             yield sse.event("preview", await PICTURES.run(_preview_json, ticket, number, preview))
         if ticket.ended:

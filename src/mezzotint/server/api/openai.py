@@ -374,7 +374,8 @@ async def _events(
     shown_previews, seen = 0, -1
     while True:
         seen = ticket.changes
-        for number, preview in previews[shown_previews:]:
+        while shown_previews < len(previews):  # more may come while one is sent
+            number, preview = previews[shown_previews]
             shown_previews += 1
             yield await PICTURES.run(_partial, asked, number, preview)
         if ticket.ended:
