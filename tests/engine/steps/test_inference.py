@@ -27,6 +27,7 @@ class Odd(ModelMixin):  # type: ignore[misc]
         super().__init__()
         self.compute = compute
         self.calls = 0
+        self.expert = torch.nn.Identity()
 
     def forward(
         self, moment: Tensor, *, told: Mapping[Any, Any], words: list[Tensor], grid: Tensor, mood: str
@@ -85,6 +86,13 @@ def own(module: Odd, z: Tensor, text: Tensor) -> Tensor:
     return z * 2 + text[:, None] / 1000
 
 
+def routed(module: Odd, z: Tensor, text: Tensor) -> Tensor:
+    """Gives its expert as many of the values as are above a bound; each row's result is its own."""
+    values = own(module, z, text)
+    chosen = values > values.amin(1, keepdim=True) + 0.7
+    return values.masked_scatter(chosen, module.expert(values[chosen]))
+
+
 def test_a_family_of_tomorrow_gets_its_rule() -> None:
     finding, tap = found(own)
     assert finding.reason == ""
@@ -124,8 +132,9 @@ def test_a_scalar_that_cannot_become_rows_is_shared(monkeypatch: pytest.MonkeyPa
         ),
         (lambda module, z, text: own(module, z, text) + module.calls, "keeps a state"),
         (lambda module, z, text: own(module, z, text) + torch.rand(1), "keeps a state, or draws"),
+        (routed, "experts are chosen by score"),
     ],
-    ids=["mixes rows", "reads row 0", "looks at places", "counts", "draws"],
+    ids=["mixes rows", "reads row 0", "looks at places", "counts", "draws", "chooses experts"],
 )
 def test_a_module_that_must_not_merge_is_found_out(compute: Compute, reason: str) -> None:
     finding, tap = found(compute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezzotint.engine.steps.batching import Call, NotMergeable, entries
 from mezzotint.engine.steps.pipeline_run import PipelineRun, Tap
@@ -118,6 +119,23 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield value
     for _, entry in entries(value) or ():
         yield from tensors(entry)
+
+
+@contextlib.contextmanager
+def layer_shapes(module: nn.Module) -> Iterator[list[tuple[tuple[int, ...], ...]]]:
+    """The shapes that the layers of `module` are given meanwhile, in their order."""
+    seen: list[tuple[tuple[int, ...], ...]] = []
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(tuple(tuple(each.shape) for each in inputs if isinstance(each, Tensor)))
+
+    layers = [layer for layer in module.modules() if next(layer.children(), None) is None]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _decodes(modules: Mapping[str, Any], call: Call) -> bool:

@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezzotint.engine.steps.batching import Call, NotMergeable, Part, Rule, join, leaves, merge, split
 from mezzotint.engine.steps.exactness import map_rows
-from mezzotint.engine.steps.laboratory import Laboratory, Trial, advance, agrees
+from mezzotint.engine.steps.laboratory import Laboratory, Trial, advance, agrees, layer_shapes
 from mezzotint.engine.steps.padding import padded
 
 
@@ -42,14 +42,35 @@ def prove(laboratory: Laboratory, trial: Trial, name: str) -> None:
             if other.key != first.key:
                 raise NotMergeable(f"{_difference(first, other)} differs between requests of one shape")
         together = [call for call in calls if call.key == first.key]
-        _check(together, rule)
+        _check(together, rule, laboratory.pipe.components[name])
     finally:
         for run in runs:
             run.close()
 
 
-def _check(calls: list[Call], rule: Rule) -> None:
-    alone = [call.alone() for call in calls]
+def _alone(calls: Sequence[Call], module: nn.Module) -> list[Any]:
+    """What each call gets alone; NotMergeable where other values give the layers inside other shapes.
+
+    So it is where each token's experts are chosen by score: how many tokens an expert gets depends on all
+    requests of a forward, and with that number its kernels, and a row's bytes, may change.
+    """
+    if hasattr(calls[0].run, "_torchdynamo_orig_callable"):  # a hook would have it compiled again
+        return [call.alone() for call in calls]
+    results, seen = [], []
+    for call in calls:
+        with layer_shapes(module) as shapes:
+            results.append(call.alone())
+        seen.append(shapes)
+    if seen[0] != seen[1]:  # these two have texts of one length
+        raise NotMergeable(
+            "its values decide the shapes inside it, as where experts are chosen by score, "
+            "so a row's bytes could depend on the others"
+        )
+    return results
+
+
+def _check(calls: list[Call], rule: Rule, module: nn.Module) -> None:
+    alone = _alone(calls, module)
     if not agrees(alone[0], calls[0].alone(), exactly=True):
         raise NotMergeable("it keeps a state, or draws at random: the same call twice gives two results")
     if rule.text is not None:
