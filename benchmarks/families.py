@@ -42,8 +42,8 @@ KINDS: tuple[Kind, ...] = ("text", "picture", "mask", "control")
 ROWS = 4
 PROMPTS = ("a red fox", "two boats at dawn on a quiet river", "big ocean", "one chair")
 SETTINGS = EngineSettings(dtype="fp32", device="cpu", num_threads=1, performance="reference")
-LONG = ("hidream", "hunyuan-image", "kandinsky5", "prx")
-"""Classes whose smallest picture takes many seconds: two requests each, in fp32, without pictures."""
+LONG = ("hidream", "hunyuan-image", "kandinsky5", "prx", "qwen-image-layered")
+"""Classes whose smallest picture takes many seconds: two requests each, from words where that is possible."""
 
 
 @dataclass(slots=True)
@@ -143,9 +143,11 @@ def _stripes(size: tuple[int, int], seed: int) -> InputPicture:
 
 def kinds(name: str) -> Iterator[tuple[Kind, str]]:
     """What a small pipeline can draw from, each with the class of diffusers that does it."""
-    yield "text", tiny.EVERY[name].pipeline
-    if name in LONG:
-        return
+    own = tiny.EVERY[name].pipeline
+    if not family(own).edits_only:
+        yield "text", own
+        if name in LONG:
+            return
     pipe = tiny.build(name)
     editing = Engine(pipe, rows=1).editing
     for kind in ("picture", "mask"):
@@ -227,7 +229,7 @@ def _plain(engine: Engine, request: Request) -> Image:
     generator = torch.Generator().manual_seed(request.seed or 0)
     torch.manual_seed(request.seed or 0)
     made = profile.pipe_for(request)(generator=generator, **arguments)  # no job: a tap runs as always
-    return repainted(pixels(made)[0], request)
+    return _under_each_other([repainted(layer, request) for layer in pixels(made)])
 
 
 def _pictures(engine: Engine, wanted: Sequence[Request], *, together: bool) -> list[Image]:
@@ -238,8 +240,14 @@ def _pictures(engine: Engine, wanted: Sequence[Request], *, together: bool) -> l
             if result.error is not None:
                 raise result.error
             assert result.image is not None, "a result without an error has a picture"
-            found.append(result.image)
+            found.append(_under_each_other(result.layers or [result.image]))
     return found
+
+
+def _under_each_other(layers: Sequence[Image]) -> Image:
+    """The layers of a picture as one; usually there is one."""
+    together: Image = np.concatenate(layers)
+    return together
 
 
 def _same(some: Sequence[Image], others: Sequence[Image]) -> bool:
@@ -261,8 +269,6 @@ def rows(dtype: str, wanted: Sequence[str]) -> Iterator[Row]:
         if pipeline not in by_class and (not wanted or pipeline in wanted):
             yield Row(pipeline, dtype=dtype, reason="no small components are made for it")
     for name in sorted(by_class.values(), key=lambda each: each in LONG):
-        if name in LONG and dtype != "fp32":
-            continue
         for kind, pipeline in kinds(name):
             if not wanted or pipeline in wanted:
                 num = 2 if name in LONG else len(PROMPTS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,9 @@ class Family:
     patch: int = 2
     """Width and height are multiples of the VAE's factor times this."""
     max_pictures: int = 1
-    """Most pictures of one request, where the class itself edits."""
+    """Most pictures of one request, where the class itself edits; 0: it cannot."""
+    picture_mode: Literal["RGB", "RGBA"] = "RGB"
+    """What the class itself wants its pictures to be, as Pillow calls it."""
     edits_only: bool = False
     """Whether the class makes pictures from pictures, and none from words alone."""
     tolerance_fp32: float = 0.004
@@ -99,6 +102,12 @@ FAMILIES: Mapping[str, Family] = {
     "QwenImagePipeline": _QWEN_IMAGE,
     "QwenImageEditPipeline": replace(_QWEN_IMAGE, edits_only=True),
     "QwenImageEditPlusPipeline": replace(_QWEN_IMAGE, edits_only=True, max_pictures=3),
+    "QwenImageLayeredPipeline": replace(_QWEN_IMAGE, edits_only=True, picture_mode="RGBA"),
+    "GlmImagePipeline": Family(
+        text_length_argument=None,  # its limit counts what is quoted in the prompt
+        patch=4,
+        max_pictures=0,  # diffusers 0.42 hands them on as transformers 5.23 and later do not take them
+    ),
     "ZImagePipeline": Family(default_steps=50, default_guidance=5.0),
     "HunyuanImagePipeline": Family(
         guidance_argument="distilled_guidance_scale", guided_when=("guidance_embeds", True)

@@ -162,6 +162,8 @@ class ModelInfo:
     """Whether it can repaint a part of a picture."""
     strength: bool = False
     """Whether a request with a picture has a strength."""
+    takes_size: bool = True
+    """Whether a request can set width and height; False: the model chooses them itself."""
     calibration: list[Mapping[str, float]] = field(default_factory=list)
     """One entry per row count tried: {"rows", "forward_s", "rows_per_s", "uncertainty"}.
 

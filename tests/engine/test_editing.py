@@ -66,6 +66,7 @@ CASES = {
     "flux-kontext": Case("flux-kontext", "FluxKontextPipeline"),
     "sana-sprint": Case("sana-sprint", "SanaSprintImg2ImgPipeline", steps=2),
     "qwen-image-edit": Case("qwen-image-edit", "QwenImageEditPipeline", guidance="true_cfg_scale"),
+    "qwen-image-layered": Case("qwen-image-layered", "QwenImageLayeredPipeline", guidance="true_cfg_scale"),
     "qwen-image-edit-plus": Case(
         "qwen-image-edit-plus", "QwenImageEditPlusPipeline", guidance="true_cfg_scale", num_pictures=2
     ),
@@ -76,18 +77,24 @@ NEEDS_VISION = pytest.mark.skipif(
 
 
 def cases() -> list[ParameterSet]:
-    return [pytest.param(name, marks=[NEEDS_VISION] if "edit" in name else []) for name in CASES]
+    return [
+        pytest.param(name, marks=[NEEDS_VISION] if case.tiny in tiny.VISION_EDITORS else [])
+        for name, case in CASES.items()
+    ]
 
 
 @pytest.fixture(autouse=True)
 def small_pictures_for_qwen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its editing classes look at a million pixels whatever they are given: here at four thousand."""
-    for name in ("pipeline_qwenimage_edit", "pipeline_qwenimage_edit_plus"):
-        module = importlib.import_module(f"diffusers.pipelines.qwenimage.{name}")
+    """Its editing classes look at a million pixels whatever they are given: here at some thousand."""
+    shares = {"qwenimage_edit": 256, "qwenimage_edit_plus": 256, "qwenimage_layered": 25}
+    for name, share in shares.items():
+        module = importlib.import_module(f"diffusers.pipelines.qwenimage.pipeline_{name}")
         usual = module.calculate_dimensions
-        monkeypatch.setattr(
-            module, "calculate_dimensions", lambda area, ratio, usual=usual: usual(area // 256, ratio)
-        )
+
+        def small(area: int, ratio: float, usual: Any = usual, share: int = share) -> Any:
+            return usual(area // share, ratio)
+
+        monkeypatch.setattr(module, "calculate_dimensions", small)
 
 
 @functools.cache
@@ -148,7 +155,8 @@ def plain(case: Case, dtype: torch.dtype, request: Request) -> Pixels:
     if "strength" in takes:
         arguments |= {"image": to_image(request.images[0]), "strength": request.strength}
     else:
-        images = [to_image(each) for each in request.images]
+        mode = "RGBA" if case.cls == "QwenImageLayeredPipeline" else "RGB"
+        images = [to_image(each).convert(mode) for each in request.images]
         arguments["image"] = images if case.cls in SEVERAL else images[0]
     if request.mask is not None:
         arguments["mask_image"] = to_image(request.mask)
@@ -163,7 +171,7 @@ def plain(case: Case, dtype: torch.dtype, request: Request) -> Pixels:
         output_type="np",
         **arguments,
     ).images
-    pixels: Pixels = (made[0] * 255).round().astype("uint8")
+    pixels: Pixels = (np.asarray(made[0]) * 255).round().astype("uint8")
     if request.mask is not None:
         outside = np.asarray(to_image(request.mask)) == 0
         pixels[outside] = np.asarray(to_image(request.images[0]))[outside]
@@ -171,11 +179,16 @@ def plain(case: Case, dtype: torch.dtype, request: Request) -> Pixels:
 
 
 def pictures(engine: Engine, wanted: list[Request]) -> list[Pixels]:
+    """Of one that has layers, all of them."""
     results = engine.generate(wanted)
     for result in results:
         if result.error is not None:
             raise result.error
-    return [result.image for result in results if result.image is not None]
+    return [
+        np.stack(result.layers) if result.layers else result.image
+        for result in results
+        if result.image is not None
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -195,6 +208,23 @@ def test_an_edit_alone_gives_the_bytes_of_plain_diffusers(name: str, dtype: torc
 
     assert np.array_equal(alone, expected[0])
     assert all(np.array_equal(got, each) for got, each in zip(together, expected, strict=True))
+
+
+@NEEDS_VISION
+def test_a_model_that_draws_in_layers_gives_each_with_its_alpha_and_chooses_its_size() -> None:
+    engine = Engine(pipeline("qwen-image-layered", torch.float32))
+    request = replace(requests(CASES["qwen-image-layered"])[0], width=None, height=None)
+    sized = replace(request, width=64, height=64, extra={"layers": 1})
+    several, single = engine.generate([request, sized])
+    engine.close()
+    assert [layer.shape for layer in several.layers] == [(128, 128, 4)] * 2
+    assert several.image is not None
+    assert np.array_equal(several.image, several.layers[0])
+    assert len({layer.tobytes() for layer in several.layers}) == 2
+    assert several.warnings == ()
+    assert single.image is not None
+    assert (single.image.shape, single.layers) == ((128, 128, 4), ())
+    assert single.warnings == ("width and height had no effect: this model chooses them itself",)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -244,6 +244,26 @@ def test_the_size_of_a_model_is_what_its_pipeline_draws_unasked() -> None:
     engine.close()
 
 
+def test_a_pipeline_that_must_be_told_a_size_merges_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GLM-Image, which computes with the height before it has a default."""
+    pipe = tiny.build("flux")
+    pipe.default_sample_size = 8
+    plain = type(pipe).__call__
+
+    @functools.wraps(plain)
+    def told(self: Any, *args: Any, **arguments: Any) -> Any:
+        if arguments.get("height") is None:
+            raise TypeError("unsupported operand type(s) for //: 'NoneType' and 'int'")
+        return plain(self, *args, **arguments)
+
+    monkeypatch.setattr(type(pipe), "__call__", told)
+    engine = Engine.load(pipe, EngineSettings(num_threads=1))
+    info = engine.info()
+    engine.close()
+    assert (info.width, info.height) == (32, 32)
+    assert info.merging == {"transformer": "merges"}
+
+
 @pytest.mark.filterwarnings("ignore:`callback_steps`:FutureWarning")  # of diffusers' own
 def test_the_steps_of_a_prior_are_no_progress() -> None:
     engine = Engine(tiny.build("kandinsky-2.2"), batching="off")

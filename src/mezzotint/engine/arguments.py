@@ -203,6 +203,8 @@ class PipelineProfile:
         }
         if "max_area" in self.parameters:  # Kontext's, which scales every size to it
             arguments.setdefault("max_area", width * height)
+        if (spec.width or width, spec.height or height) != (width, height):
+            warnings.append("width and height had no effect: this model chooses them itself")
         self._add_pictures(spec, arguments, (width, height))
         self._add_controls(spec, arguments, (width, height))
         self._add_guidance(spec, arguments, warnings)
@@ -216,6 +218,8 @@ class PipelineProfile:
     def size(self, spec: ImageSpec) -> Size:
         """Width and height of the picture that `spec` makes."""
         own = self.width, self.height
+        if not self.takes_size:
+            return own
         if not spec.images or self.manifest.sizes:
             return spec.width or own[0], spec.height or own[1]
         return output_size(spec.images[0], spec.width, spec.height, own=own, multiple=self.size_multiple)
@@ -228,7 +232,7 @@ class PipelineProfile:
             arguments["image"] = to_image(spec.images[0], size)
             arguments["strength"] = spec.strength
         else:
-            images = [to_image(picture) for picture in spec.images]
+            images = [to_image(picture).convert(self.family.picture_mode) for picture in spec.images]
             arguments["image"] = images if self.family.max_pictures > 1 else images[0]
         if spec.mask is not None:
             arguments["mask_image"] = to_image(spec.mask, size)
@@ -244,6 +248,14 @@ class PipelineProfile:
         if spec.controlnet_weights:
             weights = [float(weight) for weight in spec.controlnet_weights]
             arguments["controlnet_conditioning_scale"] = weights if many else weights[0]
+
+    @property
+    def takes_size(self) -> bool:
+        """Whether a request can set width and height; else the pipeline chooses them itself.
+
+        One with a strength draws in the size of the picture that it begins from, which is ours to set.
+        """
+        return self._takes("width") or "strength" in self.parameters
 
     def _takes(self, name: str) -> bool:
         return name in self.parameters or self.open_ended

@@ -45,6 +45,7 @@ def model_info(engine: Engine) -> ModelInfo:
         min_pictures=engine.editing.min_pictures,
         masks=engine.editing.masks,
         strength=engine.editing.strength,
+        takes_size=engine.profile.takes_size,
         best_rows=engine.best_rows,
         calibration=[each.facts() for each in engine.measured],
         step_s=engine.measured[0].forward_s if engine.measured else 0.0,

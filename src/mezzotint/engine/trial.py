@@ -103,9 +103,7 @@ def try_out(
     profile = engine.profile
     try:
         if profile.size_is_guessed:
-            with torch.inference_mode():
-                seen = first_call(profile, engine.attention, trial_request(profile), sized=False)
-            profile.learn_size(seen.width, seen.height)
+            _learn_size(engine)
         engine.max_merge_pixels = profile.width * profile.height
         if known is not None:
             engine.take_findings(known)
@@ -123,6 +121,18 @@ def try_out(
     with torch.inference_mode():
         _try_controlnets(engine)
     engine.warm_up()
+
+
+def _learn_size(engine: Engine) -> None:
+    """Sees what the pipeline draws when it is told no size; one that must be told keeps the guess."""
+    profile = engine.profile
+    try:
+        with torch.inference_mode():
+            seen = first_call(profile, engine.attention, trial_request(profile), sized=False)
+    except (TypeError, ValueError, AttributeError) as error:
+        _log.info("the pipeline draws nothing without a size", exc_info=error)
+    else:
+        profile.learn_size(seen.width, seen.height)
 
 
 def _try_controlnets(engine: Engine) -> None:

@@ -141,6 +141,7 @@ VISION: dict[str, Tiny] = {
     "flux2": Tiny(
         "Flux2Pipeline", vision.flux2, {"max_sequence_length": 512, "text_encoder_out_layers": (1, 2)}
     ),
+    "glm-image": Tiny("GlmImagePipeline", vision.glm_image, {}, 64),
     "kandinsky5": Tiny("Kandinsky5T2IPipeline", vision.kandinsky5, {}, 32),
     "longcat": Tiny("LongCatImagePipeline", vision.longcat, {"enable_prompt_rewrite": False}),
     "nucleus-moe": Tiny("NucleusMoEImagePipeline", vision.nucleus),
@@ -154,6 +155,7 @@ VISION_EDITORS: dict[str, Tiny] = {
     "qwen-image-edit-plus": Tiny(
         "QwenImageEditPlusPipeline", lambda: vision.qwen_image_edit(d.QwenImageEditPlusPipeline), {}, 32
     ),
+    "qwen-image-layered": Tiny("QwenImageLayeredPipeline", vision.qwen_image_layered, {"layers": 2}, 640),
 }
 """Those of them that make nothing from words alone."""
 

@@ -33,6 +33,13 @@ PARTS_TEMPLATE = CHAT_TEMPLATE.replace(
 )
 """For messages whose content is a list of texts."""
 
+GLM_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{{ part['text'] if part['type'] == 'text' else '<|start|><|image|><|end|>' }}"
+    "{% endfor %}{% endfor %}"
+)
+"""For `glm_image`; pictures are marked."""
+
 TEMPLATE_WORDS = re.findall(
     r"\w+",
     "system user Describe the image by detailing color shape size texture quantity text "
@@ -96,6 +103,27 @@ def plain(max_length: int = 2048) -> Any:
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
         eos_token="<|endoftext|>",
+        padding_side="left",
+        model_max_length=max_length,
+    )
+
+
+def glm_image(max_length: int = 2048) -> Any:
+    """Bytes and 6 marks, with the names by which GLM-Image's processor asks for them."""
+    marks = ["<|endoftext|>", "<|start|>", "<sop>", "<eop>", "<|image|>", "<|end|>"]
+    tokenizer = Tokenizer(models.BPE(vocab=_numbered([*BYTES, *marks]), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=marks[0],
+        eos_token=marks[0],
+        bos_token=marks[1],
+        extra_special_tokens={
+            "grid_bos_token": marks[2],
+            "grid_eos_token": marks[3],
+            "image_token": marks[4],
+            "image_end_token": marks[5],
+        },
         padding_side="left",
         model_max_length=max_length,
     )

@@ -206,3 +206,89 @@ def qwen_image21() -> Any:
             axes_dims_rope=(4, 4, 8),
         ),
     )
+
+
+def glm_image() -> Any:
+    """Its language model draws 256 tokens of a preview before those of the picture."""
+    return d.GlmImagePipeline(
+        tokenizer=t.ByT5Tokenizer(),
+        processor=t.GlmImageProcessor(
+            image_processor=t.GlmImageImageProcessor(
+                patch_size=16,
+                temporal_patch_size=1,
+                merge_size=1,
+                size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128},
+            ),
+            tokenizer=tokens.glm_image(),
+            chat_template=tokens.GLM_TEMPLATE,
+        ),
+        text_encoder=t.T5EncoderModel(
+            t.T5Config(vocab_size=384, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+        ),
+        vision_language_encoder=t.GlmImageForConditionalGeneration(
+            t.GlmImageConfig(
+                text_config={
+                    "vocab_size": 384,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 1,
+                    "vision_vocab_size": 64,
+                    "pad_token_id": 256,
+                    "eos_token_id": 256,
+                    "rope_parameters": {
+                        "rope_type": "default",
+                        "mrope_section": [2, 3, 3],
+                        "rope_theta": 10000.0,
+                    },
+                },
+                vision_config={
+                    "depth": 1,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_heads": 2,
+                    "image_size": 128,
+                },
+                vq_config={"embed_dim": 16, "num_embeddings": 64, "latent_channels": 32},
+                image_token_id=260,
+                image_start_token_id=257,
+                image_end_token_id=261,
+            )
+        ),
+        vae=families.autoencoder(
+            block_out_channels=(16, 16, 16, 32), latents_mean=[0.1] * 4, latents_std=[1.1] * 4
+        ),
+        transformer=d.GlmImageTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            text_embed_dim=32,
+            time_embed_dim=32,
+            condition_dim=8,
+            prior_vq_quantizer_codebook_size=64,
+        ),
+        scheduler=wider.flow(),
+    )
+
+
+def qwen_image_layered() -> Any:
+    """Its autoencoder makes 1/32, because it draws 640x640 at least; four channels would be a picture."""
+    parts = qwen_image_edit().components
+    layered = {"in_channels": 32, "out_channels": 8, "use_additional_t_cond": True, "use_layer3d_rope": True}
+    transformer = {**parts["transformer"].config, **layered}
+    transformer.pop("_use_default_values", None)
+    vae = d.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=8,
+        dim_mult=[1, 1, 1, 1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, False, False, False, True],
+        input_channels=4,
+        latents_mean=[0.1] * 8,
+        latents_std=[1.1] * 8,
+    )
+    made = {**parts, "vae": vae, "transformer": d.QwenImageTransformer2DModel.from_config(transformer)}
+    return d.QwenImageLayeredPipeline(**made)

@@ -70,6 +70,15 @@ def test_a_picture_says_how_its_model_is_run() -> None:
     }
 
 
+def test_a_model_that_chooses_its_size_is_not_given_that_of_a_picture() -> None:
+    info = replace(model_info(LoadModel("one", "fake"), 64, 0.001), takes_size=False)
+    asked = ImageSpec(prompt="a cat", num_inference_steps=4, images=(InputPicture(16, 8, bytes(384)),))
+    filled = Profile(endpoint(), info).filled(asked)
+    assert (filled.width, filled.height) == (64, 64)
+    sized = Profile(endpoint(), replace(info, takes_size=True)).filled(asked)
+    assert (sized.width, sized.height) == (16, 8)
+
+
 def test_only_the_sizes_that_a_model_names_are_taken() -> None:
     info = replace(model_info(LoadModel("one", "fake"), 16, 0.001), sizes=[(16, 16), (32, 16)])
     kept = Calibration.from_json(json.loads(json.dumps(Calibration("", info, 1.0).to_json())))

@@ -69,7 +69,7 @@ class Profile:
     def size_of(self, spec: ImageSpec) -> tuple[int, int] | None:
         """As `size`, for a request whose picture may say what it leaves open."""
         own = self.size(None, None)
-        if not spec.images or self.info is None or own is None:
+        if not spec.images or self.info is None or own is None or not self.info.takes_size:
             return self.size(spec.width, spec.height)
         if spec.width and spec.height:
             return spec.width, spec.height
