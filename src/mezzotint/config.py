@@ -296,6 +296,13 @@ class Settings(Table):
         "info", description="Least severe log line shown."
     )
     log_format: Literal["console", "json"] = Field("console", description="Form of the log lines.")
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s@]+$",
+        description="Address of an OpenTelemetry collector (OTLP over HTTP), such as "
+        "`http://127.0.0.1:4318`, that gets a trace of each request for pictures. OpenTelemetry's own "
+        "variables are read, too; nothing is sent when neither is set.",
+    )
     endpoints: tuple[EndpointSettings, ...] = Field(
         (EndpointSettings(id=BUILT_IN_MODEL, model=BUILT_IN_MODEL),),
         description="The endpoints; the built-in model as `emoji` when none is named.",

@@ -89,6 +89,8 @@ class FakeJob:
     """Of the adapter's weights as they were when the job came."""
     step: int = 0
     started: float = field(default_factory=time.monotonic)
+    prepared: float = 0.0
+    """When its first step began, as `started` on the monotonic clock."""
 
 
 def run(connection: Connection) -> None:
@@ -248,9 +250,11 @@ class _Worker:
         self._send(Progress(request.job_id, 0, spec.num_inference_steps))
 
     def _step(self) -> None:
+        began = time.monotonic()
         time.sleep(self.step_s)
         rows = len(self.jobs)
         for job_id, job in list(self.jobs.items()):
+            job.prepared = job.prepared or began
             job.step += 1
             if self._fault(job):
                 continue
@@ -258,10 +262,20 @@ class _Worker:
             self._preview(job)
             if job.step >= job.request.spec.num_steps:
                 del self.jobs[job_id]
-                values = self.channels * self.layers
+                values, denoised = self.channels * self.layers, time.monotonic()
                 pictures = paint(job.request.spec, job.width, job.height, job.checksum, values)
-                seconds = time.monotonic() - job.started
-                self._send(Done(job_id, job.width, job.height, seconds, pictures, num_pictures=self.layers))
+                self._send(
+                    Done(
+                        job_id,
+                        job.width,
+                        job.height,
+                        time.monotonic() - job.started,
+                        pictures,
+                        prepare_s=job.prepared - job.started,
+                        steps_s=denoised - job.prepared,
+                        num_pictures=self.layers,
+                    )
+                )
         if not self.jobs:
             key = f"{self.size}x{self.size}"
             self._send(

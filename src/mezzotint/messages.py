@@ -265,6 +265,10 @@ class Done:
     """From admission in the worker to the decoded picture."""
     payload: bytes
     adapter_load_s: float = 0.0
+    prepare_s: float = 0.0
+    """From admission to the first denoising step: adapter, text encoders, input pictures, its turns."""
+    steps_s: float = 0.0
+    """From then to the end of the last step; what is left of `generate_s` is decoding. 0: not measured."""
     warnings: list[str] = field(default_factory=list)
     num_pictures: int = 1
     """More than one where the model draws its picture in layers."""

@@ -17,6 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests.server.collector import children, collecting
 from tests.server.hosting import GENERATE, client
 
 PATIENCE_S = 120.0
@@ -52,13 +53,19 @@ class Gateway:
 
 @pytest.fixture
 def gateways(tmp_path: Path, new_postgres: Callable[[], str]) -> Iterator[tuple[Gateway, Gateway]]:
-    url = new_postgres()
+    with running(tmp_path, new_postgres(), {}) as both:
+        yield both
+
+
+@contextlib.contextmanager
+def running(tmp_path: Path, url: str, variables: dict[str, str]) -> Iterator[tuple[Gateway, Gateway]]:
+    """Two gateways on the database at `url`, with these variables in their environment."""
     with contextlib.ExitStack() as stack:
         started, key = [], ""
         for name in ("first", "second"):
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.server.standalone", tmp_path / name, "1"],
-                env=os.environ | {"MEZZOTINT_TEST_DATABASE_URL": url},
+                env=os.environ | {"MEZZOTINT_TEST_DATABASE_URL": url} | variables,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
             )  # fmt: skip
             stack.callback(_end, process)
@@ -166,3 +173,34 @@ def test_a_gateway_that_stops_leaves_its_promised_requests_to_the_other(
     first.process.terminate()
     first.process.wait(PATIENCE_S)
     assert second.until(slow, "done", "failed")["status"] == "done"
+
+
+def test_a_trace_goes_on_through_the_other_gateway_and_after_the_death_of_its_own(
+    tmp_path: Path, new_postgres: Callable[[], str]
+) -> None:
+    traces = {name: f"{number:032x}" for number, name in enumerate(("own", "other"), 1)}
+    sent = {
+        name: {"traceparent": f"00-{trace}-00000000000000ff-01", "idempotency-key": "same"}
+        for name, trace in traces.items()
+    }
+    with contextlib.ExitStack() as stack:
+        collector = stack.enter_context(collecting())
+        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
+        first, second = stack.enter_context(running(tmp_path, new_postgres(), variables))
+        request_id = first.post("a !slow@5 cat", ASYNC | sent["own"], seed=7).json()["id"]
+        collector.until(lambda spans: any(each.parent == "00000000000000ff" for each in spans))
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(second.post, "a !slow@5 cat", sent["other"], seed=7)
+            first.until(request_id, "running")
+            first.kill()
+            joined = waiting.result()
+        assert (joined.status_code, joined.json()["id"]) == (200, request_id)
+        spans = collector.until(lambda spans: any(each.name == "request" for each in spans))
+        own = [each for each in spans if each.trace == traces["own"]]
+        (asked,) = (each for each in own if each.parent == "00000000000000ff")
+        (request,) = (each for each in own if each.name == "request")
+        assert request.parent == asked.id, "the second gateway goes on with the trace of the first"
+        assert request.resource["service.instance.id"] != asked.resource["service.instance.id"]
+        assert [each.name for each in children(spans, request)] == ["queue", "generate", "encode"]
+        other = collector.until(lambda spans: any(request.id in each.links for each in spans))
+        assert [each.trace for each in other if request.id in each.links] == [traces["other"]]

@@ -369,6 +369,8 @@ class Engine:
         if calls[0].name == self.profile.denoiser_name:
             self._record(batch[0], len(batch), outcome.forwards)
             for job in batch:
+                if not job.num_forwards:
+                    job.prepared = job.parked
                 job.num_forwards += 1
         for job, result in zip(batch, outcome.results, strict=True):
             if isinstance(result, Exception):
@@ -389,7 +391,7 @@ class Engine:
         job.parked = time.perf_counter()
         done = min(run.num_steps, steps)
         if done > job.num_reported:
-            job.num_reported = done
+            job.num_reported, job.denoised = done, job.parked
             self._events.append(Progress(job.job_id, done, steps))
         if run.call is not None:
             return
@@ -418,6 +420,8 @@ class Engine:
             generate_s=time.perf_counter() - job.submitted,
             payload=b"".join(repainted(picture, job.spec).tobytes() for picture in pictures),
             adapter_load_s=0.0 if job.lease is None else job.lease.load_s,
+            prepare_s=max(0.0, job.prepared - job.submitted),
+            steps_s=max(0.0, job.denoised - job.prepared) if job.prepared else 0.0,
             warnings=job.warnings,
             num_pictures=len(pictures),
         )

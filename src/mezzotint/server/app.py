@@ -14,6 +14,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.telemetry import TelemetryConfig
 from sqlalchemy.exc import DataError, SQLAlchemyError
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
@@ -47,7 +48,7 @@ from mezzotint.server.api import (
 )
 from mezzotint.server.api.connections import MAX_HEAD_BYTES, Connections, max_connections
 from mezzotint.server.api.context import Context, caller_of
-from mezzotint.server.api.gateways import Forwarding, Gateways
+from mezzotint.server.api.gateways import PICTURE_PATHS, Forwarding, Gateways
 from mezzotint.server.api.middleware import BodyReader, Envelope, HostAndOriginGuard, Refusals, error_response
 from mezzotint.server.api.picture_urls import PictureFetcher
 from mezzotint.server.metrics import Metrics
@@ -60,6 +61,7 @@ from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.store.shared import share_signer
 from mezzotint.server.store.signing import load_signer
 from mezzotint.server.threads import DATABASE, UPKEEP, Threads
+from mezzotint.server.tracing import Tracing, open_tracing
 from mezzotint.server.work.adapters import AdapterRegistry
 from mezzotint.server.work.admission import Admission
 from mezzotint.server.work.registry import Registry
@@ -107,6 +109,7 @@ def create_app(settings: Settings, *, worker: str = ENGINE_WORKER, only: str | N
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        telemetry=_telemetry(context.tracing),
     )
     app.state.context = context
     app.state.only = only
@@ -248,12 +251,13 @@ def _context(settings: Settings, worker: str) -> Context:
     storage = _storage(settings, engine, Folder(folder), metrics)
     quotas = Quotas(engine)
     making = Threads("making of answers", settings.encode_threads, FINISH_LIMIT_S)
+    tracing = open_tracing(settings.otlp_endpoint)
     return Context(
         settings=settings,
         engine=engine,
         registry=Registry(engine, WorkerSettings.of(settings, worker), metrics),
         adapters=AdapterRegistry(engine, settings.data_dir / "adapters"),
-        admission=Admission(settings, metrics, quotas, making),
+        admission=Admission(settings, metrics, quotas, making, tracing),
         signer=signer,
         pictures=Pictures(
             engine,
@@ -267,7 +271,21 @@ def _context(settings: Settings, worker: str) -> Context:
         metrics=metrics,
         quotas=quotas,
         fetcher=PictureFetcher(settings.max_image_body_bytes) if settings.allow_image_urls else None,
+        tracing=tracing,
     )
+
+
+def _telemetry(tracing: Tracing | None) -> TelemetryConfig:
+    """FastAPI makes the span of an HTTP request for pictures, and nothing else of what it could."""
+    return {
+        "tracing": tracing is not None,
+        "tracer_provider": None if tracing is None else tracing.provider,
+        "exclude": lambda scope: scope["path"] not in PICTURE_PATHS,
+        "operation_spans": False,
+        "metrics": False,
+        "logs": False,
+        "auto_configure": False,
+    }
 
 
 def _storage(settings: Settings, engine: sa.Engine, folder: Folder, metrics: Metrics) -> Storage:
@@ -320,6 +338,8 @@ def _lifespan(
             with contextlib.suppress(SQLAlchemyError, UnavailableError):
                 await DATABASE.run(context.quotas.store)
             context.engine.dispose()
+            if context.tracing is not None:
+                await context.tracing.close()
 
     return lifespan
 

@@ -49,6 +49,10 @@ class Job:
     """Denoiser forwards so far; several a step with true classifier-free guidance."""
     num_reported: int = 0
     """Steps that the latest Progress told of."""
+    prepared: float = 0.0
+    """Clock reading when its first denoiser call was parked."""
+    denoised: float = 0.0
+    """Clock reading after the latest step that Progress told of."""
     clean: Tensor | None = field(default=None, repr=False)
     """Latents after the last step, kept from there to the finished picture for the preview to learn from."""
 

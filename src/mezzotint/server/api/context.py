@@ -21,6 +21,7 @@ from mezzotint.server.store.pictures import Pictures
 from mezzotint.server.store.quotas import Quotas
 from mezzotint.server.store.signing import Signer
 from mezzotint.server.threads import DATABASE, OWNER, STRANGERS
+from mezzotint.server.tracing import Tracing
 from mezzotint.server.work.adapters import AdapterRegistry
 from mezzotint.server.work.admission import Admission
 from mezzotint.server.work.registry import Registry
@@ -44,6 +45,7 @@ class Context:
     quotas: Quotas
     fetcher: PictureFetcher | None
     """None: URLs of pictures are refused."""
+    tracing: Tracing | None
     _good: dict[str, None] = field(default_factory=dict)
     """Hashes of the secrets that were those of a key; the others wait in a queue of their own."""
 

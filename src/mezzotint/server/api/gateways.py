@@ -131,7 +131,7 @@ class Gateways:
             await self._run(scope, body, receive, send)  # it is refused
             return
         promised = name is not None or parse_prefer(headers.get("prefer")).respond_async
-        kept = {each: headers[each] for each in _KEPT_HEADERS if each in headers}
+        kept = {each: headers[each] for each in _KEPT_HEADERS if each in headers} | self._trace_headers()
         request = Accepted(request_id, key.id, name, scope["path"], kept, body if promised else None)
         self._arriving.add(request_id)
         try:
@@ -206,10 +206,13 @@ class Gateways:
         """Sends a request to another gateway and its answer back; False if that gateway cannot be reached."""
         query = scope["query_string"].decode()
         target = url + scope["path"] + (f"?{query}" if query else "")
-        dropped = (*_HOP_BY_HOP, HEADER, "content-length", "accept-encoding")
-        headers = [(name, value) for name, value in Headers(scope=scope).items() if name not in dropped]
+        dropped = (*_HOP_BY_HOP, "content-length", "accept-encoding")
+        own = self._trace_headers() | {HEADER: self._token}
+        headers = [
+            (name, value) for name, value in Headers(scope=scope).items() if name not in {*dropped, *own}
+        ]
         request = self._http.build_request(
-            scope["method"], target, headers=[*headers, (HEADER, self._token)], content=body
+            scope["method"], target, headers=[*headers, *own.items()], content=body
         )
         try:
             answer = await or_gone(receive, self._http.send(request, stream=True))
@@ -227,6 +230,11 @@ class Gateways:
         finally:
             await answer.aclose()
         return True
+
+    def _trace_headers(self) -> dict[str, str]:
+        """What hands the current trace on; nothing without tracing."""
+        tracing = self._context.tracing
+        return {} if tracing is None else tracing.headers()
 
     # ------------------------------------------------------------ taking over
 
@@ -303,7 +311,11 @@ class Gateways:
                 "key": key,
             },
         }
-        with structlog.contextvars.bound_contextvars(request_id=request.id):
+        tracing = self._context.tracing
+        with (
+            structlog.contextvars.bound_contextvars(request_id=request.id),
+            contextlib.nullcontext() if tracing is None else tracing.continued(request.headers),
+        ):
             await self._below(scope, receive, send)
         return status
 

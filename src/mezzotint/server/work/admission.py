@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -35,6 +36,9 @@ from mezzotint.server.work.joining import Joining
 from mezzotint.server.work.queueing import Job
 from mezzotint.server.work.tickets import Answer, ClientGone, Picture, Submission, Ticket, Tickets
 
+if TYPE_CHECKING:
+    from mezzotint.server.tracing import Tracing
+
 STOPPING_RETRY_S = 5.0
 """Retry-After of a server that stops; another one, or the same after a restart, may answer by then."""
 DRAWN_SEEDS = 2**32
@@ -45,9 +49,17 @@ log = structlog.get_logger(__name__)
 class Admission:
     """Every request of the server. All methods run in the event loop."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, quotas: Quotas, making: Threads) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        quotas: Quotas,
+        making: Threads,
+        tracing: Tracing | None = None,
+    ) -> None:
         """`making` runs the `finish` of submissions."""
         self._settings = settings
+        self._tracing = tracing
         self._metrics = metrics
         self._quotas = quotas
         self._making = making
@@ -74,6 +86,8 @@ class Admission:
         if ticket.id != submission.request_id:
             self._metrics.joined.labels(ticket.endpoint.id).inc()
             log.info("request joins an earlier one", earlier=ticket.id, endpoint=ticket.endpoint.id)
+            if self._tracing is not None:
+                self._tracing.joined(ticket.id, ticket.trace)
         if submission.hold:
             ticket.held = True
         else:
@@ -108,7 +122,11 @@ class Admission:
         self._quotas.spend_request(submission.key, now, sum(job.work_s for job in ticket.jobs))
         self.tickets.add(ticket)
         ticket.deadline_timer = asyncio.get_running_loop().call_at(ticket.deadline, self._out_of_time, ticket)
+        if self._tracing is not None:
+            ticket.trace = self._tracing.begin(ticket.id, endpoint.id, len(ticket.jobs))
         for job in ticket.jobs:
+            if ticket.trace is not None:
+                job.trace = ticket.trace.job(job.request.job_id)
             endpoint.enqueue(job, now)
         return ticket
 
@@ -260,6 +278,8 @@ class Admission:
         done = min(1.0, job.step / job.spec.num_steps)
         self._quotas.release(ticket.key, reserved_s)
         self._quotas.book(ticket.key, step_seconds=min(job.work_s, reserved_s) * done)
+        if job.trace is not None:
+            job.trace.end(outcome)
         if ticket.ended:
             return
         if isinstance(outcome, MezzotintError):
@@ -290,6 +310,8 @@ class Admission:
                 ticket.warnings.append(text)
         finish = ticket.finish
         assert finish is not None, "only the end takes it away"
+        if ticket.trace is not None:
+            finish = ticket.trace.encoding(finish)
         outcome: Answer | MezzotintError
         try:
             outcome = await self._making.run(finish, ticket, pictures)
@@ -341,6 +363,8 @@ class Admission:
             "request ended", ticket=ticket.id, endpoint=ticket.endpoint.id, status=ticket.status,
             code=ticket.error.code if ticket.error else None,
         )  # fmt: skip
+        if ticket.trace is not None:
+            ticket.trace.end(ticket.status, ticket.error)
         ticket.pictures, ticket.previews, ticket.finish, ticket.previewed = {}, [], None, set()
         for job in ticket.jobs:
             job.drop_pictures()

@@ -204,6 +204,8 @@ class Dispatcher:
             return
         job.request = replace(job.request, spec=spec)
         self._held.setdefault(replica, {})[job.request.job_id] = job
+        if job.trace is not None:
+            job.trace.handed_over(replica.name, replica.node, replica.pid)
         replica.send(job.request)
 
     def load_of(self, replica: Replica) -> float:
@@ -274,6 +276,8 @@ class Dispatcher:
                     blamed = max(blamed, job.deaths)
                     job.end(_given_up(job))
                     continue
+            if job.trace is not None:
+                job.trace.came_back(job.step, crashed)
             self.queue.put(job, now)
             job.on_progress(job)
         self.touch()

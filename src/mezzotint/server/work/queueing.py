@@ -13,11 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mezzotint.errors import MezzotintError
 from mezzotint.messages import Done, Generate, Preview
 from mezzotint.spec import ImageSpec
+
+if TYPE_CHECKING:
+    from mezzotint.server.tracing import JobTrace
 
 MAX_STALE = 16
 """Stale entries of a key are dropped when they outnumber its waiting jobs by this many."""
@@ -49,6 +52,8 @@ class Job:
     entry: int = 0
     """Number of its entry in the queue, which JobQueue sets and reads; 0 while it does not wait."""
     ended: bool = False
+    trace: JobTrace | None = None
+    """Admission sets it where the request is traced."""
 
     @property
     def queued(self) -> bool:

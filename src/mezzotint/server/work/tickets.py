@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from mezzotint.errors import MezzotintError, NotFoundError, RateLimitError
 from mezzotint.messages import Preview
@@ -21,6 +22,9 @@ from mezzotint.server.threads import FILES
 from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.queueing import Job
 from mezzotint.spec import ImageSpec
+
+if TYPE_CHECKING:
+    from mezzotint.server.tracing import RequestTrace
 
 ANSWER_MEMORY_BYTES = 64 * 2**20
 """Once the ended requests of one key hold this much in memory, its further answers go to disk."""
@@ -168,6 +172,7 @@ class Ticket:
     forgotten: bool = False
     """Tickets no longer finds it; clients that wait still get the answer."""
     deadline_timer: asyncio.TimerHandle | None = None
+    trace: RequestTrace | None = None
     changes: int = 0
     """Counts up with every change; see `changed`."""
     _waiters: set[asyncio.Future[None]] = field(default_factory=set)
