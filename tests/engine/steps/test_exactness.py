@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezzotint.engine.steps.batching import Call, Rule
-from mezzotint.engine.steps.exactness import exact_row_counts
+from mezzotint.engine.steps.exactness import DRAWS, exact_row_counts
 
 RULE = Rule({"x": "row", "t": "scalar", "words": "list", "mask": "row"})
 
@@ -71,3 +71,125 @@ def test_rows_that_depend_on_a_longer_text_beside_them_are_found_out() -> None:
     short = torch.tensor([[True, True, False, False]])
     arguments = {"x": torch.ones(1, 4), "t": torch.tensor(0.5), "mask": short}
     assert exact_row_counts(Call("transformer", cut_to_the_longest, (), arguments, RULE), 4) == ()
+
+
+class Rounded(nn.Module):
+    """A layer of the given class between others, and a result in which rounding hides a layer's last bits."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.first = BySize()
+        self.middle = middle
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor]:
+        inner: Tensor = self.middle(self.first(x + t.reshape(-1, 1)))
+        return (inner.to(torch.bfloat16).round(),)
+
+
+class BySize(nn.Linear):
+    """In forwards of some numbers of rows its last bits are others. It multiplies by no matrix: whatever the
+    processor, only those differ."""
+
+    def __init__(self, *odd_rows: int) -> None:
+        super().__init__(4, 4)
+        self.odd_rows = odd_rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[0] * (1 + 2e-7 * (len(x) in self.odd_rows))
+
+
+class ByPlace(nn.Module):
+    """The last row's last bits are others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = torch.arange(len(x)).reshape(-1, 1) == len(x) - 1
+        return x * (1 + 2e-7 * last) if len(x) > 1 else x
+
+
+def final_only(module: Rounded) -> Any:
+    """The module as a function, so that nothing inside it can be seen."""
+    first, middle = module.first.forward, module.middle.forward
+    return lambda x, t, mask: (middle(first(x + t.reshape(-1, 1))).to(torch.bfloat16).round(),)
+
+
+@torch.inference_mode()
+def test_a_difference_inside_is_seen_although_the_result_hides_it() -> None:
+    module = Rounded(BySize(8))
+    assert exact_row_counts(call(final_only(module)), 8) == (1, 2, 4, 8)
+    assert exact_row_counts(call(module), 8) == (8,)
+    assert exact_row_counts(call(Rounded(BySize(2))), 8) == (1, 4, 8)
+
+
+@torch.inference_mode()
+def test_a_place_whose_bits_only_differ_inside_is_found_out() -> None:
+    assert exact_row_counts(call(final_only(Rounded(ByPlace()))), 4) == (1, 2, 4)
+    assert exact_row_counts(call(Rounded(ByPlace())), 4) == ()
+
+
+class Tokens(nn.Module):
+    """An expert: it gets the tokens that are sent to it, as many as there may be."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens * 2
+
+
+class Routed(nn.Module):
+    """Sends the positive ones among the values to an expert, the last first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = Tokens()
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor]:
+        chosen = x > 0
+        result = x.clone()
+        self.seen.append(int(chosen.sum()))
+        result[chosen] = self.expert(x[chosen].flip(0)).flip(0)
+        return (result,)
+
+
+@torch.inference_mode()
+def test_tokens_that_are_as_many_as_the_rows_are_not_taken_for_them() -> None:
+    routed = Routed()
+    assert [exact_row_counts(call(routed), rows)[-1] for rows in range(2, 24)] == [*range(2, 24)]
+
+
+class Transposed(nn.Module):
+    """Works on [tokens, rows]."""
+
+    def __init__(self, odd_rows: int) -> None:
+        super().__init__()
+        self.odd_rows = odd_rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + 2e-7 * (x.shape[1] == self.odd_rows))
+
+
+class Turned(nn.Module):
+    def __init__(self, odd_rows: int) -> None:
+        super().__init__()
+        self.inner = Transposed(odd_rows)
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return (self.inner(torch.stack([x.T, x.T], -1)).permute(1, 0, 2).round(),)
+
+
+@torch.inference_mode()
+def test_rows_in_the_second_dimension_are_compared_too() -> None:
+    assert exact_row_counts(call(Turned(2)), 8) == (1, 4, 8)
+
+
+def test_a_compiled_forward_is_tried_on_more_draws() -> None:
+    sizes: list[float] = []
+
+    def compiled(x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor]:
+        sizes.append(x.std().item())
+        return (x,)
+
+    once = exact_row_counts(call(compiled), 4)
+    few, largest = len(sizes), max(sizes)
+    setattr(compiled, "_torchdynamo_orig_callable", clean)  # noqa: B010
+    assert exact_row_counts(call(compiled), 4) == once == (1, 2, 4)
+    assert len(sizes) - few == (few - 1) * DRAWS  # none to see which modules have rows
+    assert max(sizes) > 4 * largest

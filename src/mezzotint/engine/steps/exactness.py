@@ -13,9 +13,12 @@ from torch import Tensor
 
 from mezzotint.engine.steps.batching import Call, Kind, Part, Rule, entries, merge, rebuilt, split
 from mezzotint.engine.steps.laboratory import agrees
+from mezzotint.engine.steps.traces import Trace
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Row counts that forwards may have, beside R itself."""
+DRAWS = 3
+"""Draws of noise for a compiled forward, whose modules cannot be looked into; one is enough for others."""
 
 AdapterContext = Callable[[Sequence[int]], contextlib.AbstractContextManager[None]]
 """Gives a forward of these rows (by index) their adapters."""
@@ -27,7 +30,7 @@ def _no_adapters(order: Sequence[int]) -> contextlib.AbstractContextManager[None
 
 def rows_are_independent(call: Call, num_rows: int, adapted: AdapterContext = _no_adapters) -> bool:
     """Whether in forwards of `num_rows` rows a row's result depends on that row alone, but for rounding."""
-    return _Noise(call, num_rows, adapted, agrees).is_independent
+    return _Noise(call, num_rows, adapted, exactly=False).is_independent
 
 
 def exact_row_counts(call: Call, num_rows: int, adapted: AdapterContext = _no_adapters) -> tuple[int, ...]:
@@ -36,30 +39,49 @@ def exact_row_counts(call: Call, num_rows: int, adapted: AdapterContext = _no_ad
     In forwards of `num_rows` rows, in the shapes of `call`, bytes must depend on their own row alone: three
     forwards run on rows of noise: in some order, turned by one place, the first row with copies of itself.
     A smaller count qualifies if its forwards give the first and the last rows the bytes they had in those.
+    Not only the result is compared, but what every module inside returned: rounding may hide a difference
+    in the result of one row and show it in another's.
     Kernels are chosen by shape and never by values, so what is equal for noise is equal for every request.
     The noise is always the same: the answer depends on model, machine and shapes, not on who asked first.
     """
-    noise = _Noise(call, num_rows, adapted, _same)
-    if not noise.is_independent:
-        return ()
-    everyone = noise.everyone
     smaller = [count for count in ROW_COUNTS if count < num_rows]
-    return (*(n for n in smaller if noise.agrees(everyone[:n]) and noise.agrees(everyone[-n:])), num_rows)
+    for draw in range(DRAWS if _is_compiled(call) else 1):
+        noise = _Noise(call, num_rows, adapted, exactly=True, draw=draw)
+        if not noise.is_independent:
+            return ()
+        everyone = noise.everyone
+        smaller = [n for n in smaller if noise.agrees(everyone[:n]) and noise.agrees(everyone[-n:])]
+    return (*smaller, num_rows)
+
+
+def _is_compiled(call: Call) -> bool:
+    """Whether the forward no longer calls its modules."""
+    return hasattr(call.run, "_torchdynamo_orig_callable")
 
 
 class _Noise:
     """Forwards of a call's shapes on rows of noise, and what each row gets in the first of them."""
 
     def __init__(
-        self, call: Call, num_rows: int, adapted: AdapterContext, same: Callable[[Any, Any], bool]
+        self, call: Call, num_rows: int, adapted: AdapterContext, *, exactly: bool, draw: int = 0
     ) -> None:
+        """`exactly` compares bytes, also inside the forward; else results may differ by rounding.
+
+        Each draw has other noise, four times as large as that of the one before.
+        """
         assert call.rule is not None, "only calls with a Rule merge"
-        self._call, self._rule, self._adapted, self._same = call, call.rule, adapted, same
-        noise = torch.Generator("cpu").manual_seed(0)
+        self._call, self._rule, self._adapted = call, call.rule, adapted
+        self._same = _same if exactly else agrees
+        self._traced = exactly and not _is_compiled(call)
+        noise = torch.Generator("cpu").manual_seed(draw)
         padded = merge([Part(call, 0, min(call.rows, num_rows))], num_rows)
-        self._arguments = map_rows(padded, self._rule, lambda rows: _like_noise(rows, noise), equal=False)
+        self._arguments = map_rows(
+            padded, self._rule, lambda rows: _like_noise(rows, noise, 4.0**draw), equal=False
+        )
         self.everyone = list(range(num_rows))
-        self._wanted = self._rows_of(self.everyone)
+        self._wanted, self._trace = self._rows_of(self.everyone)
+        self._inside = self._trace.comparable(self._rows_of([0])[1]) if self._traced else set()
+        """What is compared inside the forwards: what has rows both in a forward of all and of one."""
 
     @property
     def is_independent(self) -> bool:
@@ -70,8 +92,10 @@ class _Noise:
 
     def agrees(self, order: Sequence[int]) -> bool:
         """Whether rows in this order get what they got in the first forward."""
-        rows = self._rows_of(order)
-        return all(self._same(self._wanted[index], row) for index, row in zip(order, rows, strict=True))
+        rows, trace = self._rows_of(order)
+        return all(
+            self._same(self._wanted[index], row) for index, row in zip(order, rows, strict=True)
+        ) and self._trace.agrees(trace, order, self._inside)
 
     def _ignores_masks(self) -> bool:
         """Whether the first row keeps its result where the others have longer texts by their masks."""
@@ -80,15 +104,18 @@ class _Noise:
         )
         if _same(changed, self._arguments):
             return True
-        return self._same(self._wanted[0], self._run(changed, self.everyone)[0])
+        return self._same(self._wanted[0], self._run(changed, self.everyone)[0][0])
 
-    def _rows_of(self, order: Sequence[int]) -> list[Any]:
+    def _rows_of(self, order: Sequence[int]) -> tuple[list[Any], Trace]:
         chosen = map_rows(self._arguments, self._rule, lambda rows: [rows[index] for index in order])
         return self._run(chosen, order)
 
-    def _run(self, arguments: Mapping[str, Any], order: Sequence[int]) -> list[Any]:
-        with self._adapted(order):
-            return split(self._call.run(**arguments), [1] * len(order), self._rule.results)
+    def _run(self, arguments: Mapping[str, Any], order: Sequence[int]) -> tuple[list[Any], Trace]:
+        """What each row gets, and the trace of the forward: an empty one where that is not asked for."""
+        trace = Trace(len(order))
+        with self._adapted(order), trace.recording() if self._traced else contextlib.nullcontext():
+            result = self._call.run(**arguments)
+        return split(result, [1] * len(order), self._rule.results), trace
 
 
 def map_rows(
@@ -128,10 +155,10 @@ def _full_mask(row: Any) -> Any:
     return torch.ones_like(row) if row.dtype == torch.bool or bool((row <= 1).all()) else row
 
 
-def _like_noise(rows: list[Any], generator: torch.Generator) -> list[Any]:
-    """Rows of noise like these; masks, indices and what is no tensor stay as they are."""
+def _like_noise(rows: list[Any], generator: torch.Generator, size: float) -> list[Any]:
+    """Rows of noise of this size like these; masks, indices and what is no tensor stay as they are."""
     return [
-        torch.randn(row.shape, generator=generator).to(row.dtype).to(row.device)
+        (size * torch.randn(row.shape, generator=generator)).to(row.dtype).to(row.device)
         if isinstance(row, Tensor) and row.is_floating_point()
         else row
         for row in rows
