@@ -16,6 +16,7 @@ import base64
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import random
 import statistics
@@ -277,6 +278,13 @@ def growth(values: Sequence[int]) -> tuple[float, float]:
     return statistics.median(values[quarter : 2 * quarter] or values), statistics.median(values[-quarter:])
 
 
+def by_tenth(values: Sequence[int]) -> list[float]:
+    """The median MiB of each tenth of the time, which show whether memory levels off."""
+    bounds = [len(values) * number // 10 for number in range(11)]
+    tenths = (values[begin:end] for begin, end in itertools.pairwise(bounds))
+    return [round(statistics.median(tenth) / 2**20, 1) for tenth in tenths if tenth]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600.0)
@@ -313,6 +321,7 @@ def main() -> int:
         "unexplained": dict(found.unexplained),
         "killed": found.killed,
         "memory_mib": [round(value / 2**20, 1) for value in memory],
+        "memory_by_tenth_mib": by_tenth(found.memory),
         "threads": threads,
         "descriptors": descriptors,
         "wrong": wrong,

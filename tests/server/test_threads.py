@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +19,43 @@ from mezzotint.errors import AuthenticationError, UnavailableError
 from mezzotint.server import app as server
 from mezzotint.server.api import a1111
 from mezzotint.server.store import keys
-from mezzotint.server.threads import OWNER, GivenUpError, Threads, require_caller
+from mezzotint.server.threads import MAX_HEAPS, OWNER, GivenUpError, Threads, require_caller
 from mezzotint.server.work import adapters
 from tests.attacks import attack
 from tests.server.hosting import PATIENCE_S, client, hosting, settings_for
+
+HEAPS = """
+import ctypes, sys, threading
+from mezzotint.server.threads import share_heaps
+if sys.argv[1] == "share":
+    share_heaps()
+libc, together = ctypes.CDLL(None), threading.Barrier(9)
+libc.malloc.restype = ctypes.c_void_p
+def use():
+    libc.malloc(4096)
+    together.wait()
+    together.wait()
+for _ in range(8):
+    threading.Thread(target=use).start()
+together.wait()
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+together.wait()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has a heap for each thread")
+def test_threads_share_two_heaps() -> None:
+    num = [
+        subprocess.run(
+            [sys.executable, "-c", HEAPS, how], capture_output=True, text=True, check=True
+        ).stdout.count("<heap nr=")
+        for how in ("alone", "share")
+    ]
+    assert num[0] > num[1]
+    assert num[1] <= MAX_HEAPS
 
 
 @pytest.fixture

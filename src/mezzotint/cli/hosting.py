@@ -24,6 +24,7 @@ from mezzotint.errors import ConfigError, InternalError, MezzotintError, echo
 from mezzotint.server import app as server
 from mezzotint.server import logs
 from mezzotint.server.store.keys import create_first_key
+from mezzotint.server.threads import share_heaps
 from mezzotint.server.workers.process import ENGINE_WORKER
 
 TO_FILE = "| tee /dev/stderr | grep -o 'http[^\"]*' | xargs -r curl -sS -o picture.png"
@@ -38,6 +39,7 @@ def serve(settings: Settings, config: Path | None = None, *, worker: str = ENGIN
     if worker == ENGINE_WORKER:
         for endpoint in settings.endpoints:
             require_model(endpoint.id, endpoint.model)
+    share_heaps()
     # After uvicorn's own handler, so that the block below ends.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     logs.configure(settings.log_level, settings.log_format)

@@ -252,22 +252,23 @@ def _context(settings: Settings, worker: str) -> Context:
     quotas = Quotas(engine)
     making = Threads("making of answers", settings.encode_threads, FINISH_LIMIT_S)
     tracing = open_tracing(settings.otlp_endpoint)
+    pictures = Pictures(
+        engine,
+        storage,
+        share_signer(engine, signer),
+        settings.url_ttl_s,
+        settings.gallery_size,
+        settings.max_starred,
+        settings.max_stored_bytes,
+    )
     return Context(
         settings=settings,
         engine=engine,
         registry=Registry(engine, WorkerSettings.of(settings, worker), metrics),
         adapters=AdapterRegistry(engine, settings.data_dir / "adapters"),
-        admission=Admission(settings, metrics, quotas, making, tracing),
+        admission=Admission(settings, metrics, quotas, making, tracing, pictures.listed),
         signer=signer,
-        pictures=Pictures(
-            engine,
-            storage,
-            share_signer(engine, signer),
-            settings.url_ttl_s,
-            settings.gallery_size,
-            settings.max_starred,
-            settings.max_stored_bytes,
-        ),
+        pictures=pictures,
         metrics=metrics,
         quotas=quotas,
         fetcher=PictureFetcher(settings.max_image_body_bytes) if settings.allow_image_urls else None,
@@ -335,8 +336,9 @@ def _lifespan(
             await others.aclose()
             await context.admission.wait_for_answers()
             await context.registry.stop()
-            with contextlib.suppress(SQLAlchemyError, UnavailableError):
-                await DATABASE.run(context.quotas.store)
+            for leave in (context.pictures.enter, context.quotas.store):
+                with contextlib.suppress(SQLAlchemyError, UnavailableError):
+                    await DATABASE.run(leave)
             context.engine.dispose()
             if context.tracing is not None:
                 await context.tracing.close()

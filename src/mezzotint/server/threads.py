@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -20,6 +22,9 @@ from mezzotint.errors import MezzotintError, UnavailableError
 
 Result = TypeVar("Result")
 RETRY_S = 5.0
+MAX_HEAPS = 2
+_M_ARENA_MAX = -8
+"""Of malloc.h."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +64,16 @@ def require_caller() -> None:
     call = _current.get()
     if call is not None and call.given_up:
         raise GivenUpError
+
+
+def share_heaps() -> None:
+    """Lets all threads share MAX_HEAPS of glibc's heaps; elsewhere it does nothing.
+
+    With a heap for each thread, what one has freed is of no use to another, and memory grows by that.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, MAX_HEAPS)
 
 
 class Threads:
@@ -219,6 +234,8 @@ DATABASE = Threads("database", 8, 5.0, "database_unavailable")
 STRANGERS = Threads("check of keys", 1, 5.0, code="server_busy", max_waiting=256)
 """Looks up keys that have never been good here, so that a flood of wrong ones holds up no right one."""
 FILES = Threads("file storage", 8, 30.0)
+GALLERY = Threads("gallery", 1, 5.0, "database_unavailable")
+"""Enters stored pictures into the gallery."""
 SOURCES = Threads("look at adapter sources", 4, 600.0)
 PICTURES = Threads("reading of pictures", 2, 30.0, spare=14)
 """Decodes pictures that come with requests, and bodies that hold them."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -19,6 +21,7 @@ import sqlalchemy as sa
 pytest.importorskip("obstore", reason="object storage needs obstore: pip install 'mezzotint[s3]'")
 
 from obstore.exceptions import BaseError
+from obstore.store import MemoryStore
 
 from mezzotint.config import Settings
 from mezzotint.errors import ConfigError, UnavailableError
@@ -105,6 +108,32 @@ def until(attempt: Callable[[], object]) -> None:
 
 def files(tmp_path: Path) -> list[str]:
     return [file.name for file in (tmp_path / "images").iterdir()]
+
+
+def test_a_locked_database_is_tried_once_and_pictures_wait_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.01)
+    (tmp_path / "images").mkdir()
+    lite = open_database(f"sqlite:///{tmp_path / 'x.db'}")
+    store: Any = MemoryStore()
+    storage = ObjectStorage(lite, store, Folder(tmp_path / "images"), 2**20)
+    tries, put = [], storage._put
+
+    def counted(name: str, data: bytes, created: float) -> None:
+        tries.append(name)
+        put(name, data, created)
+
+    monkeypatch.setattr(storage, "_put", counted)
+    with contextlib.closing(sqlite3.connect(tmp_path / "x.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        storage.write(NAME, DATA)
+        storage.write(OTHER, DATA)
+        assert (tries, sorted(files(tmp_path))) == ([NAME], [NAME, OTHER])
+        assert storage.write_held() == 0
+    assert storage.write_held() == 2
+    assert files(tmp_path) == []
+    lite.dispose()
 
 
 # ---------------------------------------------------------------- one storage, on both databases

@@ -9,21 +9,28 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import psutil
 import pytest
 import sqlalchemy as sa
 
+from mezzotint.server.store import database, keys
 from mezzotint.server.store.database import usage
+from mezzotint.server.threads import DATABASE
+from mezzotint.server.work import admission
 from tests.attacks import attack
 from tests.server.hosting import GENERATE, PATIENCE_S, client, endpoint, hosting, settings_for
 
+NUM_URLS = 6
+"""Answers with URLs at once: more than there are threads that make answers."""
 START_S = 120.0
 """How long a server with real workers may take to start on a busy machine."""
 
@@ -75,6 +82,68 @@ def test_pictures_are_made_while_another_process_holds_the_database(tmp_path: Pa
         other.execute("ROLLBACK")
         other.close()
         assert host.client.put("/dedicated/beta/endpoint/one/sleep").status_code == 200
+
+
+@attack(
+    "Another process holds the database while several keys ask for URLs",
+    outcome="no answer waits for it; the gallery has every picture afterwards",
+)
+def test_a_locked_database_holds_up_no_answer_and_loses_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 1000.0)  # who waits for the lock waits for ever
+    monkeypatch.setattr(admission, "LISTED_WITHIN_S", 0.05)
+    with hosting(settings_for(tmp_path)) as host, contextlib.ExitStack() as stack:
+        first, second, third = (stack.enter_context(host.new_client()) for _ in range(3))
+        other = sqlite3.connect(tmp_path / "data" / "mezzotint.db", isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+
+        def ask(http: httpx2.Client, seed: int, form: str) -> httpx2.Response:
+            return http.post(GENERATE, json=host.body(seed=seed, response_format=form))
+
+        asked = [host.pool.submit(ask, first, seed, "url") for seed in range(NUM_URLS)]
+        asked += [host.pool.submit(ask, second, seed, "png") for seed in range(NUM_URLS)]
+        asked += [host.pool.submit(ask, third, 0, "url")]
+        answers = [each.result() for each in asked]
+        assert [answer.status_code for answer in answers] == [200] * len(asked)
+        url = answers[0].json()["data"][0]["url"]
+        assert httpx2.get(url).status_code == 200
+        for path in ("/healthz", "/readyz", "/v1/models", "/dedicated/v1/images"):
+            assert second.get(path).status_code == 200, path
+        other.execute("ROLLBACK")
+        other.close()
+        for http, num in ((first, NUM_URLS), (second, 0), (third, 1)):
+            assert len(http.get("/dedicated/v1/images").json()["data"]) == num
+
+
+@attack("The end of the server while another process holds the database", outcome="the server ends")
+def test_a_locked_database_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 1000.0)
+    monkeypatch.setattr(admission, "LISTED_WITHIN_S", 0.05)
+    with contextlib.ExitStack() as stack:
+        with hosting(settings_for(tmp_path)) as host:
+            file = tmp_path / "data" / "mezzotint.db"
+            other = stack.enter_context(contextlib.closing(sqlite3.connect(file, isolation_level=None)))
+            other.execute("BEGIN EXCLUSIVE")
+            assert host.post(response_format="url").status_code == 200
+            monkeypatch.setattr(DATABASE, "limit_s", 0.2)
+        assert other.in_transaction
+
+
+@attack("A key that cannot be looked up within the request's own deadline", outcome="504 at the deadline")
+def test_a_deadline_holds_for_the_look_up_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hosting(settings_for(tmp_path)) as host:
+        look_up, answers = keys.authenticate, threading.Event()
+
+        def slow(*values: Any) -> keys.Key:
+            assert answers.wait(PATIENCE_S)
+            return look_up(*values)
+
+        monkeypatch.setattr(keys, "authenticate", slow)
+        late = host.post(headers={"x-request-timeout-s": "0.1"})
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+        answers.set()
+        assert host.post(headers={"x-request-timeout-s": "20"}).status_code == 200
 
 
 @attack("The clock jumps", outcome="no request ends by it")

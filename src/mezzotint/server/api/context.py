@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -12,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from mezzotint.config import Settings
-from mezzotint.errors import AuthenticationError
+from mezzotint.errors import AuthenticationError, DeadlineError, UnavailableError
 from mezzotint.server.api.picture_urls import PictureFetcher
 from mezzotint.server.metrics import Metrics
 from mezzotint.server.store import keys
@@ -28,6 +29,8 @@ from mezzotint.server.work.registry import Registry
 
 BASIC_PREFIX = "/sdapi/"
 ADMIN_PREFIX = "/dedicated/beta/"
+MAX_TIMEOUT_S = 3600.0
+"""Most that X-Request-Timeout-S may say."""
 
 
 @dataclass(slots=True)
@@ -49,8 +52,11 @@ class Context:
     _good: dict[str, None] = field(default_factory=dict)
     """Hashes of the secrets that were those of a key; the others wait in a queue of their own."""
 
-    async def authenticate(self, authorization: str | None) -> Key:
-        """The key behind an Authorization header; everybody on a server without authentication."""
+    async def authenticate(self, authorization: str | None, limit_s: float | None = None) -> Key:
+        """The key behind an Authorization header; everybody on a server without authentication.
+
+        UnavailableError when the database does not answer, DeadlineError when that takes `limit_s`.
+        """
         if not self.settings.auth:
             return keys.ANONYMOUS
         scheme, _, secret = (authorization or "").partition(" ")
@@ -58,13 +64,19 @@ class Context:
             raise AuthenticationError(
                 "no API key was sent; send the header Authorization: Bearer YOUR_KEY", code="missing_api_key"
             )
-        return await self._look_up(secret.strip())
+        return await self._look_up(secret.strip(), limit_s)
 
-    async def _look_up(self, secret: str) -> Key:
+    async def _look_up(self, secret: str, limit_s: float | None) -> Key:
         digest = keys.digest_of(secret)
         threads = DATABASE if digest in self._good else STRANGERS
+        now = asyncio.get_running_loop().time
+        began = now()
         try:
-            key = await threads.run(self._find_key, secret)
+            key = await threads.run(self._find_key, secret, limit_s=limit_s)
+        except UnavailableError:
+            if limit_s is None or now() < began + limit_s:
+                raise
+            raise DeadlineError("the request reached its deadline while its key was looked up") from None
         except AuthenticationError:
             self._good.pop(digest, None)
             raise
@@ -86,16 +98,26 @@ async def context_of(request: Request) -> Context:
     return context
 
 
+def timeout_of(headers: Headers) -> float | None:
+    """The seconds that a request allows itself; None without the header, and for what is no such number."""
+    try:
+        seconds = float(headers.get("x-request-timeout-s", ""))
+    except ValueError:
+        return None
+    return seconds if 0 < seconds <= MAX_TIMEOUT_S else None
+
+
 async def caller_of(scope: Scope) -> Key:
     """Who sends this request, by its headers alone; an admin where only admins may send any.
 
     AUTOMATIC1111's routes take the key as the password of Basic authentication too.
     """
     context: Context = scope["app"].state.context
-    authorization = Headers(scope=scope).get("authorization")
+    headers = Headers(scope=scope)
+    authorization = headers.get("authorization")
     if scope["path"].startswith(BASIC_PREFIX):
         authorization = _as_bearer(authorization)
-    key = await context.authenticate(authorization)
+    key = await context.authenticate(authorization, timeout_of(headers))
     OWNER.set(key.id)
     if scope["path"].startswith(ADMIN_PREFIX):
         key.require_admin()

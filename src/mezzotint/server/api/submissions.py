@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from fastapi import Depends, Request
 from mezzotint.errors import InvalidRequestError, echo
 from mezzotint.input_pictures import decode_text, read_mask, read_pictures
 from mezzotint.schemas import DedicatedImageGenerationBody, shown
-from mezzotint.server.api.context import Context
+from mezzotint.server.api.context import MAX_TIMEOUT_S, Context, timeout_of
 from mezzotint.server.store.keys import Key
 from mezzotint.server.threads import PICTURES
 from mezzotint.server.work.resolve import Target, require_adapters
@@ -24,7 +23,6 @@ from mezzotint.spec import LIMITS, ImageSpec
 
 MAX_IDEMPOTENCY_KEY = 255
 """Characters."""
-MAX_TIMEOUT_S = 3600.0
 MAX_PREVIEWS = 10
 
 
@@ -93,33 +91,24 @@ HEADERS = described(
 async def head_of(request: Request) -> RequestHead:
     """Dependency: the headers of a request for pictures; InvalidRequestError for a bad one."""
     idempotency_key = request.headers.get("idempotency-key")
-    x_request_timeout_s = request.headers.get("x-request-timeout-s")
     if idempotency_key is not None and not 1 <= len(idempotency_key) <= MAX_IDEMPOTENCY_KEY:
         raise InvalidRequestError(
             f"Idempotency-Key must have 1 to {MAX_IDEMPOTENCY_KEY} characters (got {len(idempotency_key)})",
             code="out_of_range",
             param="Idempotency-Key",
         )
-    timeout_s = None if x_request_timeout_s is None else _parse_timeout(x_request_timeout_s)
-    return RequestHead(request, idempotency_key, timeout_s)
-
-
-CurrentHead = Annotated[RequestHead, Depends(head_of)]
-
-
-def _parse_timeout(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= MAX_TIMEOUT_S:
+    timeout_s, text = timeout_of(request.headers), request.headers.get("x-request-timeout-s")
+    if timeout_s is None and text is not None:
         raise InvalidRequestError(
             f"X-Request-Timeout-S must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:g} "
             f"(got {echo(text)})",
             code="out_of_range",
             param="X-Request-Timeout-S",
         )
-    return seconds
+    return RequestHead(request, idempotency_key, timeout_s)
+
+
+CurrentHead = Annotated[RequestHead, Depends(head_of)]
 
 
 def body_fingerprint(dialect: str, values: Mapping[str, Any]) -> str:

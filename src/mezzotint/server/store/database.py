@@ -14,6 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from mezzotint.errors import ConfigError, MezzotintError, UnavailableError, echo
@@ -223,6 +224,12 @@ def _without_password(url: str) -> str:
         return echo(url.partition("://")[0]) + ("://..." if "://" in url else "")
 
 
+def insert_new(connection: sa.Connection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    """An insert that leaves a row alone whose key is there already."""
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    return insert(table).on_conflict_do_nothing()
+
+
 def unavailable(error: SQLAlchemyError) -> MezzotintError:
     """What a caller is told when the database does not answer (locked, gone, full): try again soon."""
     return UnavailableError(
@@ -234,7 +241,8 @@ def unavailable(error: SQLAlchemyError) -> MezzotintError:
 
 def _prepare_sqlite(connection: object, _record: object) -> None:
     cursor = connection.cursor()  # type: ignore[attr-defined]
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={int(BUSY_TIMEOUT_S * 1000)}"):
+    # The time first, because the others wait for a lock too.
+    for pragma in (f"busy_timeout={int(BUSY_TIMEOUT_S * 1000)}", "journal_mode=WAL", "synchronous=NORMAL"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

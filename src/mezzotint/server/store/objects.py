@@ -112,7 +112,7 @@ class ObjectStorage:
         self._moving = threading.Lock()
         """Held while a picture goes from the disk to the store, so that nobody removes it in between."""
         self._is_down = False
-        """Whether the last write failed. `write` then waits for `write_held` to get through."""
+        """Whether the last write failed, at store or database. `write` then waits for `write_held`."""
         on_held(self._held_bytes)
 
     def check(self) -> None:
@@ -142,9 +142,7 @@ class ObjectStorage:
             try:
                 self._put(name, data, time.time())
                 return
-            except sa.exc.SQLAlchemyError as error:
-                log.error("picture waits on disk, the database does not answer", reason=_reason(error))
-            except _ERRORS as error:
+            except (sa.exc.SQLAlchemyError, *_ERRORS) as error:
                 self._went_down(error)
         self._hold(name, data)
 

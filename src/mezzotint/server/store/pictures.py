@@ -7,13 +7,14 @@ whoever else held such a URL cannot use it any more.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import itertools
 import re
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -28,6 +29,7 @@ from mezzotint.errors import (
     NotFoundError,
     PermissionDeniedError,
     StorageFullError,
+    UnavailableError,
     echo,
 )
 from mezzotint.images import MEDIA_TYPES, Parameters
@@ -35,12 +37,15 @@ from mezzotint.server.store import database
 from mezzotint.server.store.folder import OWNER_LENGTH, Storage, StoredFile
 from mezzotint.server.store.keys import ANONYMOUS
 from mezzotint.server.store.signing import Signer
+from mezzotint.server.threads import GALLERY
 
 PATH = "/images/"
 """The path of all pictures below the server's address."""
 _NAME = re.compile(rf"[A-Za-z0-9_-]{{32}}({'|'.join(map(re.escape, MEDIA_TYPES))})")
 _EXPIRY = re.compile(r"[0-9]{1,12}")
 _TABLE = database.pictures
+MAX_UNLISTED = 1000
+"""Most pictures that wait for their entry in the gallery while the database does not answer."""
 log = structlog.get_logger(__name__)
 
 
@@ -104,13 +109,17 @@ class Pictures:
         """The part of `_used` that came while `clean` was counting."""
         self._lock = threading.Lock()
         """Guards the two above."""
+        self._unlisted: deque[dict[str, Any]] = deque()
+        """Rows of pictures that are not in the gallery yet: `save` adds them, `enter` takes them away."""
+        self._entering = threading.Lock()
 
     # ------------------------------------------------------------ files and their URLs
 
     def save(self, data: bytes, suffix: str, key_id: str, parameters: Parameters) -> str:
         """Stores a picture for this key and returns its name; raises what `Storage.write` does.
 
-        StorageFullError when the key may store no more; nothing is left behind.
+        StorageFullError when the key may store no more; nothing is left behind. `listed` enters it into the
+        gallery, because a database that does not answer must not keep a thread that makes answers.
         """
         owner = self._signer.owner(key_id)
         name = owner + secrets.token_urlsafe(18) + suffix
@@ -122,13 +131,43 @@ class Pictures:
             raise
         if self._gallery_size:
             values = parameters.request_fields()
-            row = _TABLE.insert().values(name=name, key_id=key_id, created=time.time(), parameters=values)
-            try:
-                with self._engine.begin() as connection:
-                    connection.execute(row)
-            except sa.exc.SQLAlchemyError as error:  # a picture is worth more than its entry in the gallery
-                log.warning("picture is missing from the gallery", reason=str(error).splitlines()[0])
+            row = {"name": name, "key_id": key_id, "created": time.time(), "parameters": values}
+            if len(self._unlisted) < MAX_UNLISTED:
+                self._unlisted.append(row)
+            else:  # a picture is worth more than its entry in the gallery
+                log.warning("picture is missing from the gallery", reason=f"{MAX_UNLISTED} others wait")
         return name
+
+    async def listed(self, key_id: str, limit_s: float | None = None) -> None:
+        """Waits until the key's pictures are in the gallery, for `limit_s` at most.
+
+        Those that are not by then follow when the database answers.
+        """
+        if any(row["key_id"] == key_id for row in tuple(self._unlisted)):
+            with contextlib.suppress(UnavailableError, sa.exc.SQLAlchemyError, OSError):
+                await GALLERY.run(self.enter, limit_s=limit_s)
+
+    def enter(self) -> None:
+        """Enters what `save` has stored into the gallery; what fails stays for the next call."""
+        if not self._entering.acquire(blocking=False):  # by `clean` and by a request at once
+            return
+        try:
+            while self._unlisted:
+                self._enter_row(self._unlisted[0])
+                self._unlisted.popleft()
+        finally:
+            self._entering.release()
+
+    def _enter_row(self, row: dict[str, Any]) -> None:
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(database.insert_new(connection, _TABLE).values(row))
+        except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
+            reason = str(error).splitlines()[0]
+            log.warning("pictures wait for the gallery", num=len(self._unlisted), reason=reason)
+            raise
+        except sa.exc.SQLAlchemyError as error:
+            log.warning("picture is missing from the gallery", reason=str(error).splitlines()[0])
 
     def url(self, base: str, name: str, *, expires: int | None = None) -> str:
         """The address of a stored picture below `base`, valid for the time to live from now on."""
@@ -221,6 +260,7 @@ class Pictures:
 
     def clean(self) -> tuple[int, int]:
         """Removes what is past its life; returns how many files went and how many bytes stay."""
+        self.enter()
         newest = sa.func.row_number().over(
             partition_by=_TABLE.c.key_id, order_by=(_TABLE.c.created.desc(), _TABLE.c.name)
         )

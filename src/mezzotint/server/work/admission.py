@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 STOPPING_RETRY_S = 5.0
 """Retry-After of a server that stops; another one, or the same after a restart, may answer by then."""
 DRAWN_SEEDS = 2**32
+LISTED_WITHIN_S = 1.0
+"""How long an answer waits for the entry of its pictures in the gallery."""
 
 log = structlog.get_logger(__name__)
 
@@ -56,13 +58,18 @@ class Admission:
         quotas: Quotas,
         making: Threads,
         tracing: Tracing | None = None,
+        listed: Callable[[str, float], Awaitable[None]] | None = None,
     ) -> None:
-        """`making` runs the `finish` of submissions."""
+        """`making` runs the `finish` of submissions.
+
+        Before an answer goes out, `listed` may take up to so many seconds for a key's new pictures.
+        """
         self._settings = settings
         self._tracing = tracing
         self._metrics = metrics
         self._quotas = quotas
         self._making = making
+        self._listed = listed
         self.tickets = Tickets(settings.idempotency_ttl_s)
         self._spool = Spool(settings.data_dir)
         self._joining = Joining(
@@ -315,6 +322,9 @@ class Admission:
         outcome: Answer | MezzotintError
         try:
             outcome = await self._making.run(finish, ticket, pictures)
+            if self._listed is not None:
+                left_s = ticket.deadline - asyncio.get_running_loop().time()
+                await self._listed(ticket.key.id, min(LISTED_WITHIN_S, max(0.0, left_s)))
             if not self.tickets.fits_memory(ticket.key.id, len(outcome.content)):
                 outcome = await self._making.run(self._to_disk, outcome)
         except MezzotintError as error:

@@ -85,6 +85,7 @@ async def pictures(
     starred: Annotated[bool, Query(description="Only starred pictures.")] = False,
 ) -> StoredPictures:
     """Those asked for as `url`; the newest stay when their URLs have expired. The URLs here are fresh."""
+    await context.pictures.listed(key.id)
     found = await DATABASE.run(
         partial(context.pictures.list, key.id, limit + 1, before, search=search, starred=starred)
     )
@@ -111,6 +112,7 @@ async def pictures(
 )
 async def star_picture(name: str, body: PictureChange, context: CurrentContext, key: CurrentKey) -> Response:
     """Starred pictures stay when newer ones come; each key may star `max_starred` of them."""
+    await context.pictures.listed(key.id)
     await DATABASE.run(context.pictures.star, name, key.id, body.starred)
     return Response(status_code=204)
 
@@ -124,6 +126,7 @@ async def star_picture(name: str, body: PictureChange, context: CurrentContext, 
 )
 async def delete_picture(name: str, context: CurrentContext, key: CurrentKey) -> Response:
     """Its URLs end at once."""
+    await context.pictures.listed(key.id)
     await DATABASE.run(context.pictures.remove, name, key.id)
     return Response(status_code=204)
 
