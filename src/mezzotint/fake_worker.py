@@ -6,6 +6,7 @@ Server tests and examples run it in place of the engine's worker. What it does i
     fake:step_s=0.05,size=32          slower steps, smaller pictures
     fake:pictures=0                   makes pictures from words only (2: works from up to two pictures)
     fake:load_s=0.5                   takes that long to load
+    fake:node=10.0.0.7                says that it runs on that machine
     fake:channels=4,layers=3          pictures with alpha, three for each job
     fake:fail_load=permanent          LoadFailed, exit EXIT_PERMANENT (`temporary`: LoadFailed, exit status 1)
     fake:die_at_start=1               exits before Ready, as a crash would
@@ -48,6 +49,7 @@ from mezzotint.messages import (
     Message,
     ModelInfo,
     Ping,
+    Placed,
     Pong,
     Preview,
     Progress,
@@ -65,6 +67,7 @@ DEFAULTS = {
     "size": "16",
     "pictures": "2",
     "load_s": "0",
+    "node": "",
     "channels": "3",
     "layers": "1",
     "fail_load": "",
@@ -100,6 +103,8 @@ def run(connection: Connection) -> None:
         assert isinstance(load, LoadModel)
         options = parse_source(load.source)
         connection.send_bytes(encode(Loading(LOADING, 0.0)))
+        if options["node"]:
+            connection.send_bytes(encode(Placed(options["node"])))
         _start_faults(connection, options)
         began = time.monotonic()
         time.sleep(float(options["load_s"]))

@@ -19,7 +19,8 @@ from tests.server.work.test_adapters import write
 def own_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """A server whose endpoints and keys these tests may change."""
     one, still = endpoint("fake"), endpoint("fake:step_s=0.5", id="still", max_jobs=1)
-    with hosting(settings_for(tmp_path_factory.mktemp("admin"), one, still)) as running:
+    away = endpoint("fake:node=10.0.0.7", id="away", replicas=2)
+    with hosting(settings_for(tmp_path_factory.mktemp("admin"), one, still, away)) as running:
         yield running
 
 
@@ -66,6 +67,10 @@ def test_endpoints_are_seen_with_their_queues_and_commanded(admin: Visit, own_ho
     admin.page.click("#admin-open")
     assert admin.page.locator("#prompt").is_visible()
     assert not admin.page.locator("#admin").is_visible()
+
+
+def test_the_machines_of_workers_are_named(admin: Visit) -> None:
+    shows(row(admin, "endpoints", "away"), "2/2 (2 on 10.0.0.7)")
 
 
 def test_adapters_are_added_and_removed(admin: Visit, own_host: Host, tmp_path: Path) -> None:

@@ -175,6 +175,24 @@ def test_top_shows_each_endpoint_and_its_rates(run: Run) -> None:
     assert "emoji" in run("top", "--once", "--every", "0.2").stdout
 
 
+def test_top_and_show_name_the_machines_of_workers(run: Run) -> None:
+    away = ("--model", "fake:size=8,node=10.0.0.7", "--set", "replicas=2")
+    assert run("endpoints", "create", "away", *away).returncode == 0
+    try:
+        wait_for_status(run, "away", "RUNNING")
+        until = time.monotonic() + DEADLINE_S
+        while "away: 2 on 10.0.0.7" not in (
+            lines := run("top", "--once", "--every", "0.2").stdout.splitlines()
+        ):
+            assert time.monotonic() < until, lines
+        assert not any(line.startswith("emoji: ") for line in lines), "its worker is here"
+        assert run("endpoints", "show", "away").stdout.count("10.0.0.7") >= 2
+    finally:
+        run("endpoints", "terminate", "away")
+        wait_for_status(run, "away", "TERMINATED")
+        run("endpoints", "delete", "away")
+
+
 def test_top_and_history_say_how_workers_were_scaled_and_why(run: Run) -> None:
     asleep = ("--set", "min_replicas=0", "--set", "scale_down_delay_s=0.5")
     assert run("endpoints", "create", "third", "--model", "fake:size=8", *asleep).returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from mezzotint.cli.hosting import hosted
 from mezzotint.cli.running import SERVER_FILE, announced, running_servers, state_folder
 from mezzotint.config import EndpointSettings, Settings
 from tests.cli.conftest import Run
+from tests.cli.test_manage import DEADLINE_S, wait_for_status
 from tests.conftest import Fake
 from tests.server.work.test_adapters import write
 
@@ -73,6 +75,21 @@ def test_ps_lists_servers_and_endpoints(run: Run, known: Fake) -> None:
         ("emoji", "ready", "0")
     ]
     assert known.url in run("ps").stdout
+
+
+def test_ps_names_the_machines_of_workers(run: Run, known: Fake) -> None:
+    away = ("--model", "fake:size=8,node=10.0.0.7", "--set", "replicas=2")
+    assert run("endpoints", "create", "away", *away).returncode == 0
+    try:
+        wait_for_status(run, "away", "RUNNING")
+        until = time.monotonic() + DEADLINE_S
+        while "  2/2 (2 on 10.0.0.7)  " not in (listed := run("ps").stdout):
+            assert time.monotonic() < until, listed
+        assert "  1/1  " in next(line for line in listed.splitlines() if line.startswith("emoji"))
+    finally:
+        run("endpoints", "terminate", "away")
+        wait_for_status(run, "away", "TERMINATED")
+        run("endpoints", "delete", "away")
 
 
 def test_without_any_server_ps_says_how_to_start_one(run: Run) -> None:

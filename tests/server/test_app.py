@@ -15,6 +15,7 @@ from mezzotint.errors import ConfigError
 from mezzotint.server import app
 from mezzotint.server.app import create_app, serve
 from mezzotint.server.store.keys import create_first_key, create_key, list_keys, revoke_key
+from mezzotint.server.work.lifecycle import Command
 from tests.attacks import attack
 from tests.server.hosting import FAKE, GENERATE, Host, client, endpoint, hosting, settings_for
 
@@ -65,6 +66,18 @@ def test_metrics_need_an_admin_key(host: Host) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
     text = host.client.get("/metrics").text
     assert 'mezzotint_ready_replicas{endpoint="one"} 1.0' in text
+
+
+def test_metrics_count_the_workers_of_other_machines_by_machine(tmp_path: Path) -> None:
+    away, here = endpoint("fake:node=10.0.0.7", id="away", replicas=2), endpoint(id="here")
+    counted = 'mezzotint_node_replicas{endpoint="away",node="10.0.0.7"} 2.0'
+    with hosting(settings_for(tmp_path, away, here)) as host:
+        host.until(lambda: all(replica.node for replica in host.endpoint("away").current.replicas))
+        for _ in range(2):
+            lines = host.client.get("/metrics").text.splitlines()
+            assert [line for line in lines if line.startswith("mezzotint_node_replicas{")] == [counted]
+        host.command(Command.SLEEP, endpoint_id="away")
+        assert "mezzotint_node_replicas{" not in host.client.get("/metrics").text
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 import typer
+
+
+def places(replicas: Iterable[Mapping[str, Any]]) -> str:
+    """How many of an endpoint's workers run on which other machines: `2 on 10.0.0.1, 1 on 10.0.0.2`."""
+    nodes = Counter(replica["node"] for replica in replicas if replica["node"] is not None)
+    return ", ".join(f"{num} on {node}" for node, num in sorted(nodes.items()))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from mezzotint.cli.options import ConfigFlag, DataDirFlag, JsonFlag, ServerFlag
 from mezzotint.cli.reach import ENDPOINTS, Server, managed
+from mezzotint.cli.tables import places, print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,8 +54,6 @@ def top(
     from rich.console import Console
     from rich.live import Live
 
-    from mezzotint.cli.tables import print_table
-
     with managed(server, config, data_dir) as running:
         looks = look_again(running, every)
         if as_json or once:
@@ -63,7 +62,7 @@ def top(
                     typer.echo(json.dumps(rows))
                 else:
                     print_table(list(COLUMNS.values()), [_texts(row) for row in rows])
-                    typer.echo(_scalings(rows), nl=False)
+                    typer.echo(_notes(rows), nl=False)
                 if once:
                     return
         with Live(console=Console(), auto_refresh=False, screen=True) as screen:
@@ -115,6 +114,7 @@ def row_of(
         "adapters": len(live["adapters"]),
         "resident": int(after.get(("mezzotint_adapters_resident", id), 0)),
         "failures": int(after.get(("mezzotint_failures_total", id), 0)),
+        "places": places(live["replicas"]),
         "scaling": [event["reason"] for event in live["scaling"][-1:]],
         "restarts": sum(replica["restarts"] for replica in live["replicas"]),
     }
@@ -125,7 +125,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_scalings(rows), caption_justify="left")
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_notes(rows), caption_justify="left")
     for name, title in COLUMNS.items():
         shown.add_column(title, justify="left" if name in ("endpoint", "state") else "right", no_wrap=True)
     for row in rows:
@@ -137,6 +137,7 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
     return [str(row[name]) for name in COLUMNS]
 
 
-def _scalings(rows: list[dict[str, Any]]) -> str:
-    """The last scaling of each endpoint that had one, a line each."""
-    return "".join(f"{row['endpoint']}: {reason}\n" for row in rows for reason in row["scaling"])
+def _notes(rows: list[dict[str, Any]]) -> str:
+    """Where each endpoint's workers run, if not here, and its last scaling, if it had one: a line each."""
+    said = [(row["endpoint"], text) for row in rows for text in (row["places"], *row["scaling"]) if text]
+    return "".join(f"{endpoint}: {text}\n" for endpoint, text in said)

@@ -74,6 +74,12 @@ class Metrics:
         self.wanted_replicas = Gauge(
             "mezzotint_wanted_replicas", "Workers that there should be.", endpoint, registry=registry
         )
+        self.node_replicas = Gauge(
+            "mezzotint_node_replicas",
+            "Workers on other machines, by the address of the machine.",
+            ["endpoint", "node"],
+            registry=registry,
+        )
         self.scalings = Counter(
             "mezzotint_scalings_total",
             "Changes of the number of workers by the load.",

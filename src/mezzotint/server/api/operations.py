@@ -64,14 +64,18 @@ async def _known_key(context: Context, authorization: str | None) -> Key | None:
     responses={status: answers.ERRORS[status] for status in (401, 403, 503)},
 )
 async def metrics(context: CurrentContext, admin: AdminKey) -> Response:
+    gauges = context.metrics
+    gauges.node_replicas.clear()  # of nodes that are gone
     for endpoint in context.registry:
-        gauges = context.metrics
         gauges.queue_depth.labels(endpoint.id).set(len(endpoint.dispatcher.queue))
         gauges.running.labels(endpoint.id).set(endpoint.dispatcher.num_running())
         gauges.backlog.labels(endpoint.id).set(endpoint.dispatcher.queue.backlog_s())
         gauges.speed.labels(endpoint.id).set(endpoint.dispatcher.speed)
         gauges.ready_replicas.labels(endpoint.id).set(len(endpoint.current.ready))
         gauges.wanted_replicas.labels(endpoint.id).set(endpoint.num_wanted)
+        for replica in endpoint.current.replicas:
+            if replica.node is not None:
+                gauges.node_replicas.labels(endpoint.id, replica.node).inc()
     return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 

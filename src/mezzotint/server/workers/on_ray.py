@@ -14,7 +14,6 @@ import os
 import queue
 import threading
 import traceback
-import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
@@ -40,6 +39,7 @@ from mezzotint.messages import (
     encode,
     kind,
 )
+from mezzotint.server.workers.adapter_cache import AdapterCache
 from mezzotint.spec import RayPlace
 
 _log = logging.getLogger(__name__)
@@ -186,6 +186,7 @@ class WorkerActor:
     def __init__(self, target: str) -> None:
         self._pipe, theirs = Pipe()
         self._code = 1
+        self._files = AdapterCache(_adapter_folder())
         self._loop = threading.Thread(target=self._run, args=(target, theirs), name="worker", daemon=True)
         self._loop.start()
 
@@ -203,21 +204,12 @@ class WorkerActor:
     @ray.method(concurrency_group="in")  # type: ignore[untyped-decorator]
     def find_file(self, checksum: str) -> str | None:
         """The path of an adapter file that is on this node already."""
-        file = _adapter_folder() / f"{checksum}.safetensors"
-        return str(file) if file.is_file() and _checksum(file) == checksum else None
+        file = self._files.find(checksum)
+        return None if file is None else str(file)
 
     @ray.method(concurrency_group="in")  # type: ignore[untyped-decorator]
     def keep_file(self, checksum: str, content: bytes) -> str:
-        folder = _adapter_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{checksum}.safetensors"
-        part = folder / f"{checksum}.{uuid.uuid4().hex}.part"
-        try:
-            part.write_bytes(content)
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
-        return str(file)
+        return str(self._files.keep(checksum, content))
 
     @ray.method(concurrency_group="out", num_returns="streaming")  # type: ignore[untyped-decorator]
     def frames(self) -> Iterator[bytes | int]:
@@ -263,11 +255,6 @@ def _options(place: RayPlace) -> Any:
 def _adapter_folder() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "mezzotint" / "adapters"
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

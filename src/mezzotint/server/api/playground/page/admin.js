@@ -136,12 +136,19 @@ function button(label, about, work, question) {
   return made;
 }
 
+/** How many workers run on which other machines: "2 on 10.0.0.1, 1 on 10.0.0.2". */
+function places(replicas) {
+  const nodes = new Map();
+  for (const { node } of replicas) if (node) nodes.set(node, (nodes.get(node) ?? 0) + 1);
+  return [...nodes].sort().map(([node, num]) => `${num} on ${node}`).join(", ");
+}
+
 function endpointRow({ id, status, message }, spec, rate) {
-  const { queue, scaling } = spec.mezzotint;
-  const why = scaling.at(-1)?.reason;
-  const replicas = `${spec.currReplicaCnt}/${spec.desiredReplicaCnt}`;
+  const { queue, replicas, scaling } = spec.mezzotint;
+  const more = [places(replicas), scaling.at(-1)?.reason].filter(Boolean).join("; ");
+  const workers = `${spec.currReplicaCnt}/${spec.desiredReplicaCnt}`;
   const cells = [
-    id, message ? `${status}: ${message}` : status, why ? `${replicas} (${why})` : replicas, queue.running, queue.jobs,
+    id, message ? `${status}: ${message}` : status, more ? `${workers} (${more})` : workers, queue.running, queue.jobs,
     `${queue.backlog_s.toFixed(1)} s`, rate ? rate.pictures.toFixed(1) : "", rate ? rate.steps.toFixed(1) : "",
   ];
   return row(cells, (COMMANDS[status] ?? []).map((command) => {
