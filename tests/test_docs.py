@@ -168,7 +168,7 @@ def test_troubleshooting_knows_every_error_code() -> None:
 
 
 def test_the_deployment_files_name_settings_that_exist() -> None:
-    texts = "".join(file.read_text() for file in (ROOT / "deploy").iterdir())
+    texts = "".join(file.read_text() for file in (ROOT / "deploy").rglob("*") if file.is_file())
     names = {name.lower() for name in re.findall(r"MEZZOTINT_([A-Z_]+)", texts)}
     assert names
     assert names <= set(Settings.model_fields)
