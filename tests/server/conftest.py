@@ -2,66 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import tempfile
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import pytest
-import sqlalchemy as sa
+
+from tests.server.hosting import Host, hosting, settings_for
+from tests.server.postgres import find_postgres, private_postgres
 
 if TYPE_CHECKING:
     from tests.server.s3 import S3Server
-
-OWNER = "postgres"
-"""The system's user for the server, which refuses to run as root; Debian's package makes it."""
 
 
 @pytest.fixture(scope="session")
 def new_postgres() -> Iterator[Callable[[], str]]:
     """Gives the URL of a new empty database at each call, in a private server without a network port."""
-    programs = [Path(found).parent for found in (shutil.which("initdb"),) if found]
-    programs += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    if not programs:
+    if find_postgres() is None:
         pytest.skip("no PostgreSQL server is installed (on Debian and Ubuntu: apt-get install postgresql)")
-    with tempfile.TemporaryDirectory(prefix="mezzotint-postgres-") as name:
-        folder = Path(name)
-        data = folder / "data"
-        user = OWNER if os.geteuid() == 0 else None
-        if user:
-            shutil.chown(folder, user)
-
-        def call(program: str, *arguments: str | Path) -> None:
-            done = subprocess.run(
-                [programs[0] / program, *arguments],
-                user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-
-        call("initdb", "-D", data, "-U", "tests", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
-        options = f"-k {folder} -c listen_addresses= -c fsync=off"
-        call("pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", options, "start")
-        server = sa.create_engine(_url(folder, "postgres"), isolation_level="AUTOCOMMIT")
-
-        def make() -> str:
-            database = f"test_{uuid4().hex}"
-            with server.connect() as connection:
-                connection.execute(sa.text(f"CREATE DATABASE {database}"))
-            return _url(folder, database)
-
-        try:
-            yield make
-        finally:
-            server.dispose()
-            call("pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
+    with private_postgres() as make:
+        yield make
 
 
-def _url(folder: Path, database: str) -> str:
-    return f"postgresql+psycopg://tests@/{database}?host={folder}"
+@pytest.fixture
+def pair(tmp_path: Path, new_postgres: Callable[[], str]) -> Iterator[tuple[Host, Host]]:
+    """Two servers in this process on one Postgres database, each with a data folder of its own."""
+    url = new_postgres()
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(hosting(settings_for(tmp_path / "first", database_url=url)))
+        settings = settings_for(tmp_path / "second", database_url=url)
+        yield first, stack.enter_context(hosting(settings, key=first.first_key))
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +18,12 @@ from typing import Any
 
 import httpx2
 import pytest
+import sqlalchemy as sa
 
+from mezzotint.server.api import gateways as forwarding
+from mezzotint.server.store import database
 from tests.server.collector import children, collecting
-from tests.server.hosting import GENERATE, client
+from tests.server.hosting import GENERATE, Host, client
 
 PATIENCE_S = 120.0
 ASYNC = {"prefer": "respond-async"}
@@ -28,6 +33,7 @@ ASYNC = {"prefer": "respond-async"}
 class Gateway:
     process: subprocess.Popen[str]
     http: httpx2.Client
+    database_url: str
 
     def post(self, prompt: str, headers: dict[str, str], **fields: Any) -> httpx2.Response:
         body = {"model": "one", "prompt": prompt, "num_inference_steps": 10, "response_format": "png"}
@@ -44,6 +50,29 @@ class Gateway:
             time.sleep(0.05)
         values: dict[str, Any] = answer.json()
         return values
+
+    def num_done(self) -> float:
+        """Requests that have run here to their end."""
+        found = re.search(r'mezzotint_requests_total{endpoint="one",outcome="done"} (\S+)', self.metrics())
+        return float(found[1]) if found else 0.0
+
+    def metrics(self) -> str:
+        return self.http.get("/metrics").text
+
+    def until_written_down(self, *request_ids: str) -> None:
+        """Waits until the other servers know that these are done."""
+        engine = sa.create_engine(self.database_url)
+        table, end = database.requests, time.monotonic() + PATIENCE_S
+        done = sa.select(sa.func.count()).where(table.c.id.in_(request_ids), table.c.state == "done")
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            while connection.scalar(done) != len(request_ids):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        engine.dispose()
+
+    def freeze(self) -> None:
+        """As a machine that hangs: its connections stay, and nothing moves."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
         """As `kill -9` of the process and of its workers, which are in its group."""
@@ -74,7 +103,7 @@ def running(tmp_path: Path, url: str, variables: dict[str, str]) -> Iterator[tup
             key = key or made
             http = stack.enter_context(client(address, key))
             http.timeout = httpx2.Timeout(PATIENCE_S)
-            started.append(Gateway(process, http))
+            started.append(Gateway(process, http, url))
         for each in started:
             end = time.monotonic() + PATIENCE_S
             while each.http.get("/readyz").status_code != 200:
@@ -142,7 +171,11 @@ def test_a_killed_gateways_requests_end_once_each_on_the_other_with_the_same_byt
 ) -> None:
     first, second = gateways
     finished = first.post("early", ASYNC | {"idempotency-key": "early"}).json()["id"]
-    early = picture(first.until(finished, "done"))
+    early = first.until(finished, "done")
+    linked = first.post("linked", ASYNC, response_format="url").json()["id"]
+    url = first.until(linked, "done")["result"]["data"][0]["url"]
+    drawn = first.http.get(url).content
+    first.until_written_down(finished, linked)
     seeded = {
         seed: first.post("a cat", ASYNC | {"idempotency-key": f"k{seed}"}, seed=seed).json()["id"]
         for seed in range(8)
@@ -155,13 +188,26 @@ def test_a_killed_gateways_requests_end_once_each_on_the_other_with_the_same_byt
     assert joined.status_code == 200, joined.text
     assert joined.json()["id"] == seeded[7]
     states = {seed: second.until(request_id, "done", "failed") for seed, request_id in seeded.items()}
+    num_done = second.num_done()
+    assert second.until(finished, "done") == early
+    resent = second.post("early", ASYNC | {"idempotency-key": "early"})
+    assert resent.json()["id"] == finished
+    waited = second.post("early", {"idempotency-key": "early"})
+    assert waited.json() == early["result"]
+    assert "generate;dur=0.0" not in waited.headers["server-timing"]
+    other = second.post("other", {"idempotency-key": "early"})
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "conflict")
+    assert second.num_done() == num_done, "what was done need not run again"
+    again = second.until(linked, "done")["result"]["data"][0]["url"]
+    path = again.removeprefix(str(first.http.base_url).rstrip("/"))  # a balancer's name would do
+    assert second.http.get(path).content == drawn, "the drawn seed is the same when it runs again"
+    assert second.num_done() == num_done + 1, "the pictures of its URLs are on the dead server's disk"
     for seed, state in states.items():
         resent = second.post("a cat", {"idempotency-key": f"k{seed}"}, seed=seed)
         assert resent.json()["id"] == seeded[seed]
         fresh = second.post("a cat", {}, seed=seed).json()
         assert fresh["id"] != seeded[seed]
         assert picture(state) == resent.json()["data"][0]["b64_json"] == fresh["data"][0]["b64_json"]
-    assert picture(second.until(finished, "done")) == early, "the drawn seed is the same when it runs again"
 
 
 def test_a_gateway_that_stops_leaves_its_promised_requests_to_the_other(
@@ -204,3 +250,82 @@ def test_a_trace_goes_on_through_the_other_gateway_and_after_the_death_of_its_ow
         assert [each.name for each in children(spans, request)] == ["queue", "generate", "encode"]
         other = collector.until(lambda spans: any(request.id in each.links for each in spans))
         assert [each.trace for each in other if request.id in each.links] == [traces["other"]]
+
+
+def test_a_frozen_gateway_is_given_up_and_what_it_had_runs_on_the_other(
+    gateways: tuple[Gateway, Gateway],
+) -> None:
+    first, second = gateways
+    request_id = first.post("slow", ASYNC | {"idempotency-key": "k"}, num_inference_steps=50, n=4).json()[
+        "id"
+    ]
+    with (
+        ThreadPoolExecutor(1) as pool,
+        second.http.stream("GET", f"/dedicated/v1/requests/{request_id}/events") as events,
+    ):
+        lines = events.iter_lines()
+        assert next(lines).startswith("event: ")
+        waiting = pool.submit(
+            second.post, "slow", {"idempotency-key": "k"}, num_inference_steps=50, n=4
+        )  # through the second
+        first.until(request_id, "running")
+        first.freeze()
+        with pytest.raises(httpx2.RemoteProtocolError):
+            for _ in lines:
+                pass
+        joined = waiting.result()
+    assert joined.status_code == 200, joined.text
+    assert joined.json()["id"] == request_id
+    assert second.num_done() == 1
+
+
+def test_a_gateway_that_lives_and_cannot_be_reached_is_a_503_that_says_so(
+    pair: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarding, "UNREACHABLE_S", 0.5)
+    first, second = pair
+    request_id = first.submit("a !hang@3", headers={"idempotency-key": "k"})
+    table = database.gateways
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        closed = f"http://127.0.0.1:{_closed_port()}"
+        for url in (closed, f"http://127.0.0.1:{mute.getsockname()[1]}"):
+            with second.service.engine.begin() as connection:
+                connection.execute(table.update().where(table.c.url == _url(first)).values(url=url))
+            questions = [
+                second.client.get(f"/dedicated/v1/requests/{request_id}"),
+                second.client.get(f"/dedicated/v1/requests/{request_id}/events"),
+                second.client.delete(f"/dedicated/v1/requests/{request_id}"),
+            ]
+            if url == closed:  # a new request would wait at the other for as long as it lives
+                questions.append(second.post("a !hang@3", headers={"idempotency-key": "k"}))
+            for answer in questions:
+                code = answer.json()["error"]["code"]
+                assert (answer.status_code, code) == (503, "gateway_unreachable"), answer.text
+                assert int(answer.headers["retry-after"]) >= 1
+            with second.service.engine.begin() as connection:
+                connection.execute(table.update().where(table.c.url == url).values(url=_url(first)))
+    assert second.client.delete(f"/dedicated/v1/requests/{request_id}").json()["status"] == "cancelled"
+    assert first.state(request_id)["status"] == "cancelled"
+
+
+def test_an_answer_that_stops_half_way_at_the_other_gateway_is_cut_off(
+    pair: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarding, "QUIET_S", 0.5)  # under the time between two signs of life
+    first, second = pair
+    request_id = first.submit("a !hang@3")
+    with second.client.stream("GET", f"/dedicated/v1/requests/{request_id}/events") as events:
+        assert events.status_code == 200
+        with pytest.raises(httpx2.RemoteProtocolError):
+            events.read()
+
+
+def _url(host: Host) -> str:
+    url: str = host.app.state.gateway_url
+    return url
+
+
+def _closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port: int = closed.getsockname()[1]
+        return port

@@ -78,6 +78,7 @@ def store(
 ) -> str:
     """Stores a picture's file for its key and returns the URL; runs in a thread."""
     parameters = parameters_of(ticket.endpoint, model, picture)
+    ticket.stored = True
     save = context.pictures.save if ticket.trace is None else ticket.trace.storing(context.pictures.save)
     name = save(data, suffix, ticket.key.id, parameters)
     context.metrics.stored.inc(len(data))

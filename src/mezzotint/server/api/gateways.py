@@ -11,7 +11,10 @@ import asyncio
 import contextlib
 import hmac
 import re
+import shutil
+import socket
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
@@ -19,19 +22,23 @@ import structlog
 from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
-from starlette.responses import StreamingResponse
+from starlette.responses import FileResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mezzotint import hub
 from mezzotint.errors import MezzotintError, UnavailableError
+from mezzotint.server.api import sse
 from mezzotint.server.api.context import Context, caller_of
 from mezzotint.server.api.disconnect import or_gone
 from mezzotint.server.api.submissions import MAX_IDEMPOTENCY_KEY, parse_prefer
 from mezzotint.server.store import database, keys
-from mezzotint.server.store.gateways import DEAD_AFTER_S, Accepted, Ledger, Place
+from mezzotint.server.store.adapter_files import copy_source, new_scratch
+from mezzotint.server.store.adapters import Adapter
+from mezzotint.server.store.gateways import DEAD_AFTER_S, Accepted, Kept, Ledger, Place
 from mezzotint.server.store.keys import Key
 from mezzotint.server.store.signing import Signer
-from mezzotint.server.threads import DATABASE, Threads
-from mezzotint.server.work.tickets import Ticket
+from mezzotint.server.threads import DATABASE, FILES, SOURCES, Threads
+from mezzotint.server.work.tickets import Answer, Finished, Ticket
 
 HEADER = "x-mezzotint-gateway"
 """On what one gateway sends to another; its value is the internal token."""
@@ -40,6 +47,10 @@ LOOK_AGAIN_S = 0.1
 UNREACHABLE_S = 2 * DEAD_AFTER_S
 """After this long an owner that lives and does not answer is given up."""
 CONNECT_S = 2.0
+QUIET_S = 3 * sse.HEARTBEAT_S
+"""After this long without a byte an answer on its way is given up."""
+KEPT_BYTES = 2**18
+"""Largest answer that is kept in the database for when its server dies."""
 AGAIN_S = 300.0
 """How long a request that was taken over tries to be let in."""
 PICTURE_PATHS = (
@@ -47,7 +58,22 @@ PICTURE_PATHS = (
     "/v1/images/edits", "/v1/images/variations", "/sdapi/v1/txt2img", "/sdapi/v1/img2img",
 )  # fmt: skip
 REQUEST_PATH = re.compile(r"/dedicated/v1/requests/(req_[0-9a-f]+)(/events)?")
+FILES_PATH = "/gateways/adapters"
+"""Where one gateway gets adapter files of another; for everybody else there is nothing."""
+_FILE_PATH = re.compile(FILES_PATH + r"/([0-9a-f]{64})/([a-z_]+\.(?:safetensors|json))")
 _KEPT_HEADERS = ("content-type", "host", "idempotency-key", "prefer", "x-request-timeout-s")
+_SECONDS = ("queue_s", "generate_s", "encode_s")
+_NOTICE_DEAD_MACHINES = [
+    (level, getattr(socket, name), value)
+    for level, name, value in (
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 3),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 3),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+    )
+    if hasattr(socket, name)
+]
+"""A connection to a machine that has gone ends after UNREACHABLE_S, where the system can do that."""
 _HOP_BY_HOP = ("connection", "date", "keep-alive", "server", "transfer-encoding")
 
 Result = TypeVar("Result")
@@ -65,11 +91,17 @@ class Gateways:
         self._ledger = Ledger(context.engine)
         self._token = signer.gateway_token()
         self._heart = Threads("heartbeat", 1, DEAD_AFTER_S)
-        self._http = httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=CONNECT_S), trust_env=False)
+        self._http = httpx2.AsyncClient(
+            timeout=httpx2.Timeout(None, connect=CONNECT_S),  # `_forwarded` has limits of its own
+            trust_env=False,
+            transport=httpx2.AsyncHTTPTransport(socket_options=_NOTICE_DEAD_MACHINES),
+        )
         self._arriving: set[str] = set()
         """Requests that are written down and not yet let in or refused; see `_settled`."""
         self._told: set[str] = set()
         """Those whose end is written down."""
+        self._forwards: set[tuple[str, asyncio.Timeout]] = set()
+        """Owners whose answers are on their way, and what ends the wait when the owner has died."""
         self._again: set[asyncio.Task[None]] = set()
         self.inner: ASGIApp | None = None
         """The app below this middleware, for requests that run again; `Forwarding` sets it."""
@@ -80,7 +112,8 @@ class Gateways:
     async def living(self, url: str) -> AsyncIterator[None]:
         """While the block runs the others may reach this gateway, and it takes over what dead ones left."""
         await self._heart.run(self._ledger.beat, url)
-        tasks = [asyncio.create_task(self._beat(url)), asyncio.create_task(self._upkeep())]
+        lives = (self._beat(url), self._upkeep(), self._follow())
+        tasks = [asyncio.create_task(each) for each in lives]
         try:
             yield
         finally:
@@ -104,6 +137,7 @@ class Gateways:
         while True:
             try:
                 await self._tell_ends()
+                await self._give_up_on_the_dead()
                 known = {*self._tickets.by_id, *self._arriving}
                 await DATABASE.run(self._ledger.tidy, known, self._tickets.ttl_s)
                 for place in await DATABASE.run(self._ledger.orphans):
@@ -112,13 +146,45 @@ class Gateways:
                 log.error("other servers' requests cannot be looked at", error=str(error))
             await asyncio.sleep(BEAT_EVERY_S)
 
+    async def _follow(self) -> None:
+        """Takes over what other servers have changed of endpoints and adapters."""
+        context = self._context
+        while True:
+            try:
+                await context.registry.follow(context.settings.drain_s)
+                await context.adapters.follow(context.registry, self.fetch)
+            except (SQLAlchemyError, MezzotintError) as error:
+                log.error("other servers' changes cannot be followed", error=str(error))
+            await asyncio.sleep(BEAT_EVERY_S)
+
     async def _tell_ends(self) -> None:
         """Writes down what has ended; what ended because this server stops stays open for another one."""
         self._told &= self._tickets.by_id.keys()
         for ticket in list(self._tickets.by_id.values()):
             if ticket.ended and ticket.id not in self._told and not _is_stopped(ticket):
-                await DATABASE.run(self._ledger.end, ticket.id, ticket.status)
+                await DATABASE.run(self._ledger.end, ticket.id, ticket.status, await self._kept(ticket))
                 self._told.add(ticket.id)
+
+    async def _kept(self, ticket: Ticket) -> Kept | None:
+        """The answer, if it is small and another server could give it just as well."""
+        answer = ticket.answer
+        if answer is None or not (ticket.promised and answer.is_json and len(answer.content) <= KEPT_BYTES):
+            return None
+        if ticket.stored and not self._context.pictures.storage.is_shared():
+            return None  # it names pictures that are here
+        content = b"".join([piece async for piece in answer.pieces()])
+        seconds = {name: getattr(answer, name) for name in _SECONDS}
+        return Kept(content, seconds | {"warnings": ticket.warnings})
+
+    async def _give_up_on_the_dead(self) -> None:
+        """Ends the wait for answers of servers that have died without closing their connections."""
+        if not self._forwards:
+            return
+        living = await DATABASE.run(self._ledger.living)
+        for each in list(self._forwards):
+            if each[0] not in living:
+                self._forwards.discard(each)
+                each[1].reschedule(asyncio.get_running_loop().time())
 
     # ------------------------------------------------------------ requests for pictures
 
@@ -164,7 +230,7 @@ class Gateways:
                 await self._take_over(place)
             elif self._is_forwarded(scope):
                 return False
-            elif await self._forwarded(place.url, scope, receive, send, body):
+            elif await self._forwarded(place.owner, place.url, scope, receive, send, body):
                 return None
         raise _unreachable()
 
@@ -192,7 +258,7 @@ class Gateways:
                 if not place.may_run_again:
                     return False
                 await self._take_over(place)
-            elif await self._forwarded(place.url, scope, receive, send, b""):
+            elif await self._forwarded(place.owner, place.url, scope, receive, send, b""):
                 return True
         raise _unreachable()
 
@@ -202,8 +268,13 @@ class Gateways:
         """Whether another gateway has sent this, which must not travel further."""
         return hmac.compare_digest(Headers(scope=scope).get(HEADER, "").encode(), self._token.encode())
 
-    async def _forwarded(self, url: str, scope: Scope, receive: Receive, send: Send, body: bytes) -> bool:
-        """Sends a request to another gateway and its answer back; False if that gateway cannot be reached."""
+    async def _forwarded(
+        self, owner: str, url: str, scope: Scope, receive: Receive, send: Send, body: bytes
+    ) -> bool:
+        """Sends a request to another gateway and its answer back; False if that gateway does not answer.
+
+        A new request may take as long as its owner lives. The answer to a question is there at once.
+        """
         query = scope["query_string"].decode()
         target = url + scope["path"] + (f"?{query}" if query else "")
         dropped = (*_HOP_BY_HOP, "content-length", "accept-encoding")
@@ -214,9 +285,11 @@ class Gateways:
         request = self._http.build_request(
             scope["method"], target, headers=[*headers, *own.items()], content=body
         )
+        begin_s = None if scope["method"] == "POST" else UNREACHABLE_S
         try:
-            answer = await or_gone(receive, self._http.send(request, stream=True))
-        except httpx2.TransportError as error:
+            async with self._while_it_lives(owner), asyncio.timeout(begin_s):
+                answer = await or_gone(receive, self._http.send(request, stream=True))
+        except (httpx2.TransportError, TimeoutError) as error:
             log.warning("another server cannot be reached", url=url, error=type(error).__name__)
             return False
         try:
@@ -226,7 +299,10 @@ class Gateways:
                 for name, value in answer.headers.raw
                 if name.lower().decode("latin-1") not in _HOP_BY_HOP
             ]
-            await response(scope, receive, send)
+            async with self._while_it_lives(owner):
+                await response(scope, receive, send)
+        except (httpx2.TransportError, TimeoutError):
+            raise _unreachable() from None  # the head is out, so the connection ends too early
         finally:
             await answer.aclose()
         return True
@@ -235,6 +311,54 @@ class Gateways:
         """What hands the current trace on; nothing without tracing."""
         tracing = self._context.tracing
         return {} if tracing is None else tracing.headers()
+
+    @contextlib.asynccontextmanager
+    async def _while_it_lives(self, owner: str) -> AsyncIterator[None]:
+        """TimeoutError when the gateway is found dead before the block has ended."""
+        async with asyncio.timeout(None) as limit:
+            self._forwards.add((owner, limit))
+            try:
+                yield
+            finally:
+                self._forwards.discard((owner, limit))
+
+    # ------------------------------------------------------------ adapter files
+
+    async def fetch(self, adapter: Adapter, max_bytes: int) -> bool:
+        """Gets an adapter's file, of at most so many bytes, from a gateway that has it; whether one had."""
+        folder = self._context.adapters.table.folder
+        weights = adapter.path.name
+        names = (weights, hub.PEFT_CONFIG) if weights == hub.PEFT_WEIGHTS else (weights,)
+        for url in await DATABASE.run(self._ledger.others):
+            place = f"{url}{FILES_PATH}/{adapter.path.parent.name}"
+            scratch = await FILES.run(new_scratch, folder)
+            try:
+                for name in names:
+                    await self._download(f"{place}/{name}", scratch / name)
+                copy = await SOURCES.run(copy_source, str(scratch / weights), folder, max_bytes)
+                if copy.path == adapter.path:  # the folder is named by what is in it
+                    return True
+                log.error("another server's file is not the adapter", url=url, route=adapter.route)
+            except (httpx2.HTTPError, TimeoutError, OSError, MezzotintError) as error:
+                log.warning("another server does not give an adapter's file", url=url, error=str(error))
+            finally:
+                await FILES.run(shutil.rmtree, scratch, True)
+        return False
+
+    async def _download(self, url: str, file: Path) -> None:
+        async with self._http.stream("GET", url, headers={HEADER: self._token}) as answer:
+            answer.raise_for_status()
+            with file.open("wb") as written:
+                async for piece in _pieces(answer):
+                    await FILES.run(written.write, piece)
+
+    async def give_file(self, folder: str, name: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends another gateway an adapter's file."""
+        path = self._context.adapters.table.folder / folder / name
+        if self._is_forwarded(scope) and path.is_file():
+            await FileResponse(path)(scope, receive, send)
+        else:
+            await self._below(scope, receive, send)  # where there is no such address
 
     # ------------------------------------------------------------ taking over
 
@@ -309,6 +433,7 @@ class Gateways:
                 "request_id": request.id,
                 "arrived": asyncio.get_running_loop().time(),
                 "key": key,
+                "finished": None if request.kept is None else _finished(request.kept),
             },
         }
         tracing = self._context.tracing
@@ -360,6 +485,10 @@ class Forwarding:
             if found is not None:
                 await self._gateways.find(found[1], scope, receive, send)
                 return
+            file = _FILE_PATH.fullmatch(scope["path"])
+            if file is not None:
+                await self._gateways.give_file(file[1], file[2], scope, receive, send)
+                return
         await self._app(scope, receive, send)
 
 
@@ -378,8 +507,19 @@ async def _for_a_while() -> AsyncIterator[None]:
 
 
 async def _pieces(answer: httpx2.Response) -> AsyncIterator[bytes]:
-    async for piece in answer.aiter_raw():
+    """The pieces of a body. TimeoutError when none comes for so long that an event stream is dead, too."""
+    pieces = answer.aiter_raw()
+    while True:
+        async with asyncio.timeout(QUIET_S):
+            piece = await anext(pieces, None)
+        if piece is None:
+            return
         yield piece
+
+
+def _finished(kept: Kept) -> Finished:
+    seconds = {name: kept.facts[name] for name in _SECONDS}
+    return Finished(Answer(kept.content, **seconds), tuple(kept.facts["warnings"]))
 
 
 def _is_stopped(ticket: Ticket) -> bool:

@@ -66,6 +66,7 @@ class RequestHead:
             hold=hold,
             arrived=self.request.state.arrived,
             require=require,
+            finished=getattr(self.request.state, "finished", None),  # set where a request is taken over
         )
 
 

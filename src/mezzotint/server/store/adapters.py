@@ -103,6 +103,15 @@ class AdapterTable:
         with self._engine.begin() as connection:
             return [_adapter(row, self.folder) for row in connection.execute(query).mappings()]
 
+    def places(self) -> dict[str, dict[str, tuple[Path, float]]]:
+        """By endpoint and route: file and scale, which tell whether a route has been changed."""
+        names = ("endpoint_id", "route", "path", "scale")
+        found: dict[str, dict[str, tuple[Path, float]]] = {}
+        with self._engine.begin() as connection:
+            for row in connection.execute(sa.select(*(_TABLE.c[name] for name in names))):
+                found.setdefault(row.endpoint_id, {})[row.route] = (self.folder / row.path, row.scale)
+        return found
+
     def save(self, adapter: Adapter) -> None:
         """Stores a record in place of an earlier one of the same endpoint and route."""
         facts = {name: getattr(adapter, name) for name in _FACTS}

@@ -52,6 +52,8 @@ endpoints = sa.Table(
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("version", sa.Integer, nullable=False),
     sa.Column("desired", sa.String, nullable=False),  # running, sleeping or terminated
+    sa.Column("command", sa.String),  # the last one, and how many there were: servers follow it
+    sa.Column("commands", sa.Integer, nullable=False, server_default="0"),
     sa.Column("from_file", sa.JSON),  # the settings as the configuration file last gave them
     sa.Column("calibration", sa.JSON),  # see endpoints.Calibration
     sa.Column("created", sa.Float, nullable=False),
@@ -144,6 +146,8 @@ requests = sa.Table(  # what the servers on this Postgres database have accepted
     sa.Column("path", sa.String, nullable=False),
     sa.Column("headers", sa.JSON, nullable=False),
     sa.Column("body", sa.LargeBinary),  # null: nobody may ask for the answer later, so it never runs again
+    sa.Column("answer", sa.LargeBinary),  # of a request that is done, where it is small enough
+    sa.Column("answer_facts", sa.JSON),  # see gateways.Kept
     sa.Column("state", sa.String, nullable=False),  # open, done, failed or cancelled
     sa.Column("owner", sa.String, nullable=False),  # id of a gateway
     sa.Column("updated", sa.Float, nullable=False),

@@ -57,6 +57,9 @@ class Storage(Protocol):
     def require_room(self) -> None:
         """UnavailableError while nothing can be stored, for all that is known."""
 
+    def is_shared(self) -> bool:
+        """Whether other servers find here, at this moment, all that this one has stored."""
+
     def write_held(self) -> int:
         """Writes pictures that wait elsewhere to where they belong; returns how many."""
 
@@ -135,6 +138,9 @@ class Folder:
 
     def require_room(self) -> None:
         """A full disk is noticed when it is written to."""
+
+    def is_shared(self) -> bool:
+        return False
 
     def write_held(self) -> int:
         return 0  # nothing ever waits

@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
@@ -18,6 +19,16 @@ from mezzotint.server.threads import require_caller
 DEAD_AFTER_S = 6.0
 """A gateway that has not said that it lives for this long is dead; another one takes its requests over."""
 _GATEWAYS, _REQUESTS = database.gateways, database.requests
+_AS_IT_CAME = ("id", "key_id", "idempotency_key", "path", "headers", "body")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The answer of a request that is done, for when its gateway has died."""
+
+    content: bytes
+    facts: Mapping[str, Any]
+    """What its headers show: `warnings`, and the fields of an Answer that are seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +41,8 @@ class Accepted:
     path: str
     headers: Mapping[str, str]
     body: bytes | None
+    kept: Kept | None = None
+    """Its answer, if it is done and need not run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +103,17 @@ class Ledger:
             require_caller()
         return None
 
+    def living(self) -> set[str]:
+        """The ids of the gateways that live."""
+        with self._engine.connect() as connection:
+            return set(connection.scalars(sa.select(_GATEWAYS.c.id).where(_lives())))
+
+    def others(self) -> list[str]:
+        """The addresses of the other gateways that live."""
+        query = sa.select(_GATEWAYS.c.url).where(_lives(), _GATEWAYS.c.id != self.id)
+        with self._engine.connect() as connection:
+            return list(connection.scalars(query))
+
     def find(self, request_id: str, key_id: str) -> Place | None:
         """Where a request of this key is."""
         with self._engine.connect() as connection:
@@ -105,20 +129,26 @@ class Ledger:
     def take_over(self, place: Place) -> Accepted | None:
         """The request, which is now this gateway's; None if another gateway was first or its owner lives."""
         lives = sa.exists().where(_GATEWAYS.c.id == _REQUESTS.c.owner, _lives())
+        state = sa.case((_REQUESTS.c.answer.is_not(None), "done"), else_="open")
         change = (
             _REQUESTS.update()
             .where(_REQUESTS.c.id == place.id, _REQUESTS.c.owner == place.owner, ~lives)
             .where(_REQUESTS.c.body.is_not(None))
-            .values(owner=self.id, state="open", updated=database.CLOCK)
-            .returning(*(_REQUESTS.c[name] for name in Accepted.__dataclass_fields__))
+            .values(owner=self.id, state=state, updated=database.CLOCK)
+            .returning(*(_REQUESTS.c[name] for name in (*_AS_IT_CAME, "answer", "answer_facts")))
         )
         with self._engine.begin() as connection:
             row = connection.execute(change).mappings().first()
-        return None if row is None else Accepted(**row)
+        if row is None:
+            return None
+        kept = None if row["answer"] is None else Kept(row["answer"], row["answer_facts"])
+        return Accepted(**{name: row[name] for name in _AS_IT_CAME}, kept=kept)
 
-    def end(self, request_id: str, state: str) -> None:
+    def end(self, request_id: str, state: str, kept: Kept | None = None) -> None:
         """Notes how a request of this gateway has ended; a failed one frees its idempotency key."""
         values: dict[str, object] = {"state": state, "updated": database.CLOCK}
+        if kept is not None:
+            values |= {"answer": kept.content, "answer_facts": dict(kept.facts)}
         if state != "done":
             values |= {"idempotency_key": None, "body": None}
         with self._engine.begin() as connection:

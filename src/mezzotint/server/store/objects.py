@@ -151,6 +151,9 @@ class ObjectStorage:
         if self._is_down and self._held_bytes >= self._max_held_bytes:
             raise self._no_room()
 
+    def is_shared(self) -> bool:
+        return not self._held_bytes
+
     def write_held(self) -> int:
         """Writes what waits to the store, the oldest first, until that fails; returns how many went."""
         written = 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -29,6 +29,7 @@ from mezzotint.errors import (
     InvalidRequestError,
     ModelLoadError,
     NotFoundError,
+    UnavailableError,
     echo,
     nearest,
 )
@@ -39,7 +40,10 @@ from mezzotint.server.work.endpoints import Endpoint
 from mezzotint.server.work.registry import Registry
 
 log = structlog.get_logger(__name__)
+FETCH_AGAIN_S = 10.0
 Result = TypeVar("Result")
+Fetch = Callable[[Adapter, int], Awaitable[bool]]
+"""Gets the file of an adapter, of at most so many bytes, from another server; whether it is here now."""
 
 
 class AdapterRegistry:
@@ -47,6 +51,11 @@ class AdapterRegistry:
 
     def __init__(self, engine: sa.Engine, folder: Path) -> None:
         self.table = AdapterTable(engine, folder)
+        self._is_shared = engine.dialect.name != "sqlite"
+        self._following: set[str] = set()
+        """Endpoints that are being brought to what another server has changed."""
+        self._fetch_again: dict[Path, float] = {}
+        """Files that no server could give, and when to ask again, on the event loop's clock."""
         self._changes: set[asyncio.Task[Any]] = set()
         """Changes in progress, referenced here so that they are not collected before their end."""
 
@@ -57,7 +66,8 @@ class AdapterRegistry:
         for endpoint in registry:
             self._adopt(endpoint.spec, registry.is_from_file(endpoint.id))
             for adapter in self.table.list(endpoint.id):
-                endpoint.adapters.publish(adapter)
+                if adapter.path.is_file() or not self._is_shared:  # else `follow` fetches it first
+                    endpoint.adapters.publish(adapter)
         remove_unused(self.table.folder, {adapter.path for adapter in self.table.list()})
 
     def _adopt(self, spec: EndpointSettings, from_file: bool) -> None:
@@ -97,6 +107,53 @@ class AdapterRegistry:
         except InvalidRequestError as error:
             raise ConfigError(f"endpoint {spec.id}, adapter {settings.route}: {error.message}") from None
         return _registered(spec.id, settings, file, origin)
+
+    # ------------------------------------------------------------ other servers on the database
+
+    async def follow(self, registry: Registry, fetch: Fetch) -> None:
+        """Begins to open and close the routes that other servers have changed."""
+        places = await DATABASE.run(self.table.places)
+        for endpoint in registry:
+            here = {route: (each.path, each.scale) for route, each in endpoint.adapters.items()}
+            if here != places.get(endpoint.id, {}) and endpoint.id not in self._following:
+                self._following.add(endpoint.id)
+                self._start(self._catch_up(endpoint, fetch))
+
+    async def _catch_up(self, endpoint: Endpoint, fetch: Fetch) -> None:
+        try:
+            for adapter in await DATABASE.run(self.table.list, endpoint.id):
+                await self._get(endpoint, adapter, fetch)
+            async with endpoint.adapters.lock:  # a change of this server's own has reached all places
+                records = await DATABASE.run(self.table.list, endpoint.id)
+                if not endpoint.adapters.closed:
+                    self._bring_in_line(endpoint, {each.route: each for each in records})
+        except (sa.exc.SQLAlchemyError, UnavailableError) as error:
+            log.error("another server's adapters cannot be read", endpoint=endpoint.id, error=str(error))
+        finally:
+            self._following.discard(endpoint.id)
+
+    async def _get(self, endpoint: Endpoint, adapter: Adapter, fetch: Fetch) -> None:
+        """Has an adapter's file here, if that can be; FETCH_AGAIN_S after it could not."""
+        now = asyncio.get_running_loop().time()
+        if adapter.path.is_file() or now < self._fetch_again.get(adapter.path, 0.0):
+            return
+        if await fetch(adapter, _max_file_bytes(endpoint.spec)):
+            self._fetch_again.pop(adapter.path, None)
+        else:
+            self._fetch_again[adapter.path] = now + FETCH_AGAIN_S
+            log.error(
+                "no server that lives has the adapter's file", endpoint=endpoint.id, route=adapter.route
+            )
+
+    def _bring_in_line(self, endpoint: Endpoint, records: dict[str, Adapter]) -> None:
+        for route, record in records.items():
+            here = endpoint.adapters.get(route)
+            changed = here is None or (here.path, here.scale) != (record.path, record.scale)
+            if changed and record.path.is_file():
+                endpoint.adapters.announce([record])
+        for route in endpoint.adapters.keys() - records.keys():
+            endpoint.adapters.close_route(route)
+            self._start(_forget_when_unused(endpoint, route))
 
     # ------------------------------------------------------------ beside running endpoints
 

@@ -34,7 +34,15 @@ from mezzotint.server.threads import DATABASE, Threads
 from mezzotint.server.work.estimate import Estimate
 from mezzotint.server.work.joining import Joining
 from mezzotint.server.work.queueing import Job
-from mezzotint.server.work.tickets import Answer, ClientGone, Picture, Submission, Ticket, Tickets
+from mezzotint.server.work.tickets import (
+    Answer,
+    ClientGone,
+    Finished,
+    Picture,
+    Submission,
+    Ticket,
+    Tickets,
+)
 
 if TYPE_CHECKING:
     from mezzotint.server.tracing import Tracing
@@ -86,7 +94,9 @@ class Admission:
         ClientGone means that this client has hung up and that the same request waits on another connection.
         """
         ticket = await self._joining.find(submission)
-        if ticket is None and self._quotas.must_pay(submission.key):
+        if ticket is None and submission.finished is not None:
+            ticket = self._take_finished(submission, submission.finished)
+        elif ticket is None and self._quotas.must_pay(submission.key):
             ticket = await self._find_or_pay(submission)
         elif ticket is None:  # nothing is awaited from here on, or a twin could come between
             ticket = self._admit(submission)
@@ -135,6 +145,19 @@ class Admission:
             if ticket.trace is not None:
                 job.trace = ticket.trace.job(job.request.job_id)
             endpoint.enqueue(job, now)
+        return ticket
+
+    def _take_finished(self, submission: Submission, finished: Finished) -> Ticket:
+        """A request that another server has answered, and that was counted there: only kept from here on."""
+        now = asyncio.get_running_loop().time()
+        ticket = Ticket.of(submission, now)
+        ticket.jobs = [self._job(ticket, message) for message in _messages(submission)]
+        for job in ticket.jobs:
+            job.step, job.ended = job.spec.num_steps, True
+        ticket.status, ticket.answer, ticket.finish = "done", finished.answer, None
+        ticket.warnings, ticket.held = list(finished.warnings), submission.hold
+        self.tickets.add(ticket)
+        self.tickets.keep(ticket, now)
         return ticket
 
     def _checked(self, submission: Submission) -> Ticket:

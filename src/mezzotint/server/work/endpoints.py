@@ -269,6 +269,18 @@ class Endpoint:
         self._calibration = self.current.calibration = None
         self.obey(Command.RESTART)
 
+    def take_rows(self, calibration: Calibration) -> None:
+        """Starts workers that merge as many rows as those of another server on the database.
+
+        It measured first under these settings, and the bytes of a seed are those of its rows.
+        """
+        if self.closed or not calibration.fits(self.spec):
+            return
+        log.info("another server's rows are taken", endpoint=self.id, rows=calibration.info.rows)
+        self._calibration = self.current.calibration = calibration
+        if self.state in (State.STARTING, State.READY):
+            self._act(Command.RESTART)
+
     async def settled(self) -> State:
         """Waits for the end of a drain or a stop."""
         while self.state in (State.DRAINING, State.STOPPING):

@@ -90,6 +90,14 @@ class Answer:
                 yield await FILES.run(self.content.read, start, PIECE_BYTES)
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a request that is done has come to: its answer and the warnings in its header."""
+
+    answer: Answer
+    warnings: tuple[str, ...]
+
+
 Finish = Callable[["Ticket", list[Picture]], Answer]
 Identity = tuple[str, str]
 """Key id and fingerprint of a body: equal for requests that are the same to their sender."""
@@ -122,6 +130,8 @@ class Submission:
     """When its head was there, on the event loop's clock; its deadline counts from here."""
     require: Callable[[], None] = lambda: None
     """Raises when the answer could not be made; called before a new request is queued."""
+    finished: Finished | None = None
+    """What came of it at another server that has died since; it does not run again."""
 
     @property
     def identity(self) -> Identity:
@@ -161,6 +171,8 @@ class Ticket:
     """Connections that follow the events; they keep the answer, not the request."""
     held: bool = False
     """Runs to its end, and keeps its answer, without any connection."""
+    stored: bool = False
+    """Whether its answer names pictures in this server's storage; set by whoever stores them."""
     left_at: float = 0.0
     """When the last client hung up; Joining alone uses it."""
     ended_at: float = 0.0
