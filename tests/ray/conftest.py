@@ -18,11 +18,12 @@ def free_port() -> int:
         return port
 
 
-def start_cluster(port: int) -> Any:
-    """A head alone, which has no room for workers."""
+def start_cluster(port: int, reconnect_s: int = 60) -> Any:
+    """A head alone, which has no room for workers. Nodes outlive it for `reconnect_s`."""
     from ray.cluster_utils import Cluster
 
     head = {
+        "_system_config": {"gcs_rpc_server_reconnect_timeout_s": reconnect_s},
         "gcs_server_port": port,
         "num_cpus": 0,
         "object_store_memory": STORE_BYTES,

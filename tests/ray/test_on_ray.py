@@ -128,6 +128,47 @@ def test_the_death_of_a_node_moves_its_work_to_another(tmp_path: Path) -> None:
         running.shutdown()
 
 
+def picture_of(answer: httpx2.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    data: str = answer.json()["data"][0]["b64_json"]
+    return data
+
+
+def test_the_death_of_the_head_costs_no_request_and_heals_by_itself(tmp_path: Path) -> None:
+    port, seeds, num_long = free_port(), range(8), 2
+    running = start_cluster(port, reconnect_s=5)
+    try:
+        add_node(running)
+        slow = endpoint("fake:step_s=0.25", deadline_s=2 * PATIENCE_S, max_queue_s=2 * PATIENCE_S)
+        with hosting.hosting(settings_for(tmp_path, slow, ray=f"127.0.0.1:{port}")) as host:
+            expected = {seed: host.picture(seed=seed) for seed in seeds}
+            long = [host.post_soon(seed=1, num_inference_steps=40) for _ in range(num_long)]
+            answers = {seed: host.post_soon(seed=seed) for seed in seeds}
+            host.until(lambda: not host.endpoint().dispatcher.idle)
+            running.remove_node(running.head_node, allow_graceful=False)
+            replica = host.endpoint().current.replicas[0]
+            host.until(lambda: replica.unplaced)
+            refused = host.post(seed=1)
+            assert refused.status_code == 503, refused.text
+            assert refused.json()["error"]["code"] == "workers_unavailable"
+            assert int(refused.headers["retry-after"]) > 0
+            running.shutdown()
+            running = start_cluster(port)
+            add_node(running)
+            host.wait_for(State.READY)
+            pictures = [picture_of(answer.result(PATIENCE_S)) for answer in long]
+            assert len(set(pictures)) == 1
+            assert host.picture(seed=1, num_inference_steps=40) == pictures[0]
+            assert {
+                seed: picture_of(answer.result(PATIENCE_S)) for seed, answer in answers.items()
+            } == expected
+            done = 'mezzotint_requests_total{endpoint="one",outcome="done"}'
+            lines = host.client.get("/metrics").text.splitlines()
+            assert f"{done} {float(2 * len(seeds) + num_long + 1)}" in lines, "each ended once"
+    finally:
+        running.shutdown()
+
+
 def test_a_model_that_the_node_lacks_is_told_with_the_node(cluster: Any, tmp_path: Path) -> None:
     missing = endpoint(str(tmp_path / "no-such-model"))
     settings = settings_for(tmp_path, missing, ray=cluster.address)
