@@ -242,6 +242,41 @@ def test_a_frozen_store_holds_up_one_picture_and_no_other(
     assert place.names() == set()
 
 
+def test_a_picture_that_waits_on_another_servers_disk_is_not_taken_for_expired(
+    place: Place, new_postgres: Callable[[], str], tmp_path: Path
+) -> None:
+    engine = open_database(new_postgres())
+    here, there = (place.storage(engine, tmp_path / name) for name in ("images", "others"))
+    third, lost = "c" * 32 + ".png", "d" * 32 + ".png"
+    with place.s3.away():
+        for name in (NAME, OTHER, third, lost):  # only the first one is tried at the store
+            here.write(name, DATA)
+        assert not here.is_shared()
+        assert here.remove(third) == len(DATA)
+
+    def answers() -> bool:
+        with contextlib.suppress(UnavailableError):
+            return find(there, third) is None
+        return False
+
+    until(answers)
+    for name in (NAME, OTHER):
+        with pytest.raises(UnavailableError):
+            find(there, name)
+    with pytest.raises(UnavailableError):
+        there.remove(OTHER)
+    (tmp_path / "images" / lost).unlink()
+    until(here.write_held)
+    assert read(find(there)) == read(find(there, OTHER)) == DATA
+    assert there.remove(OTHER) == len(DATA)
+    assert find(there, OTHER) is None
+    with pytest.raises(UnavailableError):
+        find(there, lost)
+    assert cleaned(there, FAR) == (1, 0)
+    assert find(there, lost) is None
+    engine.dispose()
+
+
 def test_what_does_not_fit_the_limit_is_refused_and_leaves_nothing(
     place: Place, lite: sa.Engine, tmp_path: Path
 ) -> None:

@@ -104,6 +104,13 @@ objects = sa.Table(  # what is, or may be, in object storage
     sa.Index("objects_by_age", "created"),
 )
 
+held = sa.Table(  # pictures that wait on the disk of one of the servers on Postgres; empty on SQLite
+    "held",
+    metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("created", sa.Float, nullable=False),
+)
+
 secrets = sa.Table(  # what servers on one Postgres database share; empty on SQLite
     "secrets",
     metadata,

@@ -37,7 +37,7 @@ CHECK_NAME = "mezzotint-storage-check"
 """Written and removed at the start, to see whether the store lets us."""
 _METADATA_SERVICE = "169.254.169.254"
 """Where the machines of a cloud give credentials; asked when there are none elsewhere."""
-_TABLE = database.objects
+_TABLE, _HELD = database.objects, database.held
 _ERRORS = (BaseError, OSError, ValueError, MezzotintError)
 """What obstore raises; FileNotFoundError is a missing bucket or object."""
 log = structlog.get_logger(__name__)
@@ -113,6 +113,10 @@ class ObjectStorage:
         """Held while a picture goes from the disk to the store, so that nobody removes it in between."""
         self._is_down = False
         """Whether the last write failed, at store or database. `write` then waits for `write_held`."""
+        self._has_others = engine.dialect.name != "sqlite"
+        """Whether other servers may be asked for what waits here; the table `held` then tells them."""
+        self._is_database_down = False
+        """Whether it was the database, as far as is known."""
         on_held(self._held_bytes)
 
     def check(self) -> None:
@@ -199,6 +203,7 @@ class ObjectStorage:
                 raise self._no_room()
             self._held_bytes += len(data)
         try:
+            self._tell_held(name)
             self._held.write(name, data)
         except BaseException as error:
             self._count(-len(data))
@@ -206,6 +211,16 @@ class ObjectStorage:
                 raise self._no_room() from None
             raise
         self._on_held(self._held_bytes)
+
+    def _tell_held(self, name: str) -> None:
+        """Says in the database that a picture waits, so that no other server takes it for expired."""
+        if self._has_others and not self._is_database_down:
+            try:
+                with self._engine.begin() as connection:
+                    connection.execute(_HELD.insert().values(name=name, created=time.time()))
+            except sa.exc.SQLAlchemyError as error:
+                self._is_database_down = True
+                log.error("other servers do not know that a picture waits here", reason=_reason(error))
 
     def _no_room(self) -> UnavailableError:
         return UnavailableError(
@@ -225,6 +240,7 @@ class ObjectStorage:
         if not self._is_down:
             log.error("storage does not answer; pictures wait on disk", reason=_reason(error))
         self._is_down = True
+        self._is_database_down = isinstance(error, sa.exc.SQLAlchemyError)
 
     # ------------------------------------------------------------ out
 
@@ -236,34 +252,56 @@ class ObjectStorage:
             try:
                 meta = await obstore.head_async(self._store, name)
             except FileNotFoundError:
-                return None
+                meta = None
             except PermissionDeniedError:  # so AWS says that there is none to those who may not list
                 if await DATABASE.run(self._is_known, name):
                     raise
-                return None
+                meta = None
+        if meta is None:
+            if await DATABASE.run(self._waits_elsewhere, name):
+                raise _elsewhere()
+            return None
         return ObjectFile(self._store, name, meta["size"], meta["last_modified"].timestamp())
 
     def _is_known(self, name: str) -> bool:
         with self._engine.connect() as connection:
             return _has(connection, name)
 
+    def _waits_elsewhere(self, name: str) -> bool:
+        """Whether a picture that is not here waits on another server's disk, for all that is known."""
+        with self._engine.connect() as connection:
+            return self._waits(connection, name)
+
+    def _waits(self, connection: sa.Connection, name: str) -> bool:
+        query = sa.select(_HELD.c.name).where(_HELD.c.name == name)
+        return self._has_others and connection.scalar(query) is not None
+
     def remove(self, name: str) -> int:
         """UnavailableError when the store has it and does not answer; the picture is then still there."""
         with self._moving:
             with self._engine.connect() as connection:
                 size = connection.scalar(sa.select(_TABLE.c.bytes).where(_TABLE.c.name == name))
+                waits = self._waits(connection, name)
+            if size is None and waits and self._held.stat(name) is None:
+                raise _elsewhere()
             if size is not None:  # also while it waits: an attempt may have arrived without our knowing
                 self._erase([name])
             held = self._held.remove(name)
             if held:
                 self._count(-held)
+            if size is None and waits:
+                self._forget([name])
             return int(size or held)
 
     def _erase(self, names: list[str]) -> None:
         with _unavailable():
             obstore.delete(self._store, names)
+        self._forget(names)
+
+    def _forget(self, names: list[str]) -> None:
         with self._engine.begin() as connection:
-            connection.execute(_TABLE.delete().where(_TABLE.c.name.in_(names)))
+            for table in (_TABLE, _HELD):
+                connection.execute(table.delete().where(table.c.name.in_(names)))
 
     def clean(self, before: float, listed: frozenset[str]) -> tuple[int, Counter[str]]:
         with self._moving:
@@ -282,6 +320,8 @@ class ObjectStorage:
                 log.error("expired pictures stay for now", reason=error.message)
                 break
             removed += len(names)
+        with self._engine.begin() as connection:  # what never came: its server's disk is lost
+            connection.execute(_HELD.delete().where(_HELD.c.created < before, _HELD.c.name.not_in(kept)))
         owner = sa.func.substr(_TABLE.c.name, 1, OWNER_LENGTH).label("owner")
         with self._engine.connect() as connection:
             sums = connection.execute(sa.select(owner, sa.func.sum(_TABLE.c.bytes)).group_by(owner))
@@ -290,6 +330,14 @@ class ObjectStorage:
 
 def _has(connection: sa.Connection, name: str) -> bool:
     return connection.scalar(sa.select(_TABLE.c.name).where(_TABLE.c.name == name)) is not None
+
+
+def _elsewhere() -> UnavailableError:
+    return UnavailableError(
+        "the picture waits on another server's disk for the picture storage; try again in a moment",
+        code="storage_unavailable",
+        retry_after=RETRY_S,
+    )
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from mezzotint.errors import ConfigError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0009"
+HEAD = "0010"
 """The revision that this program needs."""
 BEFORE_ALEMBIC = "0001"
 """The revision of the databases of version 0.1.0, which do not say so."""
