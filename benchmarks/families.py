@@ -42,7 +42,7 @@ KINDS: tuple[Kind, ...] = ("text", "picture", "mask", "control")
 ROWS = 4
 PROMPTS = ("a red fox", "two boats at dawn on a quiet river", "big ocean", "one chair")
 SETTINGS = EngineSettings(dtype="fp32", device="cpu", num_threads=1, performance="reference")
-LONG = ("hidream", "hunyuan-image", "kandinsky5", "prx", "qwen-image-layered")
+LONG = ("hidream", "hunyuan-image", "kandinsky5", "prx", *tiny.VISION_EDITORS)
 """Classes whose smallest picture takes many seconds: two requests each, from words where that is possible."""
 
 

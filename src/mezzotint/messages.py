@@ -34,6 +34,8 @@ class MergeFinding:
     text: Mapping[str, int] | None = None
     """By name, which dimension is padded so that texts of different length merge."""
     mask: str | None = None
+    objects: Mapping[str, str] = field(default_factory=dict)
+    """By name, what objects without tensors must hold."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,10 +212,11 @@ def test_an_edit_alone_gives_the_bytes_of_plain_diffusers(name: str, dtype: torc
 
 @NEEDS_VISION
 def test_a_model_that_draws_in_layers_gives_each_with_its_alpha_and_chooses_its_size() -> None:
-    engine = Engine(pipeline("qwen-image-layered", torch.float32))
+    engine = Engine(pipeline("qwen-image-layered", torch.float32), rows=2)
     request = replace(requests(CASES["qwen-image-layered"])[0], width=None, height=None)
     sized = replace(request, width=64, height=64, extra={"layers": 1})
     several, single = engine.generate([request, sized])
+    assert engine.merges, engine.findings
     engine.close()
     assert [layer.shape for layer in several.layers] == [(128, 128, 4)] * 2
     assert several.image is not None
@@ -235,6 +236,17 @@ def test_edits_and_generations_share_forwards_and_keep_their_bytes(name: str, dt
     engine = Engine(pipeline(name, dtype), rows=4)
     try:
         same_alone_and_together(engine, [*both, *words])
+    finally:
+        engine.close()
+    assert engine.runner.num_forwards < engine.runner.num_real_rows
+
+
+@NEEDS_VISION
+@pytest.mark.parametrize("name", ["qwen-image-edit", "qwen-image-layered"])
+def test_a_class_that_only_edits_merges_and_keeps_its_bytes(name: str) -> None:
+    engine = Engine(pipeline(name, torch.float32), rows=4)
+    try:
+        same_alone_and_together(engine, requests(CASES[name])[:2])
     finally:
         engine.close()
     assert engine.runner.num_forwards < engine.runner.num_real_rows

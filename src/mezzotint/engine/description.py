@@ -79,6 +79,7 @@ def _proof(engine: Engine) -> Proof | None:
             {} if rule is None else rule.multiples,
             None if text is None else text.dimensions,
             None if text is None else text.mask,
+            {} if rule is None else rule.objects,
         )
     return Proof(made_with(engine.pipe), found)
 
@@ -95,4 +96,4 @@ def _rule(kept: MergeFinding) -> Rule | None:
         return None
     kinds: Any = kept.arguments
     text = None if kept.text is None else Text(kept.text, kept.mask)
-    return Rule(kinds, multiples=kept.multiples, dimensions=kept.dimensions, text=text)
+    return Rule(kinds, multiples=kept.multiples, dimensions=kept.dimensions, text=text, objects=kept.objects)

@@ -301,7 +301,8 @@ class Engine:
     def _admit(self) -> None:
         """Starts queued jobs, as far as there is room for them and their adapters are at hand."""
         if self._queue and self._trials_left and not self._active and self.runner.num_rows > 1:
-            self.find_rules(without_pictures(self._queue[0].spec))
+            spec = self._queue[0].spec
+            self.find_rules(spec if self.profile.family.edits_only else without_pictures(spec))
         for job in list(self._queue):
             if len(self._active) >= self.max_jobs:
                 return

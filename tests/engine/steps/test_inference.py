@@ -164,6 +164,97 @@ def test_rows_in_another_dimension_merge_and_split() -> None:
     assert (call.rows, call.obstacle) == (2, "")
 
 
+# ---------------------------------------------------------------- objects
+
+
+class Cache:
+    """As pipelines hand over for keys and values: one list for each of two layers."""
+
+    def __init__(self) -> None:
+        self.mode: str | None = None
+        self.layers: list[list[Tensor]] = [[], []]
+
+
+def cached(write: Callable[[Cache, Tensor], None], *, cleared: bool = False) -> Finding:
+    """The finding of a module that is given a cache of each run's own, into which it may write.
+
+    `cleared`: the pipeline empties it after every call.
+    """
+
+    class Keeping(Odd):
+        def forward(self, moment: Tensor, *, told: Mapping[Any, Any], **rest: Any) -> tuple[Tensor]:
+            (out,) = super().forward(moment, told=told, **rest)
+            write(told["cache"], out)
+            return (out,)
+
+    class WithCache(Tomorrow):
+        def __init__(self) -> None:
+            self.denoiser = Keeping(own)
+
+        def __call__(self, *args: Any, **arguments: Any) -> Tensor:
+            cache, inner = Cache(), Tomorrow(own)
+
+            def asked(moment: Tensor, *, told: Mapping[Any, Any], **rest: Any) -> tuple[Tensor]:
+                out = self.denoiser(moment, told={**told, "cache": cache}, **rest)
+                if cleared:
+                    vars(cache).update(vars(Cache()))
+                result: tuple[Tensor] = out
+                return result
+
+            inner.denoiser = asked  # type: ignore[assignment]
+            return inner(*args, **arguments)
+
+    pipe = WithCache()
+    tap = Tap("denoiser", pipe.denoiser)
+    with torch.inference_mode():
+        findings = find_rules(Laboratory(pipe, [tap], AttentionState(pipe.components)), TRIAL)
+    tap.close()
+    return findings["denoiser"]
+
+
+def test_an_object_without_tensors_is_a_constant_that_must_hold_what_it_held_in_the_proof() -> None:
+    finding = cached(lambda cache, out: None)
+    assert finding.rule is not None
+    assert finding.reason == ""
+    (held,) = finding.rule.objects.values()
+    assert held == "Cache(layers=list(0=list(), 1=list()), mode=None)"
+
+    def asked(cache: Cache) -> Call:
+        told = {"z": torch.ones(2, 3), 7: [torch.ones(3, 2)], "cache": cache}
+        words = [torch.ones(1), torch.ones(1)]
+        rest = {"told": told, "words": words, "grid": torch.arange(4.0), "mood": "calm"}
+        return Call("denoiser", lambda **_: None, (), {"moment": torch.tensor(1.0), **rest}, finding.rule)
+
+    used, reading = Cache(), Cache()
+    used.layers[0].append(torch.ones(1))
+    reading.mode = "read"
+    assert asked(Cache()).key == asked(Cache()).key is not None
+    assert "told.cache" in asked(used).obstacle
+    assert "told.cache" in asked(reading).obstacle
+
+
+def reads(cache: Cache, out: Tensor) -> None:
+    cache.mode = "read"
+
+
+@pytest.mark.parametrize(
+    ("write", "cleared", "reason"),
+    [
+        (lambda cache, out: cache.layers[0].append(out), False, "told.cache is a Cache"),
+        (lambda cache, out: cache.layers[0].append(len(out)), False, "told.cache is a Cache"),
+        (reads, False, "told.cache, which holds something else"),
+        (reads, True, "it writes into told.cache"),
+    ],
+    ids=["tensors", "numbers of rows", "a mode", "a mode that the pipeline takes back"],
+)
+def test_a_module_that_writes_into_an_object_never_merges(
+    write: Callable[[Cache, Tensor], None], cleared: bool, reason: str
+) -> None:
+    finding = cached(write, cleared=cleared)
+    assert finding.rule is None
+    assert reason in finding.reason
+
+
 # ---------------------------------------------------------------- texts, equal rows, one picture at a time
 
 

@@ -14,13 +14,20 @@ def qwen_processor(kind: str = "Qwen3VLProcessor") -> Any:
     tokenizer = tokens.qwen2()
     marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
-    parts = {"image_processor": t.Qwen2VLImageProcessor(), "tokenizer": tokenizer}
-    video = t.Qwen3VLVideoProcessor() if kind == "Qwen3VLProcessor" else t.Qwen2VLVideoProcessor()
+    third = kind == "Qwen3VLProcessor"
+    images = {"patch_size": 16, "size": {"shortest_edge": 56 * 56, "longest_edge": 2**24}} if third else {}
+    parts = {"image_processor": t.Qwen2VLImageProcessor(**images), "tokenizer": tokenizer}
+    video = t.Qwen3VLVideoProcessor() if third else t.Qwen2VLVideoProcessor()
     return getattr(t, kind)(**parts, video_processor=video, chat_template=tokens.PARTS_TEMPLATE)
 
 
 def qwen3_vl(num_layers: int = 2) -> Any:
-    return t.Qwen3VLForConditionalGeneration(wider.qwen3_vl(num_layers))
+    config, tokens_of = wider.qwen3_vl(num_layers), qwen_processor().tokenizer.convert_tokens_to_ids
+    config.image_token_id, config.video_token_id = tokens_of(["<|image_pad|>", "<|video_pad|>"])
+    config.vision_start_token_id, config.vision_end_token_id = tokens_of(
+        ["<|vision_start|>", "<|vision_end|>"]
+    )
+    return t.Qwen3VLForConditionalGeneration(config)
 
 
 def bria_fibo2() -> Any:

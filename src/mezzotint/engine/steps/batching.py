@@ -9,7 +9,8 @@ A Call is one parked forward with its arguments by name. A Rule says for one mod
 - "list": a Python list with one entry per row;
 - "rows": a Python list or tuple of "row" tensors, such as the residuals of a ControlNet.
 
-"outer.inner" names an entry of a dict, list or tuple. Every other argument must be equal and hold no tensor.
+"outer.inner" names an entry of a dict, list or tuple. Every other argument must be equal and hold no tensor;
+objects are equal that hold the same, which is what they held when the Rule was proven.
 Calls merge only if they agree in everything but the number of rows; a call that its Rule does not fully
 cover is never merged.
 """
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mezzotint.engine.lora.bank import Lease
+from mezzotint.engine.steps.objects import contents
 from mezzotint.engine.steps.padding import Text, padded
 
 Kind = Literal["row", "scalar", "shared", "equal", "list", "rows"]
@@ -45,6 +47,8 @@ class Rule:
     results: Lists = "list"
     text: Text | None = None
     """Where texts of different length merge: what is padded for it."""
+    objects: Mapping[str, str] = field(default_factory=dict)
+    """What objects without tensors hold (objects.py): with anything else in them a call never merges."""
 
     def kind(self, name: str) -> Kind | None:
         """The kind of an argument; an entry of "rows" is a "row"."""
@@ -223,6 +227,10 @@ def _key(name: str, value: Any, rule: Rule, rows: int) -> Hashable:
             raise NotMergeable(name)
         return _list_key(value, rule.multiples.get(name, 1))
     inner = entries(value)
+    if name in rule.objects:
+        if contents(value) != rule.objects[name]:
+            raise NotMergeable(f"{name}, which holds something else than when the Rule was proven")
+        return (type(value), rule.objects[name])
     if inner is None:
         return (type(value), value)  # 1 is not True
     return (type(value), *((key, _key(f"{name}.{key}", entry, rule, rows)) for key, entry in inner))

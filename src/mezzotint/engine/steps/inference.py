@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mezzotint.engine.steps.batching import Kind, NotMergeable, Rule, entries, leaves
 from mezzotint.engine.steps.laboratory import Laboratory, Seen, Trial
+from mezzotint.engine.steps.objects import contents
 from mezzotint.engine.steps.padding import Text
 from mezzotint.engine.steps.pipeline_run import Tap
 from mezzotint.engine.steps.proof import RowsNotRead, prove
@@ -45,10 +46,19 @@ class Finding:
 class _Guess:
     arguments: dict[str, Kind] = field(default_factory=dict)
     dimensions: dict[str, int] = field(default_factory=dict)
+    objects: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, kind: Kind) -> None:
         if self.arguments.setdefault(name, kind) != kind:
             raise NotMergeable(f"{name} is once {self.arguments[name]} and once {kind}")
+
+    def add_plain(self, name: str, one: Any, other: Any) -> None:
+        """Notes what two objects without tensors hold; NotMergeable where one holds a tensor."""
+        held = contents(one)
+        if held is None or held != contents(other):
+            _require_plain(name, one)
+        elif self.objects.setdefault(name, held) != held:
+            raise NotMergeable(f"{name} holds other things from call to call")
 
 
 def find_rules(
@@ -186,7 +196,7 @@ def infer_by_result(seen: Seen) -> Rule:
     guess = _Guess()
     for name, value in leaves(seen.arguments, Rule({})):
         if not isinstance(value, Tensor):
-            _require_plain(name, value)
+            guess.add_plain(name, value, value)
         elif value.ndim and len(value) == seen.rows:
             guess.add(name, "row")
         else:
@@ -197,7 +207,7 @@ def infer_by_result(seen: Seen) -> Rule:
 def _rule(guess: _Guess) -> Rule:
     if not {"row", "list"} & set(guess.arguments.values()):
         raise NotMergeable("no argument grows with the number of prompts")
-    return Rule(guess.arguments, dimensions=guess.dimensions)
+    return Rule(guess.arguments, dimensions=guess.dimensions, objects=guess.objects)
 
 
 def text_of(one: Mapping[str, Any], longer: Mapping[str, Any], rule: Rule) -> Text | None:
@@ -235,7 +245,7 @@ def _compare(name: str, one: Any, two: Any, guess: _Guess) -> None:
     if inner is None or other is None:
         if type(one) is not type(two):
             raise NotMergeable(f"{name} is a {type(one).__name__}")
-        _require_plain(name, one)
+        guess.add_plain(name, one, two)
         if isinstance(one, (bool, int, float, str)) and one != two:
             raise NotMergeable(f"{name} is {one} for one prompt and {two} for two")
         return

@@ -60,7 +60,7 @@ class Laboratory:
                     result = call.alone()
                 except Exception as error:
                     raise NotMergeable(f"its trial failed: {type(error).__name__}: {error}") from error
-                if isinstance(modules[call.name], ModelMixin):
+                if isinstance(modules[call.name], ModelMixin) and not _is_autoencoder(modules, call):
                     rows = next((len(each) for each in tensors(result) if each.ndim), 0)
                     calls.setdefault(call.name, []).append(Seen(call.arguments, rows))
                     if limit is not None and time.perf_counter() - began > limit:
@@ -139,4 +139,9 @@ def layer_shapes(module: nn.Module) -> Iterator[list[tuple[tuple[int, ...], ...]
 
 
 def _decodes(modules: Mapping[str, Any], call: Call) -> bool:
+    """Whether the run is at its end; one with a picture begins by encoding it."""
+    return _is_autoencoder(modules, call) and getattr(call.run, "__name__", "") != "encode"
+
+
+def _is_autoencoder(modules: Mapping[str, Any], call: Call) -> bool:
     return hasattr(modules[call.name], "decode")

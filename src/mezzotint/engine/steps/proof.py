@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mezzotint.engine.steps.batching import Call, NotMergeable, Part, Rule, join, leaves, merge, split
 from mezzotint.engine.steps.exactness import map_rows
 from mezzotint.engine.steps.laboratory import Laboratory, Trial, advance, agrees, layer_shapes
+from mezzotint.engine.steps.objects import contents
 from mezzotint.engine.steps.padding import padded
 
 
@@ -71,6 +72,7 @@ def _alone(calls: Sequence[Call], module: nn.Module) -> list[Any]:
 
 def _check(calls: list[Call], rule: Rule, module: nn.Module) -> None:
     alone = _alone(calls, module)
+    _require_unwritten(calls, rule)
     if not agrees(alone[0], calls[0].alone(), exactly=True):
         raise NotMergeable("it keeps a state, or draws at random: the same call twice gives two results")
     if rule.text is not None:
@@ -86,6 +88,14 @@ def _check(calls: list[Call], rule: Rule, module: nn.Module) -> None:
         unread = [name for name in names if not _turned_agrees(calls, alone, rule, (name,))]
         raise RowsNotRead(unread or names)
     raise NotMergeable("a row's result depends on its place among the rows")
+
+
+def _require_unwritten(calls: Sequence[Call], rule: Rule) -> None:
+    """NotMergeable where the module has written into an object: merged, one call's alone would be written."""
+    for call in calls:
+        for name, value in leaves(call.arguments, rule):
+            if name in rule.objects and contents(value) != rule.objects[name]:
+                raise NotMergeable(f"it writes into {name}")
 
 
 def _turned_agrees(calls: list[Call], alone: list[Any], rule: Rule, changed: Collection[str]) -> bool:
