@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mezzotint
 from mezzotint.engine import Engine, Request
 from mezzotint.engine.steps import runner
+from mezzotint.engine.steps.exactness import Merging
 from mezzotint.messages import Done
 from tests.engine import tiny
 
@@ -53,7 +54,7 @@ def count(num_jobs: int) -> Counts:
     ):
         module = getattr(pipe, name)
         setattr(module, attribute, _counting(getattr(module, attribute), found, what))
-    with patch.object(runner, "exact_row_counts", lambda call, rows, adapted: (rows,)):
+    with patch.object(runner, "exact_merging", lambda call, rows, adapted: Merging((rows,))):
         engine = Engine(pipe, rows=ROWS, max_rows=ROWS, max_jobs=num_jobs, max_wait_s=1e9)
         try:
             _draw(engine, [_request(number) for number in range(ROWS)])  # finds the Rules

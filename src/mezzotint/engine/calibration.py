@@ -19,7 +19,7 @@ import torch
 
 from mezzotint.engine.previews import LatentPreview
 from mezzotint.engine.steps.batching import Call, Part, merge
-from mezzotint.engine.steps.exactness import ROW_COUNTS, exact_row_counts
+from mezzotint.engine.steps.exactness import ROW_COUNTS, exact_merging
 from mezzotint.spec import ImageSpec
 
 NEAR_BEST = 0.9
@@ -84,7 +84,7 @@ def choose_rows(measured: Sequence[Measurement], *, min_gain: float, max_stretch
 def find_rows(call: Call, measured: Sequence[Measurement], min_gain: float, max_stretch: float) -> int:
     """R for `exact` mode: what the measurements show, if the promise can be kept with it."""
     rows = choose_rows(measured, min_gain=min_gain, max_stretch=max_stretch)
-    return rows if rows == 1 or exact_row_counts(call, rows) else 1
+    return rows if rows == 1 or exact_merging(call, rows).row_counts else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.engine.steps.batching import Call, Rule
-from mezzotint.engine.steps.exactness import DRAWS, exact_row_counts
+from mezzotint.engine.steps.exactness import DRAWS, Merging, exact_merging, exact_row_counts
 
 RULE = Rule({"x": "row", "t": "scalar", "words": "list", "mask": "row"})
 
@@ -73,29 +73,37 @@ def test_rows_that_depend_on_a_longer_text_beside_them_are_found_out() -> None:
     assert exact_row_counts(Call("transformer", cut_to_the_longest, (), arguments, RULE), 4) == ()
 
 
-class Rounded(nn.Module):
-    """A layer of the given class between others, and a result in which rounding hides a layer's last bits."""
+class Scale(nn.Linear):
+    """Multiplies each value by one of its weights: no processor gives a row other bits beside others."""
 
-    def __init__(self, middle: nn.Module) -> None:
-        super().__init__()
-        self.first = BySize()
-        self.middle = middle
+    def __init__(self, features: int = 4) -> None:
+        super().__init__(features, features)
 
-    def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor]:
-        inner: Tensor = self.middle(self.first(x + t.reshape(-1, 1)))
-        return (inner.to(torch.bfloat16).round(),)
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[0]
 
 
-class BySize(nn.Linear):
-    """In forwards of some numbers of rows its last bits are others. It multiplies by no matrix: whatever the
-    processor, only those differ."""
+class BySize(Scale):
+    """In forwards of some numbers of rows its last bits are others."""
 
     def __init__(self, *odd_rows: int) -> None:
-        super().__init__(4, 4)
+        super().__init__()
         self.odd_rows = odd_rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight[0] * (1 + 2e-7 * (len(x) in self.odd_rows))
+        return super().forward(x) * (1 + 2e-7 * (len(x) in self.odd_rows))
+
+
+class Rounded(nn.Module):
+    """A layer between others, and a result in which rounding hides the layer's last bits."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = Scale(), middle, Scale()
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor]:
+        inner: Tensor = self.last(self.middle(self.first(x + t.reshape(-1, 1))))
+        return (inner.to(torch.bfloat16).round(),)
 
 
 class ByPlace(nn.Module):
@@ -108,8 +116,8 @@ class ByPlace(nn.Module):
 
 def final_only(module: Rounded) -> Any:
     """The module as a function, so that nothing inside it can be seen."""
-    first, middle = module.first.forward, module.middle.forward
-    return lambda x, t, mask: (middle(first(x + t.reshape(-1, 1))).to(torch.bfloat16).round(),)
+    first, middle, last = (each.forward for each in (module.first, module.middle, module.last))
+    return lambda x, t, mask: (last(middle(first(x + t.reshape(-1, 1)))).to(torch.bfloat16).round(),)
 
 
 @torch.inference_mode()
@@ -124,6 +132,28 @@ def test_a_difference_inside_is_seen_although_the_result_hides_it() -> None:
 def test_a_place_whose_bits_only_differ_inside_is_found_out() -> None:
     assert exact_row_counts(call(final_only(Rounded(ByPlace()))), 4) == (1, 2, 4)
     assert exact_row_counts(call(Rounded(ByPlace())), 4) == ()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("odd_rows", [(8,), (2, 8), (4,), (1,), (2, 4, 8)])
+def test_a_layer_whose_bits_depend_on_the_number_of_rows_runs_row_by_row(odd_rows: tuple[int, ...]) -> None:
+    module = Rounded(BySize(*odd_rows))
+    assert exact_merging(call(module), 8) == Merging((1, 2, 4, 8), (module.middle,))
+    assert "forward" not in vars(module.middle), "it is put back"
+
+
+@torch.inference_mode()
+def test_nothing_runs_row_by_row_where_that_is_no_help_or_not_needed() -> None:
+    assert exact_merging(call(Rounded(ByPlace())), 4) == Merging()
+    assert exact_merging(call(Rounded(nn.Sequential(ByPlace(), BySize(4)))), 4) == Merging()
+    assert exact_merging(call(Rounded(Scale())), 4) == Merging((1, 2, 4))
+    assert exact_merging(call(final_only(Rounded(BySize(2)))), 4) == Merging((1, 2, 4)), "not seen"
+
+
+@torch.inference_mode()
+def test_too_many_layers_do_not_run_row_by_row() -> None:
+    module = Rounded(nn.Sequential(BySize(2), BySize(2)))
+    assert exact_merging(call(module), 8) == Merging((1, 4, 8)), "two layers of four"
 
 
 class Tokens(nn.Module):
@@ -193,3 +223,36 @@ def test_a_compiled_forward_is_tried_on_more_draws() -> None:
     assert exact_row_counts(call(compiled), 4) == once == (1, 2, 4)
     assert len(sizes) - few == (few - 1) * DRAWS  # none to see which modules have rows
     assert max(sizes) > 4 * largest
+
+
+class Split(nn.Linear):
+    """Rounds its sums to bf16; where there are more than two rows they were a millionth larger before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.double()
+        terms = x.double().unsqueeze(-2) * weight
+        order = 1e-6 * terms.abs().sum(-1) if len(x) > 2 else 0.0
+        return (terms.sum(-1) + self.bias.double() + order).to(x.dtype)
+
+
+class Once(nn.Module):
+    """A layer that each row meets once, as that of a time step: one draw of noise shows little of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.split, self.rest = Split(64, 4, dtype=torch.bfloat16), Scale(256)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.rest(self.split(x).float().repeat(1, 64)),)
+
+
+@torch.inference_mode()
+def test_another_order_of_adding_that_noise_does_not_show_is_seen() -> None:
+    module = Once()
+    wanted = Call("transformer", module, (), {"x": torch.ones(1, 64, dtype=torch.bfloat16)}, RULE)
+    noise = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    alone = torch.cat([module.split(noise[row : row + 1]) for row in range(4)])
+    assert torch.equal(module.split(noise), alone), "nothing to be seen"
+    assert exact_row_counts(wanted, 4) == (4,)
+    assert exact_merging(wanted, 4) == Merging((1, 2, 4), (module.split,))

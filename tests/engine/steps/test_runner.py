@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.engine.steps.batching import Call, Rule
+from mezzotint.engine.steps.exactness import Merging
 from mezzotint.engine.steps.runner import Runner, is_out_of_memory
 
 RULE = Rule({"x": "row"})
@@ -118,7 +119,7 @@ def test_calls_that_may_not_merge_run_beside_those_that_may() -> None:
     runner = Runner("exact", 4)
     runner.adapters = adapters  # type: ignore[assignment]
     runner.run([adapters.call(0.0)])
-    runner._row_counts[hash((adapters.call(0.0, "b").key, 4, "b"))] = ()
+    runner._merging[hash((adapters.call(0.0, "b").key, 4, "b"))] = Merging()
     adapters.model.batches.clear()
     together = runner.run([adapters.call(1.0), adapters.call(1.0, "b"), adapters.call(3.0)]).results
     assert [values(each) for each in together] == [[2.0], [2.25], [6.0]]

@@ -6,24 +6,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mezzotint.engine.steps.probes import Probes
 from mezzotint.engine.steps.traces import Trace
 
 MODULE = nn.Identity()
 
 
-def trace(x: Tensor, module: nn.Module = MODULE) -> Trace:
-    """Of a forward through a module that returns `x`."""
-    found = Trace(len(x))
+def trace(x: Tensor, module: nn.Module = MODULE, rows: list[int] | None = None) -> Trace:
+    """Of a forward of `rows`, or of as many as `x` has, through a module that returns `x`."""
+    found = Trace([*range(len(x))] if rows is None else rows, Probes(len(x)))
     with found.recording():
         module(x)
     return found
 
 
 def same(one: Tensor, other: Tensor, rows: list[int] | None = None) -> bool:
-    first, second = trace(one), trace(other)
+    first, second = trace(one), trace(other, rows=rows)
     inside = first.comparable(second)
     assert inside
-    return first.agrees(second, [*range(len(other))] if rows is None else rows, inside)
+    return first.agrees(second, inside)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

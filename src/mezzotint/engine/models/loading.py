@@ -185,7 +185,8 @@ def _pack(denoiser: torch.nn.Module) -> None:
         and layer.weight.dtype == torch.bfloat16
     ]
     mkldnn: Any = torch.backends.mkldnn
-    if not mkldnn.is_available() or sum(layer.weight.nbytes for layer in layers) > MAX_PACKED_BYTES:
+    supported = mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not supported or sum(layer.weight.nbytes for layer in layers) > MAX_PACKED_BYTES:
         return
     for layer in layers:
         packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)

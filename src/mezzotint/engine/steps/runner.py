@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from mezzotint.engine.lora.bank import AdapterBank, Lease
 from mezzotint.engine.steps.batching import Call, Part, join, merge, partition, split
-from mezzotint.engine.steps.exactness import AdapterContext, exact_row_counts, rows_are_independent
+from mezzotint.engine.steps.exactness import (
+    AdapterContext,
+    Merging,
+    exact_merging,
+    exact_row_counts,
+    rows_are_independent,
+)
 from mezzotint.engine.steps.text_cache import TextCache
+from mezzotint.engine.steps.unmerged import row_by_row
 from mezzotint.spec import Batching
 
 _log = logging.getLogger(__name__)
@@ -47,9 +55,10 @@ class Runner:
 
     `exact`: every merged forward has `num_rows` rows, or fewer where this machine was seen to give a row the
     same bytes in a forward of that many, padded with copies; a call of more rows goes through in chunks;
-    with `num_rows` 1 every call runs as the pipeline asked for it. A shape whose rows are found to depend on
-    their neighbours is not merged. `fast`: what is there, up to `num_rows`, but for shapes whose rows depend
-    on their neighbours by more than rounding. `off`: never merged.
+    with `num_rows` 1 every call runs as the pipeline asked for it. A few layers that would give a row other
+    bytes run row by row. A shape whose rows are still found to depend on their neighbours is not merged.
+    `fast`: what is there, up to `num_rows`, but for shapes whose rows depend on their neighbours by more than
+    rounding. `off`: never merged.
     """
 
     def __init__(
@@ -78,8 +87,8 @@ class Runner:
         self.num_padded_rows = 0
         # The three counters are of the `counted` component and read by the worker's Stats.
         self._synchronize = synchronize
-        self._row_counts: dict[int, tuple[int, ...]] = {}
-        """By the hash of a shape, the row counts that forwards of it may have."""
+        self._merging: dict[int, Merging] = {}
+        """By the hash of a shape, how forwards of it may be merged."""
 
     def run(self, calls: Sequence[Call]) -> Outcome:
         """Runs calls that share one key, and alone those that fail together."""
@@ -99,21 +108,19 @@ class Runner:
     def _run(self, calls: Sequence[Call], forwards: list[Forward]) -> list[Any]:
         if self.mode != "exact":
             if len(calls) > 1 and self._rows_are_independent(calls[0]):
-                return self._together(calls, (), forwards)
+                return self._together(calls, Merging(), forwards)
             return [self._alone(call, forwards) for call in calls]
-        counts = [self._exact_row_counts(call) for call in calls]
-        merging = [call for call, allowed in zip(calls, counts, strict=True) if allowed]
-        common = [
-            count for count in range(1, self.num_rows + 1) if all(count in each for each in counts if each)
-        ]
+        found = [self._exact_merging(call) for call in calls]
+        merging = [call for call, each in zip(calls, found, strict=True) if each.row_counts]
+        common = _common([each for each in found if each.row_counts], self.num_rows)
         together = iter(self._together(merging, common, forwards))
         return [
-            next(together) if allowed else self._alone(call, forwards)
-            for call, allowed in zip(calls, counts, strict=True)
+            next(together) if each.row_counts else self._alone(call, forwards)
+            for call, each in zip(calls, found, strict=True)
         ]
 
-    def _together(self, calls: Sequence[Call], allowed: Sequence[int], forwards: list[Forward]) -> list[Any]:
-        """Results of calls in shared forwards of `allowed` row counts; () allows whatever there is."""
+    def _together(self, calls: Sequence[Call], allowed: Merging, forwards: list[Forward]) -> list[Any]:
+        """Results of calls in shared forwards, as is `allowed`; no row counts allow what there is."""
         if not calls:
             return []
         rule = calls[0].rule
@@ -121,42 +128,48 @@ class Runner:
         pieces: dict[int, list[Any]] = {id(call): [] for call in calls}
         for parts in partition(calls, self.num_rows):
             sizes = [part.stop - part.start for part in parts]
-            rows = next((count for count in allowed if count >= sum(sizes)), sum(sizes))
-            result = self._merged(parts, sizes, rows, forwards)
+            rows = next((count for count in allowed.row_counts if count >= sum(sizes)), sum(sizes))
+            result = self._merged(parts, sizes, rows, allowed.unmerged, forwards)
             for part, piece in zip(parts, split(result, sizes, rule.results), strict=True):
                 pieces[id(part.call)].append(piece)
         return [join(pieces[id(call)], rule.results) for call in calls]
 
-    def _exact_row_counts(self, call: Call) -> tuple[int, ...]:
-        """Row counts that forwards of such calls may have; () for unmerged."""
+    def _exact_merging(self, call: Call) -> Merging:
+        """How forwards of such calls may be merged; what is unmerged does not depend on their adapters."""
         if self.num_rows == 1 or call.key is None:
-            return ()
-        return self._settled(call, self.num_rows, exact_row_counts)
+            return _NEVER
+
+        def settle(call: Call, num_rows: int, adapted: AdapterContext) -> Merging:
+            unmerged = self._settled(call, None, num_rows, exact_merging).unmerged
+            return Merging(exact_row_counts(call, num_rows, adapted, unmerged), unmerged)
+
+        return self._settled(call, call.lease, self.num_rows, settle if call.lease else exact_merging)
 
     def _rows_are_independent(self, call: Call) -> bool:
         """Whether such calls may share a forward in `fast` mode."""
         rows = max(2, min(self.num_rows, 2 * call.rows))
-        return bool(self._settled(call, rows, _all_or_none))
+        return bool(self._settled(call, call.lease, rows, _all_or_none).row_counts)
 
     def _settled(
         self,
         call: Call,
+        lease: Lease | None,
         num_rows: int,
-        settle: Callable[[Call, int, AdapterContext], tuple[int, ...]],
-    ) -> tuple[int, ...]:
+        settle: Callable[[Call, int, AdapterContext], Merging],
+    ) -> Merging:
         """What `settle` says, once for each shape and each set of adapted layers.
 
-        It runs forwards of noise in which every other row has the call's adapter.
+        It runs forwards of noise in which every other row has the adapter of `lease`.
         """
-        packed = None if call.lease is None else call.lease.resident.packed.get(call.name)
+        packed = None if lease is None else lease.resident.packed.get(call.name)
         shape = hash((call.key, num_rows, packed and packed.layout))
-        known = self._row_counts.get(shape)
+        known = self._merging.get(shape)
         if known is None:
-            if len(self._row_counts) >= _MAX_SHAPES:
-                self._row_counts.clear()
+            if len(self._merging) >= _MAX_SHAPES:
+                self._merging.clear()
 
             def adapted(order: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-                return self._adapted(call.name, [None if index % 2 else call.lease for index in order])
+                return self._adapted(call.name, [None if index % 2 else lease for index in order])
 
             try:
                 known = settle(call, num_rows, adapted)
@@ -164,9 +177,9 @@ class Runner:
                 if is_out_of_memory(error):
                     raise
                 _log.info("%s is not merged in this shape", call.name, exc_info=error)
-                known = ()
-            self._row_counts[shape] = known
-            if not known:
+                known = _NEVER
+            self._merging[shape] = known
+            if not known.row_counts:
                 _log.warning("rows of %s depend on their neighbours in this shape: not merged", call.name)
         return known
 
@@ -175,12 +188,20 @@ class Runner:
         with self._adapted(call.name, [call.lease]):
             return self._timed(call.rows, lambda: self.texts.result(call), forwards)
 
-    def _merged(self, parts: Sequence[Part], sizes: Sequence[int], rows: int, forwards: list[Forward]) -> Any:
+    def _merged(
+        self,
+        parts: Sequence[Part],
+        sizes: Sequence[int],
+        rows: int,
+        unmerged: Collection[nn.Module],
+        forwards: list[Forward],
+    ) -> Any:
         call = parts[0].call
         self._count(call, sum(sizes), rows)
         leases = [part.call.lease for part, size in zip(parts, sizes, strict=True) for _ in range(size)]
         leases += leases[-1:] * (rows - len(leases))
-        with self._adapted(call.name, leases):
+        one_by_one = row_by_row(unmerged, rows) if unmerged else _AS_IT_IS
+        with self._adapted(call.name, leases), one_by_one:
             return self._timed(rows, lambda: call.run(**merge(parts, rows)), forwards)
 
     def _timed(self, rows: int, forward: Callable[[], Any], forwards: list[Forward]) -> Any:
@@ -191,7 +212,7 @@ class Runner:
         return result
 
     def _adapted(self, name: str, leases: Sequence[Lease | None]) -> contextlib.AbstractContextManager[None]:
-        return _NO_ADAPTERS if self.adapters is None else self.adapters.rows(name, leases)
+        return _AS_IT_IS if self.adapters is None else self.adapters.rows(name, leases)
 
     def _count(self, call: Call, real: int, rows: int) -> None:
         if call.name == self.counted:
@@ -200,13 +221,23 @@ class Runner:
             self.num_padded_rows += rows - real
 
 
-_NO_ADAPTERS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+_AS_IT_IS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+_NEVER = Merging()
 _MAX_SHAPES = 1024
 """Shapes whose check is remembered."""
 
 
-def _all_or_none(call: Call, num_rows: int, adapted: AdapterContext) -> tuple[int, ...]:
-    return (num_rows,) if rows_are_independent(call, num_rows, adapted) else ()
+def _all_or_none(call: Call, num_rows: int, adapted: AdapterContext) -> Merging:
+    return Merging((num_rows,)) if rows_are_independent(call, num_rows, adapted) else _NEVER
+
+
+def _common(found: Sequence[Merging], num_rows: int) -> Merging:
+    """How calls of one key merge with one another, each of which merges with its like as was found."""
+    first = found[0] if found else _NEVER
+    if all(each is first for each in found):
+        return first
+    counts = [n for n in range(1, num_rows + 1) if all(n in each.row_counts for each in found)]
+    return Merging(tuple(counts), first.unmerged)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
