@@ -22,7 +22,7 @@ CHANGED: dict[str, Any] = {
     "device": "cuda:1",
     "num_threads": 3,
     "batching": "fast",
-    "performance": "compiled",
+    "performance": "max",
     "max_rows": 5,
     "max_jobs": 7,
     "min_batch_gain": 1.9,
@@ -53,6 +53,10 @@ def test_a_setting_of_an_endpoint_reaches_its_worker(name: str) -> None:
     message = decode(encode(load_message(spec, None)))
     assert isinstance(message, LoadModel)
     assert getattr(message.settings, name) == CHANGED[name] != getattr(EngineSettings(), name)
+
+
+def test_what_was_called_compiled_is_max() -> None:
+    assert EngineSettings.model_validate({"performance": "compiled"}).performance == "max"
 
 
 @pytest.mark.parametrize("name", CHANGED)

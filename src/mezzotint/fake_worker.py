@@ -138,6 +138,7 @@ def model_info(load: LoadModel, size: int, step_s: float, max_pictures: int = 2)
         num_threads=1,
         batching=load.settings.batching,
         performance=load.settings.performance,
+        form=load.form or (f"compiled-{os.getpid()}" if load.settings.performance == "max" else "auto"),
         rows=rows,
         mergeable=True,
         width=size,

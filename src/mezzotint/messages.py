@@ -63,6 +63,10 @@ class LoadModel:
     """Rows of a merged forward in `exact` mode as calibrated earlier; None asks the worker to calibrate."""
     proof: Proof | None = None
     """What an earlier start found; the worker makes it again where it does not hold for its versions."""
+    form: str | None = None
+    """The form of the denoiser that the endpoint's other workers use; None: whichever is ready."""
+    rows_form: str = ""
+    """The form under which `rows` was calibrated; the worker calibrates again in another one."""
     place: RayPlace = field(default_factory=RayPlace)
     """Which node it runs on, where Ray runs it; the worker itself does not read it."""
 
@@ -143,6 +147,7 @@ class ModelInfo:
     num_threads: int
     batching: str
     performance: str
+    """As it was set."""
     rows: int
     """Most rows of a merged forward in `exact` mode, R (1: never merged)."""
     mergeable: bool
@@ -166,6 +171,10 @@ class ModelInfo:
     """Whether a request with a picture has a strength."""
     takes_size: bool = True
     """Whether a request can set width and height; False: the model chooses them itself."""
+    form: str = ""
+    """What the denoiser runs as: `reference`, `auto`, or the name of a compiled form."""
+    form_text: str = ""
+    """Why, and what the next start will use; empty unless `performance` is `max`."""
     calibration: list[Mapping[str, float]] = field(default_factory=list)
     """One entry per row count tried: {"rows", "forward_s", "rows_per_s", "uncertainty"}.
 

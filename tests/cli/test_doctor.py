@@ -73,10 +73,10 @@ def test_threads_are_judged_by_the_cores(
 @pytest.mark.parametrize(
     ("performance", "compiler", "device", "verdict", "said"),
     [
-        ("compiled", None, "cpu", "warning", "painter with performance"),
+        ("max", None, "cpu", "warning", "painter with performance"),
         ("auto", None, "cpu", "ok", "would need one"),
-        ("compiled", "/usr/bin/g++", "cpu", "ok", "/usr/bin/g++"),
-        ("compiled", None, "cuda:0", "ok", "cuda:0"),
+        ("max", "/usr/bin/g++", "cpu", "ok", "/usr/bin/g++"),
+        ("max", None, "cuda:0", "ok", "cuda:0"),
     ],
 )
 def test_a_compiler_is_missed_only_where_one_is_asked_for(

@@ -231,41 +231,6 @@ def test_the_auto_performance_setting_keeps_the_promise_too(name: str) -> None:
         assert difference.mean() <= loading.TOLERANCE[dtype] / 10
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch's compiler has many of its own
-def test_a_compiled_denoiser_paints_the_same_picture() -> None:
-    case, dtype = CASES["pixart-sigma"], torch.float32
-    pipe = tiny.build(case.tiny, dtype)
-    loading.tune(pipe, "compiled")
-    engine = Engine(pipe, batching="exact", rows=1)
-    first, again = (pictures(engine, requests(case)[:1])[0] for _ in range(2))
-    engine.close()
-
-    expected = expected_pictures("pixart-sigma", dtype)[0]
-    assert np.array_equal(first, again)
-    assert np.abs(first.astype(int) - expected.astype(int)).max() <= loading.TOLERANCE[dtype] * 255 + 0.5
-
-
-def test_without_a_compiler_a_model_that_should_be_compiled_runs_as_auto_does(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("CXX", "there-is-no-such-compiler")
-    case, dtype = CASES["flux"], torch.bfloat16
-    painted = []
-    for performance in ("auto", "compiled"):
-        pipe = tiny.build(case.tiny, dtype)
-        plain = pipe.transformer.proj_out.forward
-        used = loading.tune(pipe, performance)
-        assert used == "auto"
-        assert pipe.transformer.proj_out.forward != plain, "its linear layers are packed"
-        engine = Engine(pipe, batching="exact", rows=2)
-        painted.append(pictures(engine, requests(case)[:2]))
-        engine.close()
-
-    assert all(map(np.array_equal, *painted))
-    assert [record.levelname for record in caplog.records if "C++ compiler" in record.message] == ["WARNING"]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_inferred_and_proven_is_what_was_written_by_hand(name: str) -> None:
     case = CASES[name]

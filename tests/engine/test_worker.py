@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
@@ -16,7 +17,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from mezzotint.engine import Engine, Request, worker
+from mezzotint.engine import Engine, Request, compiling, worker
 from mezzotint.engine.worker import MAX_BACKLOG, Outbox
 from mezzotint.messages import (
     EXIT_PERMANENT,
@@ -33,6 +34,7 @@ from mezzotint.messages import (
     LoadFailed,
     Loading,
     LoadModel,
+    Measured,
     Message,
     Ping,
     Pong,
@@ -356,3 +358,23 @@ def test_a_reader_that_sleeps_never_holds_up_the_sender() -> None:
     outbox.close()
     assert isinstance(received[0], Done)
     assert len(received) <= MAX_BACKLOG + 2
+
+
+@pytest.mark.parametrize("program", ["import sys; sys.stdin.read()", ""])
+def test_a_worker_paints_while_its_model_is_compiled_and_tells_how_that_ended(
+    program: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiling, "PROGRAM", (sys.executable, "-c", program))
+    settings = SETTINGS.model_copy(update={"performance": "max"})
+    process = Process()
+    process.send(LoadModel("tiny", str(folder), settings, 2), generate("a"))
+    assert process.wait_for(Ready).info.form == "auto"
+    assert "in the background" in process.wait_for(Measured).info.form_text
+    process.wait_for(Done, "a")
+    if not program:
+        measured = [each for each in process.seen if isinstance(each, Measured)]
+        last = measured[-1] if len(measured) > 1 else process.wait_for(Measured)
+        assert "the next start tries again" in last.info.form_text
+    process.send(Shutdown())
+    assert process.exit_status() == 0

@@ -10,6 +10,10 @@ from typing import Annotated
 import typer
 
 from mezzotint.cli.options import JsonFlag, require_engine
+from mezzotint.messages import LoadModel, encode
+
+COMPILING = (sys.executable, "-m", "mezzotint.engine.compiling")
+"""The program that compiles a model."""
 
 
 def pull(
@@ -37,3 +41,26 @@ def engine_program(module: str, *arguments: str, capture: bool = False) -> subpr
     return subprocess.run(
         command, text=True, stdout=subprocess.PIPE if capture else None, check=False, env=environment
     )
+
+
+def compile_model(asked: LoadModel) -> tuple[int, str]:
+    """Builds the compiled form of a model in a child process: its exit status and the last thing it said.
+
+    Everything before that is progress, and goes to standard error.
+    """
+    require_engine()
+    frame, said = encode(asked), ""
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
+    with subprocess.Popen(COMPILING, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(len(frame).to_bytes(8, "big") + frame)
+        child.stdin.flush()  # and stays open: the child ends with it
+        for line in child.stdout:
+            if said:
+                typer.echo(said, err=True)
+            said = line.decode().rstrip()
+        code = child.wait()
+    if code and said:
+        typer.echo(said, err=True)
+    return code, said

@@ -35,6 +35,8 @@ MAX_S = 3.0
 """Seconds after which measuring ends once everything was measured twice; the first round does not count."""
 PAUSE_S = 0.05
 """Between the rounds of a machine that is not quiet."""
+_COMPILED = ("as_loaded", "_torchdynamo_orig_callable")
+"""Attributes of forwards that were compiled, by us or beforehand."""
 _PROMPTS = (
     "a red apple on a blue table",
     "a yellow duck on a green meadow",
@@ -180,7 +182,7 @@ def measure(
     shows, what one thread measures is the better estimate, though an uncertain one.
     """
     threads = torch.get_num_threads() if stopwatch.device.type == "cpu" else 1
-    compiled = hasattr(call.run, "_torchdynamo_orig_callable")  # for this number of threads
+    compiled = any(hasattr(call.run, mark) for mark in _COMPILED)  # for this number of threads
     if threads == 1 or compiled:
         return _measure(call, counts, max_stretch, stopwatch)
     measured = None if _is_crowded(call, stopwatch) else _measure(call, counts, max_stretch, stopwatch)

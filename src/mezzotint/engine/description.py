@@ -30,6 +30,8 @@ def model_info(engine: Engine) -> ModelInfo:
         num_threads=loaded.num_threads,
         batching=engine.runner.mode,
         performance=loaded.performance,
+        form=loaded.form,
+        form_text=loaded.forms.text,
         rows=engine.runner.num_rows if engine.runner.mode == "exact" else 1,
         mergeable=engine.merges,
         width=engine.profile.width,

@@ -109,9 +109,9 @@ class Engine:
         self.times = StepTimes()
         self._shares = FairShares()
         num_rows = rows if batching == "exact" else max_rows
-        self._device: torch.device = pipe._execution_device  # with offloading, not the device of the weights
-        texts = TextCache(text_cache_bytes, self._device)
-        self.runner = Runner(batching, num_rows, self.profile.denoiser_name, self._synchronize, texts)
+        self.device: torch.device = pipe._execution_device  # with offloading, not the device of the weights
+        texts = TextCache(text_cache_bytes, self.device)
+        self.runner = Runner(batching, num_rows, self.profile.denoiser_name, self.synchronize, texts)
         self.max_merge_pixels = max_merge_pixels
         self._preview = LatentPreview(packed=hasattr(pipe, "_pack_latents"))
         self.findings: dict[str, Finding] = {}  # filled by `find_rules`
@@ -131,17 +131,23 @@ class Engine:
         *,
         rows: int | None = None,
         proof: Proof | None = None,
+        form: str | None = None,
+        rows_form: str | None = None,
         progress: OnProgress = ignore_progress,
     ) -> Engine:
         """An engine for a built-in name, a folder, a repository id, a safetensors file or a ready pipeline.
 
         `rows` None measures how many rows a merged forward should have. A seed gives the same bytes only
-        under the same number (and dtype, device, threads, performance). `proof` is what an earlier start
-        found of merging; it is made again for other versions. Pictures above the model's default
+        under the same number (and dtype, device, threads, form). `proof` is what an earlier start
+        found of merging; it is made again for other versions. `form` is the compiled form that
+        `performance = "max"` must use (`auto`: none); None takes what is ready. `rows_form` is the form under
+        which `rows` was measured; None: whichever is in use. Pictures above the model's default
         size are not merged. `progress` is told the stage and its fraction. ModelLoadError says why a model
         cannot load.
         """
-        loaded = load(source, settings, progress=progress)
+        loaded = load(source, settings, form=form, progress=progress)
+        if rows_form not in (None, loaded.form):
+            rows = None
         progress(MEASURING, None)
         engine = cls(
             loaded.pipe,
@@ -156,6 +162,8 @@ class Engine:
             controlnets=loaded.controlnets,
         )
         engine.loaded = loaded
+        if loaded.forms.used is not None and settings.batching == "exact":
+            engine.max_rows = min(engine.max_rows, loaded.forms.used.max_rows)  # more would run as loaded
         try_out(engine, settings, rows, findings_of(proof, loaded.pipe))
         return engine
 
@@ -441,10 +449,10 @@ class Engine:
         if preview is not None:
             self._events.append(preview)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
         """Waits for the device."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @property
     def merges(self) -> bool:
@@ -475,7 +483,7 @@ class Engine:
                 return
             most = 1 if self.runner.mode == "off" else self.max_rows
             counts = row_counts(call, rows=rows if exact else None, max_rows=most)
-            stopwatch = Stopwatch(self._device, self._synchronize)
+            stopwatch = Stopwatch(self.device, self.synchronize)
             self.measured = measure(call, counts, max_stretch=max_stretch, stopwatch=stopwatch)
             if exact:
                 self.best_rows = None if rows else find_rows(call, self.measured, min_gain, max_stretch)
@@ -490,7 +498,7 @@ class Engine:
         For an engine without jobs; Interrupted as soon as `interrupted` says so.
         """
         exact = self.runner.mode == "exact"
-        stopwatch = Stopwatch(self._device, self._synchronize, interrupted)
+        stopwatch = Stopwatch(self.device, self.synchronize, interrupted)
         with torch.inference_mode():
             call = first_call(self.profile, self.attention, trial_request(self.profile)).call
             assert call is not None, "it was measured at load"

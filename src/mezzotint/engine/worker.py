@@ -23,7 +23,7 @@ import diffusers
 import transformers
 from tqdm.std import tqdm
 
-from mezzotint.engine import Engine
+from mezzotint.engine import Engine, compiling
 from mezzotint.engine.lora.bank import CheckedFile
 from mezzotint.engine.recheck import Recheck
 from mezzotint.engine.steps.runner import is_out_of_memory
@@ -55,7 +55,7 @@ from mezzotint.messages import (
     decode,
     encode,
 )
-from mezzotint.spec import AdapterSpec, EngineSettings
+from mezzotint.spec import AdapterSpec
 
 MAX_BACKLOG = 256
 """Unsent messages above which progress, previews and stats are dropped: a sleeping reader costs little."""
@@ -88,7 +88,7 @@ def run(connection: Connection) -> None:
         assert isinstance(message, LoadModel), "the first message names the model"
         loaded = _load(message, outbox)
         if isinstance(loaded, Engine):
-            Worker(connection, outbox, loaded, message.settings).loop()
+            Worker(connection, outbox, loaded, message).loop()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the server is gone: nobody is left to work for
     finally:
@@ -106,6 +106,8 @@ def _load(message: LoadModel, outbox: Outbox) -> Engine | LoadFailed:
             message.settings,
             rows=message.rows,
             proof=message.proof,
+            form=message.form,
+            rows_form=message.rows_form or None,
             progress=lambda stage, fraction: outbox.send(Loading(stage, fraction)),
         )
     except Exception as error:
@@ -217,9 +219,8 @@ class Pulse:
 class Worker:
     """The loop around one engine."""
 
-    def __init__(
-        self, connection: Connection, outbox: Outbox, engine: Engine, settings: EngineSettings
-    ) -> None:
+    def __init__(self, connection: Connection, outbox: Outbox, engine: Engine, message: LoadModel) -> None:
+        """`message` is what the engine was made from."""
         self.engine = engine
         self._connection = connection
         self._outbox = outbox
@@ -233,7 +234,11 @@ class Worker:
         """Requests for those adapters."""
         self._woken, self._wake = Pipe(duplex=False)
         """Both ends of a pipe through which a finished check wakes the idle loop."""
-        self._recheck = Recheck(engine, settings, lambda: connection.poll() or self._woken.poll())
+        self._build = compiling.begin(engine, message, self._wake_up)
+        """Compiles the model for the endpoint's next start; None where there is nothing to compile."""
+        if self._build is not None:
+            outbox.send(Measured(engine.info()))
+        self._recheck = Recheck(engine, message.settings, lambda: connection.poll() or self._woken.poll())
 
     def loop(self) -> None:
         """Runs until Shutdown; EOFError when the other end is gone."""
@@ -246,6 +251,8 @@ class Worker:
         finally:
             self._pulse.close()
             self._checker.shutdown(wait=False, cancel_futures=True)
+            if self._build is not None:
+                self._build.close()
             self.engine.close()
 
     def _idle(self) -> None:
@@ -260,6 +267,10 @@ class Worker:
         while self._open and self._connection.poll():
             self._receive(decode(self._connection.recv_bytes()))
         self._finish_checks()
+        if self._build is not None and self._build.ended:
+            compiling.end(self.engine, self._build)
+            self._build = None
+            self._outbox.send(Measured(self.engine.info()))
         if self.engine.has_work:
             self._recheck.worked()
         for event in self.engine.step():
@@ -318,7 +329,7 @@ class Worker:
         self._checks[adapter.route] = (adapter, future)
         future.add_done_callback(self._wake_up)
 
-    def _wake_up(self, _: Future[CheckedFile]) -> None:
+    def _wake_up(self, *_: Future[CheckedFile]) -> None:
         with contextlib.suppress(OSError):
             self._wake.send_bytes(b"!")
 

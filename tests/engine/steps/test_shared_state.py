@@ -10,6 +10,7 @@ import torch
 from diffusers import ConfigMixin
 from torch import Tensor, nn
 
+from mezzotint.engine.models import forms
 from mezzotint.engine.steps.pipeline_run import PipelineRun, Tap
 from mezzotint.engine.steps.shared_state import AttentionState
 
@@ -86,6 +87,10 @@ def drawing(pipe: Pipe) -> tuple[float, float]:
     return first, torch.rand(()).item()
 
 
+def usual(pipe: Pipe) -> float:
+    return float(pipe.transformer(torch.zeros(())))
+
+
 def guided(pipe: Pipe) -> list[float]:
     for number in (1.0, 2.0):
         pipe.guider.seen.append(number)
@@ -128,6 +133,22 @@ def test_processors_that_a_run_sets_are_seen_by_no_other(pipe: Pipe) -> None:
     assert interleaved(runs) == [10.0, 14.0, 2.0, 110.0]
     assert pipe.transformer.attention.processor == 1.0
     assert not pipe.transformer.attention._forward_hooks
+
+
+class Compiled(dict[Any, Any]):
+    """A compiled forward for whatever comes."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return lambda arguments: torch.tensor(100.0)
+
+
+def test_a_run_that_has_set_processors_never_runs_compiled_code() -> None:
+    pipe: Any = Pipe()
+    forms.install(pipe.transformer, Compiled())
+    tap = Tap("transformer", pipe.transformer)
+    with torch.inference_mode():
+        assert interleaved(started(pipe, perturbed(5.0), usual)) == [10.0, 100.0]
+    tap.close()
 
 
 def test_a_run_that_has_set_processors_is_not_merged(pipe: Pipe) -> None:

@@ -51,6 +51,28 @@ def test_a_calibration_keeps_the_proof_for_the_next_worker() -> None:
     assert load_message(endpoint(dtype="bf16"), kept).proof is None
 
 
+def test_a_calibration_holds_for_the_form_that_it_names_whatever_the_setting_is() -> None:
+    auto, compiles = endpoint(), endpoint(performance="max")
+    assert (
+        settings_digest(auto)
+        == settings_digest(compiles)
+        != settings_digest(endpoint(performance="reference"))
+    )
+    info = replace(model_info(LoadModel("one", "fake"), 16, 0.001), rows=8, form="compiled-1")
+    message = load_message(compiles, Calibration(settings_digest(auto), info, 1.0), "compiled-2")
+    assert (message.rows, message.rows_form, message.form) == (8, "compiled-1", "compiled-2")
+
+
+def test_a_calibration_from_before_there_were_forms_holds_for_its_setting() -> None:
+    stored = json.loads(
+        json.dumps(Calibration("", model_info(LoadModel("one", "fake"), 16, 0.001), 1.0).to_json())
+    )
+    del stored["info"]["form"]
+    kept = Calibration.from_json(stored)
+    assert kept is not None
+    assert kept.info.form == "auto"
+
+
 def test_a_setting_that_changes_the_bytes_changes_the_calibration() -> None:
     plain = settings_digest(endpoint())
     assert settings_digest(endpoint(default_steps=9)) == plain

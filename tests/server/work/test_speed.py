@@ -73,6 +73,22 @@ def test_replicas_wait_for_the_one_that_measures_r(tmp_path: Path) -> None:
         assert all(replica.state is not ReplicaState.STOPPED for replica in host.endpoint().current.replicas)
 
 
+def test_replicas_wait_for_the_one_that_takes_a_form_and_keep_it(tmp_path: Path) -> None:
+    two = endpoint(replicas=2, performance="max")
+    with hosting(settings_for(tmp_path, two)) as host:
+        host.until(lambda: all(replica.is_ready for replica in host.endpoint().current.replicas))
+    with hosting(settings_for(tmp_path, two), ready=False) as host:
+        one = host.endpoint()
+        assert one.calibration is not None, "R is known, the form is not"
+        host.until(lambda: all(replica.is_ready for replica in one.current.replicas))
+        forms = {replica.info.form for replica in one.current.replicas if replica.info}
+        assert len(forms) == 1
+        host.command(Command.RESTART)
+        host.until(lambda: one.next is None)
+        host.until(lambda: all(replica.is_ready for replica in one.current.replicas))
+        assert forms != {replica.info.form for replica in one.current.replicas if replica.info}
+
+
 def test_an_endpoint_fails_with_the_replica_that_should_have_measured(tmp_path: Path) -> None:
     broken = endpoint("fake:fail_load=permanent", replicas=2)
     with hosting(settings_for(tmp_path, broken), ready=False) as host:

@@ -190,7 +190,8 @@ class AdapterBank:
         """The slow part of `add`: reads the whole file and checks it against the model."""
         if self._compiled:
             raise ModelLoadError(
-                'an endpoint with performance = "compiled" takes no adapters; set performance to "auto"',
+                "a pipeline whose model was compiled beforehand takes no adapters; hand it over "
+                'uncompiled, and set performance to "max"',
                 code="adapter_unsupported",
             )
         adapter = read_adapter(

@@ -25,14 +25,14 @@ from diffusers.loaders import single_file_utils
 from safetensors import SafetensorError
 
 from mezzotint.engine import manifest
-from mezzotint.engine.models import checks, controlnets, hardware, host, remote_code, sources
+from mezzotint.engine.models import checks, controlnets, forms, hardware, remote_code, sources
 from mezzotint.engine.models.schedulers import set_scheduler
 from mezzotint.engine.models.watch import LoadWatch
 from mezzotint.errors import ModelLoadError
 from mezzotint.families import family
 from mezzotint.spec import EngineSettings
 
-Performance = Literal["auto", "reference", "compiled"]
+Performance = Literal["auto", "reference", "max"]
 
 DECODERS = ("vae", "movq", "vqgan")
 """Components that turn latents into pixels: convolutions, for which channels_last is faster."""
@@ -56,22 +56,30 @@ class Loaded:
     device: str
     num_threads: int
     performance: Performance
-    """The one in use, which may be another than the one that was asked for; see `tune`."""
     num_parameters: int
     load_s: float
     manifest: manifest.Manifest = manifest.EMPTY
     controlnets: Mapping[str, Any] = field(default_factory=dict)
     """By route, in the endpoint's order."""
+    forms: forms.Forms = field(default_factory=lambda: forms.Forms(None))
+    """Of the denoiser: which one is in use, and what is ready for the next start."""
+
+    @property
+    def form(self) -> str:
+        """What the denoiser runs as: `reference`, `auto`, or the name of a compiled form."""
+        return self.performance if self.performance == "reference" else self.forms.name
 
 
 def load(
     source: str | Path | Any,
     settings: EngineSettings = DEFAULTS,
     *,
+    form: str | None = None,
     progress: sources.OnProgress = sources.ignore_progress,
 ) -> Loaded:
     """Builds the pipeline of `source`: built-in name, folder, safetensors file, repository or pipeline.
 
+    `form` is the compiled form that `performance = "max"` must use, or `auto`; None takes what is ready.
     A ready pipeline keeps its own dtype where `settings.dtype` is auto. ModelLoadError says why a model
     cannot load, and what to do about it.
     """
@@ -101,7 +109,12 @@ def load(
             )
         set_scheduler(pipe, settings.scheduler, settings.scheduler_settings)
         _move(pipe, device, offload=settings.offload)
-        performance = tune(pipe, settings.performance)
+        tune(pipe, settings.performance)
+        denoiser = getattr(pipe, family(type(pipe).__name__).denoiser, None)
+        known = forms.Forms(None)
+        if settings.performance == "max":
+            known = forms.prepare(denoiser, settings, device)
+            known.use(denoiser, form)
     beside = controlnets.read(
         pipe, settings.controlnets, chosen, device, offload=settings.offload, progress=progress
     )
@@ -113,7 +126,7 @@ def load(
         dtype=next(name for name, value in hardware.DTYPES.items() if value == chosen),
         device=str(device),
         num_threads=threads,
-        performance=performance,
+        performance=settings.performance,
         num_parameters=sum(
             parameter.numel()
             for module in (*_modules(pipe), *beside.values())
@@ -122,6 +135,7 @@ def load(
         load_s=time.perf_counter() - start,
         manifest=said,
         controlnets=beside,
+        forms=known,
     )
 
 
@@ -137,36 +151,24 @@ def pull(
     return path
 
 
-def tune(pipe: Any, performance: Performance) -> Performance:
-    """Lays the weights out as `performance` says, and returns which one it did.
+def tune(pipe: Any, performance: Performance) -> None:
+    """Lays the weights out as `performance` says.
 
-    `reference` changes nothing: the same bytes as plain diffusers. `auto` gives the VAE the channels_last
-    layout, copies weights to aligned memory (results no longer depend on where a tensor lies in its file) and
-    packs the linear layers of a small bf16 denoiser on the CPU, which moves last bits in a few shapes.
-    `compiled` compiles the denoiser instead of packing it; a CPU without a C++ compiler gets `auto`. Each
-    keeps the promise of `exact` to itself; TOLERANCE says how far they are from `reference`.
+    `reference` changes nothing: the same bytes as plain diffusers. `auto` and `max` give the VAE the
+    channels_last layout, copy weights to aligned memory (results no longer depend on where a tensor lies in
+    its file) and pack the linear layers of a small bf16 denoiser on the CPU, which moves last bits in a few
+    shapes. Each keeps the promise of `exact` to itself; TOLERANCE says how far they are from `reference`.
     """
     if performance == "reference":
-        return performance
+        return
     for name, module in _named_modules(pipe):
         for parameter in module.parameters():
             if parameter.ndim == 4 and name in DECODERS:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         _align(module)
     denoiser = getattr(pipe, family(type(pipe).__name__).denoiser, None)
-    if denoiser is None:
-        return "auto"
-    if performance == "compiled":
-        on_cpu = next(denoiser.parameters()).device.type == "cpu"
-        if not on_cpu or host.cpp_compiler() is not None:
-            denoiser.forward = torch.compile(denoiser.forward, dynamic=True)
-            return performance
-        _log.warning(
-            'performance = "compiled" needs a C++ compiler (g++, or the one that CXX names), and there is '
-            'none: running as "auto"; install one and start again'
-        )
-    _pack(denoiser)
-    return "auto"
+    if denoiser is not None:
+        _pack(denoiser)
 
 
 def _align(module: torch.nn.Module) -> None:

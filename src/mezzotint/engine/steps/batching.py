@@ -109,7 +109,7 @@ class Call:
         except (NotMergeable, TypeError, LookupError, ValueError) as error:
             self.rows, self.obstacle = 1, str(error)
         else:
-            self.key = (self.name, parts) if self.merges else None
+            self.key = (self.name, self.run, parts) if self.merges else None
 
     def alone(self) -> Any:
         """The result of the forward exactly as the pipeline asked for it."""

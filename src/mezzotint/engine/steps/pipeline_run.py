@@ -43,8 +43,9 @@ class Tap:
     """Parks runs at `module.<attribute>`; `close` puts the previous attribute back.
 
     Tap after everything else that patches the module (accelerate's hooks, compilation): the tap calls what
-    it finds. At `generate` a tap keeps the run from parking until the method returns: a language model keeps
-    state on itself from token to token. `rule` may be changed while no run is under way.
+    it finds, and its attribute `as_loaded`, if it has one, for jobs that change what this module computes.
+    At `generate` a tap keeps the run from parking until the method returns: a language model keeps state on
+    itself from token to token. `rule` may be changed while no run is under way.
     """
 
     def __init__(self, name: str, module: Any, attribute: str = "forward", rule: Rule | None = None) -> None:
@@ -52,11 +53,12 @@ class Tap:
         self._attribute = attribute
         self._previous = module.__dict__.get(attribute, _MISSING)
         original = getattr(module, attribute)
+        adapted = getattr(original, "as_loaded", original)
         self.name = name
         self.rule = rule
         self.parks = attribute != "generate"
         self._repeatable = attribute == "forward" and isinstance(module, PreTrainedModel)
-        self._tapped = self._parking(original) if self.parks else _unparked(original)
+        self._tapped = self._parking(original, adapted) if self.parks else _unparked(original)
         setattr(module, attribute, self._tapped)
 
     def close(self) -> None:
@@ -68,7 +70,7 @@ class Tap:
         else:
             setattr(self._module, self._attribute, self._previous)
 
-    def _parking(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _parking(self, original: Callable[..., Any], adapted: Callable[..., Any]) -> Callable[..., Any]:
         parameters = inspect.signature(original).parameters.values()
         names = tuple(
             each.name
@@ -82,10 +84,11 @@ class Tap:
             if type(current) is not _RunGreenlet or _mode_differs() or current.pipeline_run.stays:
                 return original(*args, **kwargs)
             run = current.pipeline_run
+            is_adapted = run.lease is not None and self.name in run.lease.resident.packed
             return run.park(
                 Call(
                     self.name,
-                    original,
+                    adapted if is_adapted else original,
                     args,
                     kwargs,
                     self.rule,
@@ -238,6 +241,7 @@ class PipelineRun:
             self._state.notice()
         if self._state.processors is not None:
             call.key, call.repeatable = None, False
+            call.run = getattr(call.run, "as_loaded", call.run)  # compiled code has the usual attention
         call.in_place = self._state.in_place
         self.call = call
         return self._greenlet.parent.switch()

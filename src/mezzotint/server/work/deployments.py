@@ -40,11 +40,13 @@ class Deployment:
         """What was measured under these settings; `became_ready` fills it, starts of workers read it."""
         self.proven = calibration is not None and calibration.version == version
         """Whether a worker has ever been ready with these settings."""
+        self.form: str | None = None
+        """The form of the denoiser, decided by the first worker that is ready; the others must follow it."""
         self._names = itertools.count()
         self._make: Callable[[], Replica] = lambda: Replica(
             f"{spec.id}/{version}/{next(self._names)}",
             workers,
-            lambda: load_message(spec, self.calibration),
+            lambda: load_message(spec, self.calibration, self.form),
             on_message=on_message,
             on_change=on_change,
             on_exit=on_exit,
@@ -72,7 +74,7 @@ class Deployment:
 
     @property
     def failed(self) -> bool:
-        states = [replica.state for replica in self.replicas if not self._waits_for_rows(replica)]
+        states = [replica.state for replica in self.replicas if not self._waits(replica)]
         return all(state is ReplicaState.FAILED for state in states)
 
     @property
@@ -102,22 +104,23 @@ class Deployment:
         return max(0.0, expected_s - (now - min(started))) if started else expected_s
 
     def start(self) -> None:
-        """Starts the replicas that do not run; where rows are not known yet, first the one that measures."""
+        """Starts the replicas that do not run; where bytes are not settled yet, first the one that does."""
         for replica in self.replicas:
             stands = replica.state in (ReplicaState.STOPPED, ReplicaState.FAILED)
-            if stands and not self._waits_for_rows(replica):
+            if stands and not self._waits(replica):
                 replica.start()
 
-    def _waits_for_rows(self, replica: Replica) -> bool:
-        """Whether the first replica measures R for this one: all of them must have the same."""
+    def _waits(self, replica: Replica) -> bool:
+        """Whether the first replica measures R, or takes a form, for this one: all must have the same."""
         measures = self.calibration is None and self.spec.batching == "exact"
-        return measures and replica is not self.replicas[0]
+        chooses = self.form is None and self.spec.performance == "max"
+        return (measures or chooses) and replica is not self.replicas[0]
 
     def became_ready(self, replica: Replica) -> None:
         """Takes note of what a replica measured that has just become ready, or has measured again."""
         assert replica.info is not None
-        first = self.calibration is None
-        self.proven = True
+        first = self.calibration is None or self.form is None
+        self.proven, self.form = True, replica.info.form if self.form is None else self.form
         self.calibration = Calibration(settings_digest(self.spec), replica.info, replica.load_s, self.version)
         if first:
             self.start()  # those that waited for it

@@ -219,6 +219,7 @@ class Calibration:
             # Before models edited pictures: what this one can do, its worker says with its next start.
             unknown = {"max_pictures": MAX_PICTURES, "masks": True, "strength": True}
             info = values["info"] if "max_pictures" in values["info"] else values["info"] | unknown
+            info = {"form": info["performance"]} | info  # before there were forms, each setting had its own
             return replace(cls(**values), info=_INFO.validate_python(info))
         except (TypeError, KeyError, ValueError):
             return None
@@ -227,12 +228,19 @@ class Calibration:
 def settings_digest(spec: EndpointSettings) -> str:
     """Equal for settings that share a calibration."""
     values = {name: getattr(spec, name) for name in _CALIBRATED}
+    if spec.performance == "max":  # begins as `auto`; what was measured names the form that it holds for
+        values["performance"] = "auto"
     values |= {name: value for name in _CALIBRATED_IF_SET if (value := getattr(spec, name))}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def load_message(spec: EndpointSettings, calibration: Calibration | None) -> LoadModel:
-    """The first message to a worker. It repeats the calibrated rows, because bytes are promised."""
+def load_message(
+    spec: EndpointSettings, calibration: Calibration | None, form: str | None = None
+) -> LoadModel:
+    """The first message to a worker. It repeats the calibrated rows, because bytes are promised.
+
+    `form` is that of the deployment's other workers, which it must use too; None while there is none.
+    """
     known = calibration if calibration and calibration.fits(spec) else None
     return LoadModel(
         spec.id,
@@ -240,5 +248,7 @@ def load_message(spec: EndpointSettings, calibration: Calibration | None) -> Loa
         spec.engine,
         rows=known.info.rows if known else None,
         proof=known.info.proof if known else None,
+        form=form,
+        rows_form=known.info.form if known else "",
         place=spec.ray,
     )

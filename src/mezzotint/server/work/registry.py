@@ -468,7 +468,10 @@ class Registry:
             mine = _ENDPOINTS.c.id == endpoint.id
             query = sa.select(_ENDPOINTS.c.calibration).where(mine).with_for_update()
             first = Calibration.from_json(connection.scalar(query))
-            alike = first is not None and first.fingerprint == calibration.fingerprint
+            alike = first is not None and (first.fingerprint, first.info.form) == (
+                calibration.fingerprint,
+                calibration.info.form,
+            )
             if self._is_shared and first and alike and first.info.rows != calibration.info.rows:
                 return first
             connection.execute(_ENDPOINTS.update().where(mine).values(calibration=calibration.to_json()))
