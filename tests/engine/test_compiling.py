@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -297,7 +298,7 @@ def test_beside_a_worker_the_program_has_the_lowest_priority_and_it_tells_what_c
     monkeypatch.setattr(sys, "argv", list(compiling.PROGRAM[2:]))
     monkeypatch.setattr(compiling, "_end_with_input", silent_end)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(framed(asked(folder)))))
-    monkeypatch.setattr(compiling.os, "nice", priorities.append)
+    monkeypatch.setattr(os, "nice", priorities.append)
     assert compiling.main() == 0
     assert priorities == [19]
     assert "needs a C++ compiler" in capsys.readouterr().out.splitlines()[-1]

@@ -219,11 +219,13 @@ def test_an_object_without_tensors_is_a_constant_that_must_hold_what_it_held_in_
     (held,) = finding.rule.objects.values()
     assert held == "Cache(layers=list(0=list(), 1=list()), mode=None)"
 
+    def forward(**_: Any) -> None: ...
+
     def asked(cache: Cache) -> Call:
         told = {"z": torch.ones(2, 3), 7: [torch.ones(3, 2)], "cache": cache}
         words = [torch.ones(1), torch.ones(1)]
         rest = {"told": told, "words": words, "grid": torch.arange(4.0), "mood": "calm"}
-        return Call("denoiser", lambda **_: None, (), {"moment": torch.tensor(1.0), **rest}, finding.rule)
+        return Call("denoiser", forward, (), {"moment": torch.tensor(1.0), **rest}, finding.rule)
 
     used, reading = Cache(), Cache()
     used.layers[0].append(torch.ones(1))
