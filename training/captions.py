@@ -221,9 +221,9 @@ class Captions:
             f"{with_article(name)} {name}" if rng.random() < 0.6 else name for name in (first, second)
         )
         if scene.relation == "and":
-            if rng.random() < 0.3:
-                first, second = second, first
             return f"{first} {rng.choice(('and', 'and', 'with'))} {second}"
+        if scene.relation == "on" and rng.random() < 0.3:
+            return f"{second} wearing {first}"
         return f"{first} {scene.relation} {second}"
 
     def _placed(self, rng: random.Random, scene: Scene) -> str:
