@@ -15,20 +15,19 @@ from mezzotint import Client, ImageFields
 
 FOLDER = Path(__file__).parent / "images"
 PROMPTS = (
-    "a red apple", "a rocket on a light blue background", "an octopus", "a pizza",
-    "a smiling face with sunglasses",
-    "a ghost on a purple background", "a cactus", "a robot on a yellow background",
-    "a fox on a green background", "an ice cream", "a crown", "a happy cat on a teal background",
-    "a red heart on a pink background", "a mushroom", "a rainbow", "a penguin on a blue background",
-    "a hamburger", "an alien on a black background", "a snowman on a light blue background", "a watermelon",
-    "a bee on a yellow background", "a balloon", "a strawberry", "a whale on a teal background",
+    "a red apple on a teal background", "a blue apple", "a rocket", "a panda", "a butterfly", "a hamburger",
+    "an alien on a black background", "a red heart on a pink background",
+    "a green car on a yellow background", "a purple octopus", "two red hearts", "three strawberries", "four balloons",
+    "a small star at the top left", "a rocket and a star", "une grenouille verte",
+    "a ghost on a purple background", "a robot on a yellow background", "a flat fox", "a happy face", "a lion",
+    "a watermelon", "an owl on a yellow background", "a penguin on a blue background",
 )  # fmt: skip
 COLUMNS = 8
 STYLES = ("emoji", "emoji:flat", "emoji:mono", "emoji:noto")
 STYLED = (
-    "a red apple", "a pizza", "a rocket on a light blue background", "a fox on a green background",
+    "a red apple", "a panda", "a rocket on a light blue background", "a fox on a green background",
     "an ice cream", "a robot on a yellow background", "a mushroom", "a hamburger", "a snowman",
-    "a bee on a yellow background", "a smiling face with sunglasses", "a strawberry on a pink background",
+    "a lion on a yellow background", "a smiling face with sunglasses", "a strawberry on a pink background",
 )  # fmt: skip
 EDIT_STRENGTHS = (0.4, 0.6, 0.8)
 EDIT_HOLES = ("a red apple with a worm", "a red apple with a face", "a red apple with a star")

@@ -41,6 +41,13 @@ def write_vocabulary(folder: Path, words: list[str]) -> None:
     path.write_text("\n".join(["{", *lines, '  "vocabulary": [', body, "  ]", "}", ""]), encoding="utf-8")
 
 
+def make_compact(folder: Path) -> None:
+    """Rewrites the tokenizers' files without the white space, a third of their size."""
+    for path in folder.glob("tokenizer*/tokenizer.json"):
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="where denoiser and text encoders are")
@@ -51,6 +58,7 @@ def main() -> None:
     model = load_folder(a.model, set_up(1))
     save_folder(model, AutoencoderKL.from_pretrained(a.vae), a.out, a.shift)
     write_vocabulary(a.out, taught_words(model.text.tokenizer))
+    make_compact(a.out)
 
 
 if __name__ == "__main__":
