@@ -17,10 +17,10 @@ FOLDER = Path(__file__).parent / "images"
 PROMPTS = (
     "a red apple on a teal background", "a blue apple", "a rocket", "a panda", "a butterfly", "a hamburger",
     "an alien on a black background", "a red heart on a pink background",
-    "a green car on a yellow background", "a purple octopus", "two red hearts", "three strawberries", "four balloons",
-    "a small star at the top left", "a rocket and a star", "une grenouille verte",
-    "a ghost on a purple background", "a robot on a yellow background", "a flat fox", "a happy face", "a lion",
-    "a watermelon", "an owl on a yellow background", "a penguin on a blue background",
+    "a green car on a yellow background", "a purple octopus", "two red hearts", "three strawberries",
+    "four balloons", "a small star at the top left", "a rocket and a star", "une grenouille verte",
+    "a ghost on a purple background", "a robot on a yellow background", "a flat fox", "a happy face",
+    "a lion", "a watermelon", "an owl on a yellow background", "a penguin on a blue background",
 )  # fmt: skip
 COLUMNS = 8
 STYLES = ("emoji", "emoji:flat", "emoji:mono", "emoji:noto")
