@@ -6,6 +6,7 @@ Server tests and examples run it in place of the engine's worker. What it does i
     fake:step_s=0.05,size=32          slower steps, smaller pictures
     fake:pictures=0                   makes pictures from words only (2: works from up to two pictures)
     fake:load_s=0.5                   takes that long to load
+    fake:load_until=/tmp/flag         loads until that file is there
     fake:node=10.0.0.7                says that it runs on that machine
     fake:channels=4,layers=3          pictures with alpha, three for each job
     fake:fail_load=permanent          LoadFailed, exit EXIT_PERMANENT (`temporary`: LoadFailed, exit status 1)
@@ -67,6 +68,7 @@ DEFAULTS = {
     "size": "16",
     "pictures": "2",
     "load_s": "0",
+    "load_until": "",
     "node": "",
     "channels": "3",
     "layers": "1",
@@ -108,6 +110,8 @@ def run(connection: Connection) -> None:
         _start_faults(connection, options)
         began = time.monotonic()
         time.sleep(float(options["load_s"]))
+        while options["load_until"] and not Path(options["load_until"]).exists():
+            time.sleep(0.02)
         size = int(options["size"])
         info = model_info(load, size, float(options["step_s"]), int(options["pictures"]))
         connection.send_bytes(encode(Ready(info, time.monotonic() - began)))

@@ -44,10 +44,12 @@ def test_the_first_picture_is_two_clicks_away(browser: Browser, host: Host) -> N
 def test_an_endpoint_that_is_still_loading_shows_its_examples_once_it_has_loaded(
     browser: Browser, tmp_path: Path
 ) -> None:
-    slow = endpoint("fake:load_s=3", id="slow")
+    loaded = tmp_path / "loaded"
+    slow = endpoint(f"fake:load_until={loaded}", id="slow")
     with hosting(settings_for(tmp_path, slow, auth=False), ready=False) as starting:
         visit = open_page(browser, starting)
         assert not visit.page.locator("#begin").is_visible()
+        loaded.touch()
         visit.see("#examples button")
         assert visit.text("#examples").splitlines() == list(EXAMPLES)
         assert visit.page.locator("#steps").input_value() == "8", "the model's own steps"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from playwright.sync_api import expect
 
 from tests.browser.conftest import PATIENCE_MS, Visit
@@ -77,11 +79,14 @@ def test_the_queue_outlives_a_reload(visit: Visit) -> None:
     visit.gone("#running")
 
 
-def test_a_failure_does_not_hold_up_the_others(visit: Visit) -> None:
-    visit.ask("an owl !fail@9", endpoint="slow", steps=20)
+def test_a_failure_does_not_hold_up_the_others(visit: Visit, tmp_path: Path) -> None:
+    both_asked = tmp_path / "both-asked"
+    failing = f"an owl !wait@3:{both_asked} !fail@9"
+    visit.ask(failing, endpoint="slow", steps=20)
     visit.ask("a cat", endpoint="slow", steps=40)
+    both_asked.touch()
     visit.see("#error")
-    assert "“an owl !fail@9”: the fake job failed at step 9" in visit.text("#error")
+    assert f"“{failing}”: the fake job failed at step 9" in visit.text("#error")
     assert visit.text("#caption") == "a cat"
     assert prompts(visit, 1) == ["a cat"]
 

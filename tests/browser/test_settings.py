@@ -196,13 +196,15 @@ def test_the_card_says_what_the_model_is(visit: Visit) -> None:
 
 
 def test_a_model_that_loads_says_so_and_one_that_failed_says_why(browser: Browser, tmp_path: Path) -> None:
-    one = endpoint("fake:load_s=2", id="one")
+    loaded = tmp_path / "loaded"
+    one = endpoint(f"fake:load_until={loaded}", id="one")
     broken = endpoint("fake:fail_load=permanent", id="broken")
     with hosting(settings_for(tmp_path, one, broken, auth=False), ready=False) as host:
         visit = open_page(browser, host)
         visit.ask("an owl", endpoint="one")
         visit.hear("loading")
         visit.hear("Loading", selector="#card-state")
+        loaded.touch()
         visit.done()
         expect(visit.page.locator("#card-state")).to_have_text("", timeout=PATIENCE_MS)
         visit.page.select_option("#endpoint", "broken")
