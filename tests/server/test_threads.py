@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import platform
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +79,22 @@ def test_work_comes_back_with_its_result_or_error() -> None:
             await threads.run(divmod, 1, 0)
 
     asyncio.run(main())
+
+
+def test_finished_work_keeps_nothing_alive_until_the_next_collection() -> None:
+    class Body:
+        """What a request brought."""
+
+    async def main() -> weakref.ref[Body]:
+        body = Body()
+        await Threads("test", 1, None).run(id, body)
+        return weakref.ref(body)
+
+    gc.disable()
+    try:
+        assert asyncio.run(main())() is None
+    finally:
+        gc.enable()
 
 
 def test_who_waits_too_long_is_told_and_work_that_has_not_begun_never_does(gate: threading.Event) -> None:

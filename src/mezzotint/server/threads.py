@@ -50,6 +50,10 @@ class _Call:
             self.deliver(result, None)
 
 
+def _nothing() -> None:
+    """The work of a call that nobody waits for."""
+
+
 OWNER: ContextVar[str] = ContextVar("owner", default="")
 """The id of the key that the running request came with."""
 _current: ContextVar[_Call | None] = ContextVar("current", default=None)
@@ -128,7 +132,7 @@ class Threads:
                 loop.call_soon_threadsafe(deliver, result, error)
 
         context = copy_context()
-        call = _Call(lambda: None, post, OWNER.get())
+        call = _Call(_nothing, post, OWNER.get())
         context.run(_current.set, call)
         call.work = lambda: context.run(work, *arguments)
         self._submit(call)
@@ -186,6 +190,7 @@ class Threads:
         """Nobody waits for this call; if its thread is lost to it, another one may take its place."""
         with self._changed:
             call.given_up = True
+            call.work = _nothing  # its context names the call, so the two would keep each other
             if not (lost and call.running):
                 return
             call.lost = True
