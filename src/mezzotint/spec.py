@@ -233,8 +233,8 @@ class EngineSettings(Table):
     performance: Annotated[Literal["auto", "reference", "max"], BeforeValidator(_performance_of)] = Field(
         "auto",
         description="`reference` keeps plain diffusers' bytes; `auto` uses faster memory layouts; `max` also "
-        "compiles the denoiser in the background, for the next start, where that is faster. "
-        "(`compiled`, its name before, is understood.)",
+        "compiles the denoiser in the background, for the next start, where that is faster. `compiled` is an "
+        "older name of `max`.",
     )
     max_rows: int = Field(16, ge=1, le=256, description="Most rows of one merged forward.")
     max_jobs: int = Field(

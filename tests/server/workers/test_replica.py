@@ -25,9 +25,11 @@ from tests.server.hosting import GENERATE, Host, endpoint, hosting, settings_for
 
 
 def pid(host: Host, number: int = 0) -> int:
-    found = host.endpoint().current.replicas[number].pid
-    assert found is not None
-    return found
+    """Of this worker's process. An endpoint is ready with its first worker, so the others may still start."""
+    replica = host.endpoint().current.replicas[number]
+    host.until(lambda: replica.pid is not None)
+    assert replica.pid is not None
+    return replica.pid
 
 
 def error_code(answer: object) -> str:
