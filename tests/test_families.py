@@ -40,14 +40,16 @@ def test_the_readme_says_what_was_found() -> None:
     assert f"{len(merging)} of them share forwards" in readme
 
 
-ROUNDED = ("KolorsPipeline", "KolorsImg2ImgPipeline")
-"""In bf16, forwards of two rows and of four differ in bits that the check's noise does not show."""
+NOT_EXACT = ("Lumina2Pipeline",)
+"""In bf16 the mask cuts its forward to the longest text, which changes bits that the check does not show."""
+FAR_IN_FAST = {"KolorsImg2ImgPipeline": 17, "QwenImageLayeredPipeline": 171}
+"""In bf16 and `fast`: levels by which these small models are off, though each is exact in `exact`."""
 
 
 def test_no_class_was_found_wrong_but_those_that_the_page_names() -> None:
     for dtype, most in (("fp32", 1), ("bf16", 16)):
         for row in [row for kind in KINDS for row in found(dtype, kind).values()]:
             if row["fast_levels"] is not None:  # else it failed in diffusers itself, or was not built
-                named = dtype == "bf16" and row["pipeline"] in ROUNDED
-                assert (row["alone"], row["exact"]) == (True, not named), row
-                assert named or row["fast_levels"] <= most, row
+                halves, name = dtype == "bf16", row["pipeline"]
+                assert (row["alone"], row["exact"]) == (True, not (halves and name in NOT_EXACT)), row
+                assert row["fast_levels"] <= (FAR_IN_FAST.get(name, most) if halves else most), row
